@@ -1,0 +1,148 @@
+"""Lining up gradients, noise and parameters with the leaves that IVON owns."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+PyTree = Any
+
+
+def is_masked(node: Any) -> bool:
+    """Whether a node stands for a leaf that IVON does not own."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def _is_variable(node: Any) -> bool:
+    # A flax.nnx Variable, recognised by its methods: flax is not a dependency.
+    return hasattr(node, "get_value") and hasattr(node, "get_metadata")
+
+
+def without_variables(tree: PyTree) -> PyTree:
+    """The tree with every `flax.nnx` Variable replaced by the array it holds."""
+    return jax.tree.map(
+        lambda x: x.get_value() if _is_variable(x) else x, tree, is_leaf=_is_variable
+    )
+
+
+def copy_array(x: Any) -> jax.Array:
+    """A new buffer, so that donating one of the two leaves the other alive."""
+    return jnp.array(x, copy=True)
+
+
+def wide_dtype(dtype: Any) -> np.dtype:
+    """The dtype of statistics of a floating `dtype`: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class Slots:
+    """The leaf positions of a mean tree: owned arrays, and `MaskedNode` for the rest.
+
+    A `MaskedNode` may stand for a whole subtree, because `optax.masked` and
+    `optax.partition` accept prefixes; other trees are flattened up to it.
+    """
+
+    def __init__(self, mean: PyTree):
+        flat, self.treedef = jax.tree_util.tree_flatten_with_path(
+            without_variables(mean), is_leaf=is_masked
+        )
+        self._slots = [(jax.tree_util.keystr(path), x) for path, x in flat]
+        self.paths = [path for path, x in self._slots if not is_masked(x)]
+        self.leaves = [x for _, x in self._slots if not is_masked(x)]
+
+    def split(self, name: str, tree: PyTree) -> tuple[list[jax.Array], list[PyTree]]:
+        """The owned leaves of `tree`, and its subtrees at the other positions."""
+        pure = without_variables(tree)
+        try:
+            subtrees = self.treedef.flatten_up_to(pure)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(self._mismatch(name, pure)) from error
+        owned, others = [], []
+        for (path, slot), x in zip(self._slots, subtrees, strict=True):
+            if is_masked(slot):
+                others.append(x)
+            elif x is None or is_masked(x) or not hasattr(x, "dtype"):
+                raise ValueError(
+                    f"{name} holds {_describe(x)} at {_at(path)}, where the state of ivon() "
+                    f"holds an array of shape {slot.shape}. Leaves that get no gradient belong outside "
+                    "ivon(): use optax.masked or optax.partition."
+                )
+            else:
+                owned.append(x)
+        return owned, others
+
+    def join(self, owned: list[Any], others: list[PyTree] | None = None) -> PyTree:
+        """The inverse of `split`; without `others` their positions hold `MaskedNode`."""
+        left = iter(owned)
+        right = iter(others) if others is not None else None
+        return self.treedef.unflatten(
+            (next(right) if right is not None else slot) if is_masked(slot) else next(left)
+            for _, slot in self._slots
+        )
+
+    def check_shapes(self, name: str, leaves: list[jax.Array]) -> None:
+        """Raises if a leaf does not have exactly the shape of the mean's."""
+        for path, x, m in zip(self.paths, leaves, self.leaves, strict=True):
+            if x.shape != m.shape:
+                raise ValueError(
+                    f"{name} has shape {x.shape} at {_at(path)}, but the state of ivon() holds "
+                    f"a leaf of shape {m.shape} there."
+                )
+
+    def num_samples(self, **trees: list[jax.Array]) -> int | None:
+        """The common length S of a leading Monte Carlo axis, or None if no leaf has one.
+
+        Raises:
+          ValueError: if the leaves disagree: a mean of gradients times a stack of
+            noise would be a product of means, whose expectation is zero.
+        """
+        first: tuple[str, str, int | None] | None = None
+        for name, leaves in trees.items():
+            for path, x, m in zip(self.paths, leaves, self.leaves, strict=True):
+                if x.shape == m.shape:
+                    size = None
+                elif x.ndim == m.ndim + 1 and x.shape[1:] == m.shape and x.shape[0] > 0:
+                    size = x.shape[0]
+                else:
+                    raise ValueError(
+                        f"{name} has shape {x.shape} at {_at(path)}; expected {m.shape}, or "
+                        f"(S, *{m.shape}) with S >= 1 Monte Carlo samples on the first axis."
+                    )
+                if first is None:
+                    first = (name, path, size)
+                elif size != first[2]:
+                    raise ValueError(
+                        f"{name} has {_samples(size)} at {_at(path)}, but {first[0]} has "
+                        f"{_samples(first[2])} at {_at(first[1])}. Every leaf of both needs the "
+                        "same number of samples: the product with the noise is formed per sample and "
+                        "then averaged (do not average the gradients before update)."
+                    )
+        return None if first is None else first[2]
+
+    def _mismatch(self, name: str, tree: PyTree) -> str:
+        have = [
+            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
+        ]
+        missing = [path for path in self.paths if path not in have]
+        known = tuple(path for path, _ in self._slots)
+        extra = [path for path in have if not path.startswith(known)]
+        said = f"{name} does not have the structure of the parameters that ivon() was given: "
+        if missing or extra:
+            kinds = (("it lacks", missing), ("it has an unknown", extra))
+            parts = [f"{what} {_at(paths[0])}" for what, paths in kinds if paths]
+            return said + " and ".join(parts) + "."
+        return said + f"expected {self.treedef}, got {jax.tree.structure(tree)}."
+
+
+def _at(path: str) -> str:
+    return path or "the root"
+
+
+def _describe(x: Any) -> str:
+    return "nothing (MaskedNode)" if is_masked(x) else f"{type(x).__name__}"
+
+
+def _samples(size: int | None) -> str:
+    return "no sample axis" if size is None else f"{size} samples"

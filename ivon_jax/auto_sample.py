@@ -1,0 +1,214 @@
+"""Sampling inside the optimizer, for training loops that cannot pass the noise."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ivon_jax._trees import Slots, copy_array, wide_dtype
+from ivon_jax.optimizer import Draw, difference
+from ivon_jax.sampling import THREEFRY, PosteriorNoise, threefry_key
+from ivon_jax.state import IVONState, Posterior, Window, find_states, gaussian, is_ivon_state
+
+PyTree = Any
+
+
+class AutoSampleState(NamedTuple):
+    """State of `auto_sample`.
+
+    Attributes:
+      key: data of the key for the draws to come, uint32 of shape (2,).
+      draw_key: data of the key with which the loop's current parameters were drawn.
+      calls: number of calls in the current window of `mc_samples`, int32.
+      at_mean: whether the loop's current parameters are the mean and not a sample, bool.
+      inner_state: state of the wrapped transformation.
+    """
+
+    key: jax.Array
+    draw_key: jax.Array
+    calls: jax.Array
+    at_mean: jax.Array
+    inner_state: optax.OptState
+
+
+def auto_sample(
+    tx: optax.GradientTransformation, key: jax.Array | int, mc_samples: int = 1
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps the training loop's parameters at a posterior sample.
+
+    One line turns a loop that was written for AdamW into variational learning:
+    `optax.apply_updates(params, updates)` lands on the *next* sample θ' = m' + n',
+    and the noise of the current one is recovered as θ − m (regenerated from the key
+    for parameters below float32). Evaluate, and save for evaluation, with
+    `posterior_mean(state)` or `sample_params`, not with the loop's parameters.
+
+    The first gradient is taken at the mean; it moves the mean but not `hess`.
+
+    Args:
+      tx: `ivon(...)`, or a transformation that contains it, such as
+        `optax.chain(optax.clip_by_global_norm(1.0), ivon(...))`.
+      key: a PRNG key, or an integer seed. The state carries a copy of its data.
+      mc_samples: number of calls, each with its own sample, whose ĝ and n⊙ĝ are averaged
+        before the mean moves. Schedules inside `ivon` count steps of the mean; those of
+        `optax.inject_hyperparams` count calls.
+
+    Returns:
+      A transformation whose `update(grads, state, params)` needs the loop's parameters.
+
+    Raises:
+      TypeError: if `key` is neither a key nor an integer.
+      ValueError: if `mc_samples` is not a positive integer; in `init`, if `tx` contains no
+        `ivon()`; in `update`, if `params` is missing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from ivon_jax import auto_sample, ivon, posterior_mean
+      >>> tx = auto_sample(ivon(0.2, ess=1000, weight_decay=0.0), key=0)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     grads = jax.grad(lambda w: 0.5 * jnp.sum((w - 3.0) ** 2))(params)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(100):
+      ...     params, state = step(params, state)
+      >>> bool(jnp.all(jnp.abs(posterior_mean(state) - 3.0) < 0.1))
+      True
+    """
+    if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
+        raise ValueError(f"mc_samples must be an integer >= 1; got {mc_samples!r}.")
+    key_data = _key_data(key)
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: PyTree) -> AutoSampleState:
+        inner_state = inner.init(params)
+        find_states(inner_state)
+        if mc_samples > 1:
+            inner_state = _map_states(_with_window, inner_state)
+        return AutoSampleState(
+            key=copy_array(key_data),
+            draw_key=copy_array(key_data),
+            calls=jnp.zeros([], jnp.int32),
+            at_mean=jnp.array(True),
+            inner_state=inner_state,
+        )
+
+    def update(
+        grads: PyTree, state: AutoSampleState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, AutoSampleState]:
+        if params is None:
+            raise ValueError(
+                "auto_sample needs the loop's parameters, which are the sample: call "
+                "tx.update(grads, state, params)."
+            )
+        calls = state.calls + 1
+        draw = Draw(
+            noise=_current_noise(state, params),
+            at_sample=jnp.logical_not(state.at_mean),
+            closes=calls == mc_samples,
+        )
+        updates, inner_state = inner.update(
+            grads, state.inner_state, params, noise=draw, **extra_args
+        )
+        next_key, draw_key = jax.random.split(jax.random.wrap_key_data(state.key, impl=THREEFRY))
+        updates = _move_to_sample(draw_key, gaussian(inner_state), params, updates)
+        return updates, AutoSampleState(
+            key=jax.random.key_data(next_key),
+            draw_key=jax.random.key_data(draw_key),
+            calls=jnp.where(draw.closes, 0, calls),
+            at_mean=jnp.zeros_like(state.at_mean),
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def reseed(state: PyTree, key: jax.Array | int) -> PyTree:
+    """Gives the `auto_sample` inside a state a stream of its own, from the next draw on.
+
+    For ensemble members or devices that start from one `init`:
+    `jax.vmap(reseed)(states, keys)`.
+
+    Args:
+      state: a state that contains one or several `AutoSampleState`.
+      key: a PRNG key, or an integer seed.
+
+    Returns:
+      The state with new keys; where there are several, each gets one folded from `key`.
+
+    Raises:
+      TypeError: if `key` is neither a key nor an integer.
+      ValueError: if there is no `AutoSampleState` in the state.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import auto_sample, ivon, reseed
+      >>> state = auto_sample(ivon(0.1, ess=100), key=0).init(jnp.ones(3))
+      >>> bool((reseed(state, 1).key == state.key).all())
+      False
+    """
+    base = jax.random.wrap_key_data(_key_data(key), impl=THREEFRY)
+    leaves, treedef = jax.tree.flatten(state, is_leaf=is_auto_sample_state)
+    found = [i for i, x in enumerate(leaves) if is_auto_sample_state(x)]
+    if not found:
+        raise ValueError(
+            f"found no AutoSampleState in a state of type {type(state).__name__}: only the "
+            "state of auto_sample(tx, key) carries a key."
+        )
+    for n, i in enumerate(found):
+        data = jax.random.key_data(base if n == 0 else jax.random.fold_in(base, n))
+        # The leaf may sit in a flax.nnx Variable, which is kept.
+        new_key = jax.tree.map(lambda _, data=data: copy_array(data), leaves[i].key)
+        leaves[i] = leaves[i]._replace(key=new_key)
+    return treedef.unflatten(leaves)
+
+
+def is_auto_sample_state(node: Any) -> bool:
+    """Whether a node of a tree is an `AutoSampleState`."""
+    return isinstance(node, AutoSampleState)
+
+
+def _key_data(key: jax.Array | int) -> jax.Array:
+    if isinstance(key, int) and not isinstance(key, bool):
+        key = jax.random.key(key, impl=THREEFRY)
+    return jax.random.key_data(threefry_key(key))
+
+
+def _map_states(f: Any, state: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: f(x) if is_ivon_state(x) else x, state, is_leaf=is_ivon_state)
+
+
+def _with_window(state: IVONState) -> IVONState:
+    zeros = [jnp.zeros_like(m) for m in jax.tree.leaves(state.mean)]
+    count = jnp.zeros([], jnp.int32)
+    window = Window(count, count, zeros, zeros)
+    return state._replace(window=jax.tree.map(copy_array, window))
+
+
+def _current_noise(state: AutoSampleState, params: PyTree) -> PyTree:
+    """θ − m, or for leaves below float32, which rounding has moved, the draw itself."""
+    q = gaussian(state.inner_state)
+    slots = Slots(q.mean)
+    owned, _ = slots.split("params", params)
+    slots.check_shapes("params", owned)
+    narrow = [wide_dtype(p.dtype) != p.dtype for p in owned]
+    noise = [p.astype(m.dtype) - m for p, m in zip(owned, slots.leaves, strict=True)]
+    if any(narrow):
+        drawn = PosteriorNoise(q).draw(jax.random.wrap_key_data(state.draw_key, impl=THREEFRY))
+        noise = [d if low else n for d, n, low in zip(drawn, noise, narrow, strict=True)]
+    return slots.join(noise)
+
+
+def _move_to_sample(key: jax.Array, q: Posterior, params: PyTree, updates: PyTree) -> PyTree:
+    """Replaces the owned leaves of `updates` by the next sample minus `params`."""
+    slots = Slots(q.mean)
+    owned, _ = slots.split("params", params)
+    _, others = slots.split("updates", updates)
+    noise = PosteriorNoise(q).draw(key)
+    moves = [
+        difference(m + n, p, p.dtype) for m, n, p in zip(slots.leaves, noise, owned, strict=True)
+    ]
+    pure = slots.join(moves, others)
+    return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(pure))

@@ -1,0 +1,327 @@
+"""Monte Carlo estimates of the loss, its gradient and its diagonal Hessian under q."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ivon_jax._axes import zeros_of
+from ivon_jax._checks import Number, check_number
+from ivon_jax._trees import wide_dtype
+from ivon_jax.sampling import PosteriorNoise, key_words, threefry_key
+from ivon_jax.state import gaussian
+
+PyTree = Any
+# Value, gradients and the statistic that ĥ is made of, the last two for floating leaves.
+_Estimates = tuple[jax.Array, list[jax.Array], list[jax.Array]]
+
+_ESTIMATORS = ("reparam", "gradsq", "hutchinson")
+
+
+def mc_value_and_grad(
+    fun: Callable[..., Any],
+    num_samples: int = 1,
+    *,
+    has_aux: bool = False,
+    antithetic: bool = False,
+    split_batch: bool = False,
+    batch_argnums: int | Sequence[int] | None = None,
+    rng_argnums: int | Sequence[int] = (),
+    batch_size: int | None = None,
+    grad_transform: Callable[[PyTree], PyTree] | None = None,
+    estimator: str = "reparam",
+    estimator_scale: Number = 1.0,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Callable[..., tuple[Any, PyTree, PyTree]]:
+    r"""Averages value, gradient and an estimate ĥ of the Hessian diagonal over the posterior.
+
+    With samples θ_s = m + n_s and ĝ_s = ∇fun(θ_s), the estimators of ĥ are
+
+    .. code-block:: text
+
+      "reparam"     λ(h+δ) ⊙ mean_s(n_s ⊙ ĝ_s)
+      "gradsq"      c · mean_s(ĝ_s²)
+      "hutchinson"  mean_s(u_s ⊙ ∇²fun(m)u_s), u_s Rademacher
+
+    "reparam" is unbiased for E_q of the Hessian diagonal and costs no more than the gradient.
+    "hutchinson" costs a Hessian-vector product more per sample. For "gradsq", write ĝ as the
+    mean of B per-example gradients g_i of zero mean: E ĝ² = E g²/B, so that c = B is unbiased
+    for the diagonal of the Fisher information per example; c = λ, which is in use elsewhere,
+    is about N/B times larger.
+
+    Memory does not grow with the number of samples.
+
+    Args:
+      fun: loss `fun(params, *args)`, a scalar: the mean over examples. With `has_aux`, a pair
+        (loss, aux).
+      num_samples: number of posterior samples S.
+      has_aux: whether `fun` returns a pair.
+      antithetic: draw the samples in pairs m ± n; S must be even.
+      split_batch: give each sample its own slice of the batch arguments, 1/S of their
+        leading axis: fresh noise for every micro-batch at the price of one pass.
+      batch_argnums: which positional arguments of `fun` are sliced (as in `jax.grad`, the
+        parameters are argument 0); all but `rng_argnums` by default.
+      rng_argnums: which positional arguments of `fun` are PRNG keys, folded for each
+        sample (dropout).
+      batch_size: number of samples evaluated at a time by `jax.vmap`, as in `jax.lax.map`;
+        one after another by default.
+      grad_transform: applied to each sample's gradient before any product is formed, such
+        as clipping by the norm.
+      estimator: "reparam", "gradsq" or "hutchinson".
+      estimator_scale: c of "gradsq".
+      axis_name: mapped axis (or axes) whose index is folded into the keys, and over which
+        the results (not aux) are averaged.
+
+    Returns:
+      `f(key, state, *args, params=None) -> (value, grads, hess)`, with `state` and `params` as
+      in `sample_params`; `((value, aux), grads, hess)` with `has_aux`, where aux is stacked
+      on axis 0. Pass `hess` to `tx.update(grads, state, params, hess=hess)`. Leaves that IVON
+      does not own get their gradient, and a zero `hess`.
+
+    Raises:
+      ValueError: if an option is out of its range or options exclude each other; when called,
+        if a batch cannot be split evenly.
+      TypeError: if `fun` is not callable; when called, if an argument named in `rng_argnums` is
+        not a key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from ivon_jax import ivon, mc_value_and_grad
+      >>> tx = ivon(0.1, ess=100)
+      >>> state = tx.init(jnp.ones(3))
+      >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
+      >>> f = mc_value_and_grad(loss, num_samples=8, antithetic=True)
+      >>> value, grads, hess = f(jax.random.key(0), state, jnp.eye(3))
+      >>> updates, state = tx.update(grads, state, hess=hess)
+      >>> grads.shape, hess.shape
+      ((3,), (3,))
+    """
+    if not callable(fun):
+        raise TypeError(f"fun must be a function of (params, *args); got {fun!r}.")
+    _check_positive("num_samples", num_samples)
+    if batch_size is not None:
+        _check_positive("batch_size", batch_size)
+    if antithetic and num_samples % 2:
+        raise ValueError(f"antithetic samples come in pairs: num_samples={num_samples} is odd.")
+    if estimator not in _ESTIMATORS:
+        raise ValueError(f"estimator must be one of {_ESTIMATORS}; got {estimator!r}.")
+    scale = check_number("estimator_scale", estimator_scale, low=0.0, open_low=True)
+    if estimator != "gradsq" and not (isinstance(scale, float) and scale == 1.0):
+        raise ValueError(f"estimator_scale is used by 'gradsq' only, not by {estimator!r}.")
+    if batch_argnums is not None and not split_batch:
+        raise ValueError("batch_argnums is used with split_batch=True only.")
+    rngs = _argnums("rng_argnums", rng_argnums)
+    batches = None if batch_argnums is None else _argnums("batch_argnums", batch_argnums)
+    if set(rngs) & set(batches or ()):
+        raise ValueError("an argument cannot be in both rng_argnums and batch_argnums.")
+
+    def value_and_grad(
+        key: jax.Array, state: PyTree, *args: Any, params: PyTree | None = None
+    ) -> tuple[Any, PyTree, PyTree]:
+        _check_argnums(len(args), rngs + (batches or ()))
+        q = PosteriorNoise(gaussian(state), params)
+        floating = _Floating(q.mean())
+        key, first = threefry_key(key), jnp.int32(0)
+        if axis_name is not None:
+            index = jax.lax.axis_index(axis_name)
+            key, first = jax.random.fold_in(key, index), index * num_samples
+        with jax.threefry_partitionable(True):
+            keys = jax.random.split(key, num_samples // 2 if antithetic else num_samples)
+        arguments = _argument_slicer(args, num_samples, split_batch, batches, rngs, first)
+
+        def at_sample(s: jax.Array) -> tuple[_Estimates, Any]:
+            noise = q.draw(keys[s // 2 if antithetic else s])
+            if antithetic:
+                noise = [jnp.where(s % 2 == 0, n, -n) for n in noise]
+            here = arguments(s)
+            value, aux, grads = _value_and_grad(fun, has_aux, floating, q.displaced(noise), here)
+            if grad_transform is not None:
+                grads = grad_transform(grads)
+            grads = [g.astype(wide_dtype(g.dtype)) for g in floating.pick(grads)]
+            if estimator == "reparam":
+                noise = floating.pick(q.tree(noise))
+                statistic = [n * g.astype(n.dtype) for n, g in zip(noise, grads, strict=True)]
+            elif estimator == "gradsq":
+                statistic = [jnp.asarray(scale, g.dtype) * g * g for g in grads]
+            else:
+                probe_key = jax.random.fold_in(keys[s // 2 if antithetic else s], s)
+                statistic = _hutchinson(fun, has_aux, floating, q, probe_key, here)
+            return (value.astype(wide_dtype(value.dtype)), grads, statistic), aux
+
+        estimates, aux = _mean_over_samples(at_sample, num_samples, batch_size)
+        if axis_name is not None:
+            estimates = jax.lax.pmean(estimates, axis_name)
+        value, grads, hess = estimates
+        if estimator == "reparam":
+            precision = floating.pick(q.tree(q.precision))
+            hess = [p * x for p, x in zip(precision, hess, strict=True)]
+        grads = floating.place(grads, lambda x: np.zeros(x.shape, jax.dtypes.float0))
+        hess = floating.place(hess, lambda x: jnp.zeros(x.shape, jnp.float32))
+        return ((value, aux) if has_aux else value), grads, hess
+
+    return value_and_grad
+
+
+class _Floating:
+    """The differentiable leaves of trees like the parameters."""
+
+    def __init__(self, template: PyTree):
+        self._leaves, self._treedef = jax.tree.flatten(template)
+        self._is_floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in self._leaves]
+
+    def pick(self, tree: PyTree) -> list[jax.Array]:
+        leaves = jax.tree.leaves(tree)
+        return [x for x, floating in zip(leaves, self._is_floating, strict=True) if floating]
+
+    def place(self, leaves: list[jax.Array], other: Callable[[jax.Array], Any]) -> PyTree:
+        """A tree of `leaves`, with `other(leaf)` in the place of the remaining ones."""
+        rest = iter(leaves)
+        return self._treedef.unflatten(
+            next(rest) if floating else other(x)
+            for x, floating in zip(self._leaves, self._is_floating, strict=True)
+        )
+
+
+def _value_and_grad(
+    fun: Callable[..., Any], has_aux: bool, floating: _Floating, sample: PyTree, args: list[Any]
+) -> tuple[jax.Array, Any, PyTree]:
+    """Value, aux (or None) and gradient, which has the dtype float0 for integer leaves."""
+
+    def of_floating(leaves: list[jax.Array]) -> Any:
+        return fun(floating.place(leaves, lambda x: x), *args)
+
+    out, grads = jax.value_and_grad(of_floating, has_aux=has_aux)(floating.pick(sample))
+    value, aux = out if has_aux else (out, None)
+    return value, aux, floating.place(grads, lambda x: np.zeros(x.shape, jax.dtypes.float0))
+
+
+def _hutchinson(
+    fun: Callable[..., Any],
+    has_aux: bool,
+    floating: _Floating,
+    q: PosteriorNoise,
+    key: jax.Array,
+    args: list[Any],
+) -> list[jax.Array]:
+    """u ⊙ ∇²fun(m)u, with u = ±1 at random where IVON owns the leaf and zero elsewhere."""
+    signs = [
+        jax.random.rademacher(jax.random.fold_in(key, i), p.shape, p.dtype)
+        for i, p in enumerate(q.precision)
+    ]
+    mean = floating.pick(q.mean())
+    probe = [u.astype(m.dtype) for u, m in zip(floating.pick(q.tree(signs)), mean, strict=True)]
+
+    def gradient(leaves: list[jax.Array]) -> list[jax.Array]:
+        tree = floating.place(leaves, lambda x: x)
+        return floating.pick(_value_and_grad(fun, has_aux, floating, tree, args)[2])
+
+    _, products = jax.jvp(gradient, (mean,), (probe,))
+    return [(u * x).astype(wide_dtype(x.dtype)) for u, x in zip(probe, products, strict=True)]
+
+
+def _mean_over_samples(
+    at_sample: Callable[[jax.Array], tuple[_Estimates, Any]],
+    num_samples: int,
+    batch_size: int | None,
+) -> tuple[_Estimates, Any]:
+    """The mean of the estimates over samples 0 … S−1, and aux stacked on axis 0."""
+    size = min(batch_size or 1, num_samples)
+
+    def group(samples: jax.Array) -> tuple[_Estimates, Any]:
+        if len(samples) == 1:
+            estimates, aux = at_sample(samples[0])
+            return estimates, jax.tree.map(lambda x: x[None], aux)
+        estimates, aux = jax.vmap(at_sample)(samples)
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), estimates), aux
+
+    def add(total: _Estimates, samples: jax.Array) -> tuple[_Estimates, Any]:
+        estimates, aux = group(samples)
+        return jax.tree.map(jnp.add, total, estimates), aux
+
+    indices = jnp.arange(num_samples, dtype=jnp.int32)
+    groups, rest = divmod(num_samples, size)
+    if groups == 1 and not rest:
+        total, aux = group(indices)
+    else:
+        zeros = jax.tree.map(zeros_of, jax.eval_shape(group, indices[:size])[0])
+        total, aux = jax.lax.scan(add, zeros, indices[: groups * size].reshape(groups, size))
+        aux = jax.tree.map(lambda x: x.reshape(groups * size, *x.shape[2:]), aux)
+        if rest:
+            total, last = add(total, indices[groups * size :])
+            aux = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), aux, last)
+    return jax.tree.map(lambda x: x / num_samples, total), aux
+
+
+def _argument_slicer(
+    args: tuple[Any, ...],
+    num_samples: int,
+    split_batch: bool,
+    batch_argnums: tuple[int, ...] | None,
+    rng_argnums: tuple[int, ...],
+    first: jax.Array,
+) -> Callable[[jax.Array], list[Any]]:
+    """A function of the sample's index that returns its positional arguments of `fun`."""
+    if not split_batch:
+        batch_argnums = ()
+    elif batch_argnums is None:
+        batch_argnums = tuple(i for i in range(1, len(args) + 1) if i not in rng_argnums)
+    slices = {i: _split(i, args[i - 1], num_samples) for i in batch_argnums}
+    for i in rng_argnums:
+        try:
+            key_words(args[i - 1])
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"argument {i} of fun is named in rng_argnums but is not a single PRNG key "
+                "(arguments are counted as in jax.grad: the parameters are argument 0)."
+            ) from error
+
+    def arguments(s: jax.Array) -> list[Any]:
+        new = list(args)
+        for i, stacked in slices.items():
+            new[i - 1] = jax.tree.map(lambda x: x[s], stacked)
+        for i in rng_argnums:
+            new[i - 1] = jax.random.fold_in(args[i - 1], first + s)
+        return new
+
+    return arguments
+
+
+def _split(argnum: int, arg: PyTree, num_samples: int) -> PyTree:
+    def split(path: Any, x: Any) -> jax.Array:
+        shape = jnp.shape(x)
+        if not shape or shape[0] % num_samples:
+            raise ValueError(
+                f"split_batch: argument {argnum} of fun has shape {shape}"
+                f"{' at ' + jax.tree_util.keystr(path) if path else ''}, whose leading axis cannot "
+                f"be split into {num_samples} equal slices. Name the arguments to split in "
+                "batch_argnums."
+            )
+        return jnp.reshape(x, (num_samples, shape[0] // num_samples, *shape[1:]))
+
+    return jax.tree_util.tree_map_with_path(split, arg)
+
+
+def _argnums(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    if not all(isinstance(i, int) and i >= 1 for i in numbers):
+        raise ValueError(
+            f"{name} counts the arguments of fun as in jax.grad, where the parameters are "
+            f"argument 0; expected integers >= 1, got {value!r}."
+        )
+    return numbers
+
+
+def _check_argnums(num_args: int, argnums: tuple[int, ...]) -> None:
+    for i in argnums:
+        if i > num_args:
+            raise ValueError(
+                f"rng_argnums or batch_argnums names argument {i}, but fun was called with the "
+                f"parameters and {num_args} further arguments."
+            )
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1; got {value!r}.")

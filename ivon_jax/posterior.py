@@ -1,0 +1,170 @@
+"""The learned posterior as plain data, and moving its mean."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ivon_jax._checks import Number, check_number
+from ivon_jax._trees import Slots, copy_array
+from ivon_jax.auto_sample import is_auto_sample_state
+from ivon_jax.state import (
+    IVONState,
+    Posterior,
+    Window,
+    fill_unowned,
+    find_states,
+    gaussian,
+    gaussian_mean,
+    is_ivon_state,
+    wide_zeros,
+)
+
+PyTree = Any
+
+
+def posterior(state: PyTree, params: PyTree | None = None, temperature: Number = 1.0) -> Posterior:
+    """The posterior N(m, diag 1/(λ(h+δ))) that a state stands for.
+
+    Args:
+      state: an `IVONState`, or any nested optax or `flax.nnx` state that contains one or
+        several.
+      params: the parameters; if given, leaves that IVON does not own are taken from it
+        with precision +inf, which means *fixed*. Otherwise they are `optax.MaskedNode`.
+      temperature: τ > 0; the precision is divided by it, so τ < 1 sharpens.
+
+    Returns:
+      A `Posterior` of copies, which stays valid when the state is donated.
+
+    Raises:
+      ValueError: if `state` contains no `IVONState`, `params` does not fit it, or the
+        temperature is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import ivon, posterior
+      >>> state = ivon(0.1, ess=100, hess_init=0.5, weight_decay=0.5).init(jnp.zeros(2))
+      >>> posterior(state, temperature=2.0).precision
+      Array([50., 50.], dtype=float32)
+    """
+    temperature = check_number("temperature", temperature, low=0.0, open_low=True)
+    q = gaussian(state)
+    slots = Slots(q.mean)
+    mean = [copy_array(m) for m in slots.leaves]
+    precision = [
+        p / jnp.asarray(temperature, p.dtype) for p in slots.split("the precision", q.precision)[0]
+    ]
+    if params is None:
+        return Posterior(slots.join(mean), slots.join(precision))
+    return Posterior(
+        fill_unowned(slots, mean, params, copy_array),
+        fill_unowned(slots, precision, params, lambda x: wide_zeros(x) + jnp.inf),
+    )
+
+
+def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:
+    """The posterior mean m: the weights to evaluate and to deploy.
+
+    Args:
+      state: as in `posterior`.
+      params: the parameters; if given, leaves that IVON does not own are taken from it.
+
+    Returns:
+      A copy of the mean, at least float32: `posterior(state, params).mean` without the
+      allocation of a precision.
+
+    Raises:
+      ValueError: if `state` contains no `IVONState`, or `params` does not fit it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import ivon, posterior_mean
+      >>> posterior_mean(ivon(0.1, ess=100).init({"w": jnp.ones(2)}))
+      {'w': Array([1., 1.], dtype=float32)}
+    """
+    slots = Slots(gaussian_mean(state))
+    mean = [copy_array(m) for m in slots.leaves]
+    if params is None:
+        return slots.join(mean)
+    return fill_unowned(slots, mean, params, copy_array)
+
+
+def prior_of(state: PyTree) -> Posterior:
+    """The prior N(0, 1/(λδ)) under which the state was trained.
+
+    Args:
+      state: as in `posterior`.
+
+    Returns:
+      Mean zero and precision λδ; zero precision where δ = 0 (a flat, improper prior).
+
+    Raises:
+      ValueError: if `state` contains no `IVONState`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import ivon, prior_of
+      >>> prior_of(ivon(0.1, ess=100, weight_decay=0.5).init(jnp.ones(2))).precision
+      Array([50., 50.], dtype=float32)
+    """
+
+    # The prior is the state's Gaussian at m = 0 and h = 0: λ(0+δ).
+    def at_zero(part: IVONState) -> IVONState:
+        zeros = jax.tree.map(jnp.zeros_like, part.mean)
+        return part._replace(mean=zeros, hess=zeros)
+
+    return gaussian([at_zero(part) for part in find_states(state)])
+
+
+def with_mean(state: PyTree, params: PyTree) -> PyTree:
+    """The state with its posterior mean moved to `params`.
+
+    Call it after editing or loading parameters: the state owns the mean, and the next
+    update would otherwise undo the edit. Curvature, momentum and step count are kept. In
+    a state of `auto_sample` the next gradient counts as taken at the mean, so continue
+    the loop with these `params`.
+
+    Args:
+      state: any nested state that contains one or several `IVONState`.
+      params: the new parameters, of the structure that `init` was given.
+
+    Returns:
+      The state with copies of `params` as its mean.
+
+    Raises:
+      ValueError: if `state` contains no `IVONState`, or `params` does not fit it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import ivon, posterior_mean, with_mean
+      >>> state = ivon(0.1, ess=100).init(jnp.ones(2))
+      >>> posterior_mean(with_mean(state, jnp.zeros(2)))
+      Array([0., 0.], dtype=float32)
+    """
+    find_states(state)
+
+    def move(node: Any) -> Any:
+        if is_ivon_state(node):
+            return _moved(node, params)
+        if is_auto_sample_state(node):
+            return node._replace(
+                calls=jax.tree.map(jnp.zeros_like, node.calls),
+                at_mean=jax.tree.map(jnp.ones_like, node.at_mean),
+                inner_state=with_mean(node.inner_state, params),
+            )
+        return node
+
+    return jax.tree.map(move, state, is_leaf=lambda x: is_ivon_state(x) or is_auto_sample_state(x))
+
+
+def _moved(state: IVONState, params: PyTree) -> IVONState:
+    slots = Slots(state.mean)
+    owned, _ = slots.split("params", params)
+    slots.check_shapes("params", owned)
+    leaves = [copy_array(jnp.asarray(p, m.dtype)) for p, m in zip(owned, slots.leaves, strict=True)]
+    window = state.window
+    return state._replace(
+        mean=jax.tree.unflatten(jax.tree.structure(state.mean), leaves),
+        # Gradients summed at the old mean say nothing about the new one.
+        window=jax.tree.map(jnp.zeros_like, window) if isinstance(window, Window) else window,
+    )

@@ -1,0 +1,152 @@
+"""Drawing parameters from the posterior."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ivon_jax._trees import Slots
+from ivon_jax.state import Posterior, fill_unowned, gaussian, wide_zeros
+
+PyTree = Any
+
+THREEFRY = "threefry2x32"
+
+
+def key_words(key: Any) -> jax.Array:
+    """The uint32 words of a single typed or raw key.
+
+    Raises:
+      TypeError: if it is not a key.
+      ValueError: if it is a batch of keys.
+    """
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        batch, words = key.shape, jax.random.key_data(key)
+    elif dtype == jnp.uint32 and key.ndim >= 1 and key.shape[-1] in (2, 4):
+        batch, words = key.shape[:-1], jnp.asarray(key)
+    else:
+        found = type(key).__name__ if dtype is None else f"{dtype} of shape {key.shape}"
+        raise TypeError(f"key must be a PRNG key such as jax.random.key(0); got {found}.")
+    if batch:
+        raise ValueError(
+            f"key must be a single key, but this is a batch of shape {batch}. For several samples: "
+            "jax.vmap(sample_params, (0, None))(keys, state)."
+        )
+    return words.ravel()
+
+
+def threefry_key(key: Any) -> jax.Array:
+    """A typed threefry key derived from any single key.
+
+    Threefry draws are the same for any sharding; those of rbg keys are not. The
+    words of a wider key are folded in, so that different keys stay different.
+    """
+    words = key_words(key)
+    threefry = jax.random.wrap_key_data(words[:2], impl=THREEFRY)
+    for word in words[2:]:
+        threefry = jax.random.fold_in(threefry, word)
+    return threefry
+
+
+def standard_normals(key: jax.Array, shapes: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+    """Independent N(0, 1) draws for a list of leaves.
+
+    Args:
+      key: a typed threefry key.
+      shapes: shape and dtype of each leaf.
+    """
+    if not shapes:
+        return []
+    # The partitionable scheme is what makes a draw independent of its sharding.
+    with jax.threefry_partitionable(True):
+        keys = jax.random.split(key, len(shapes))
+        return [jax.random.normal(k, s.shape, s.dtype) for k, s in zip(keys, shapes, strict=True)]
+
+
+def sample_params(
+    key: jax.Array, state: PyTree, params: PyTree | None = None
+) -> tuple[PyTree, PyTree]:
+    """Draws parameters θ = m + n from the posterior, n = ε/√(λ(h+δ)), ε ~ N(0, I).
+
+    The draws are the same for any sharding and number of devices, and for any
+    key implementation with the same key data. For several samples, `jax.vmap`
+    over the keys.
+
+    Args:
+      key: a typed or raw PRNG key.
+      state: an `IVONState`, any nested optax or `flax.nnx` state that contains one
+        or several, or a `Posterior`.
+      params: the parameters; if given, leaves that IVON does not own are taken from
+        it, with zero noise, and the sample has its structure and dtypes. Otherwise
+        such leaves are `optax.MaskedNode`.
+
+    Returns:
+      The sample θ, and the noise n in the dtype of the mean, to be handed to `update`.
+      For parameters below float32 the noise is the exact one, before θ was rounded.
+
+    Raises:
+      TypeError: if `key` is not a key.
+      ValueError: if `key` is a batch of keys, `state` contains no `IVONState`, or `params`
+        does not fit it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from ivon_jax import ivon, sample_params
+      >>> state = ivon(0.1, ess=100).init({"w": jnp.ones(3)})
+      >>> sample, noise = sample_params(jax.random.key(0), state)
+      >>> bool(jnp.array_equal(sample["w"], state.mean["w"] + noise["w"]))
+      True
+    """
+    noise = PosteriorNoise(gaussian(state), params)
+    drawn = noise.draw(threefry_key(key))
+    return noise.displaced(drawn), noise.tree(drawn)
+
+
+class PosteriorNoise:
+    """Draws from one Gaussian in the structure of the parameters, if these are given."""
+
+    def __init__(self, q: Posterior, params: PyTree | None = None):
+        self._slots = Slots(q.mean)
+        self.precision, _ = self._slots.split("the precision", q.precision)
+        self._slots.check_shapes("the precision", self.precision)
+        self._params = params
+        self._dtypes = [m.dtype for m in self._slots.leaves]
+        if params is not None:
+            owned, _ = self._slots.split("params", params)
+            self._slots.check_shapes("params", owned)
+            self._dtypes = [p.dtype for p in owned]
+
+    def draw(self, key: jax.Array) -> list[jax.Array]:
+        """n = ε/√precision, ε ~ N(0, I), for each owned leaf; zero where it is infinite."""
+        normals = standard_normals(
+            key, [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in self.precision]
+        )
+        return [e * jax.lax.rsqrt(p) for e, p in zip(normals, self.precision, strict=True)]
+
+    def displaced(self, noise: list[jax.Array]) -> PyTree:
+        """m + n, in the parameters' dtypes."""
+        return self._like_params(
+            [_add(m, n) for m, n in zip(self._slots.leaves, noise, strict=True)]
+        )
+
+    def mean(self) -> PyTree:
+        """m, in the parameters' dtypes."""
+        return self._like_params(self._slots.leaves)
+
+    def _like_params(self, leaves: list[jax.Array]) -> PyTree:
+        leaves = [x.astype(dtype) for x, dtype in zip(leaves, self._dtypes, strict=True)]
+        if self._params is None:
+            return self._slots.join(leaves)
+        return fill_unowned(self._slots, leaves, self._params, lambda x: x)
+
+    def tree(self, leaves: list[jax.Array]) -> PyTree:
+        """The leaves as a tree, with zeros where IVON does not own the parameter."""
+        if self._params is None:
+            return self._slots.join(leaves)
+        return fill_unowned(self._slots, leaves, self._params, wide_zeros)
+
+
+def _add(mean: jax.Array, noise: jax.Array) -> jax.Array:
+    # A Posterior may hold leaves that are fixed because they are not floating.
+    return mean + noise if jnp.issubdtype(mean.dtype, jnp.floating) else mean

@@ -1,0 +1,164 @@
+"""The state of `ivon`, the Gaussian it stands for, and finding both in any optax state."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ivon_jax._trees import Slots, is_masked, wide_dtype, without_variables
+
+PyTree = Any
+
+
+class Window(NamedTuple):
+    """Sums over the calls that one step of `auto_sample(mc_samples=k)` averages.
+
+    Attributes:
+      calls: number of gradients summed, int32.
+      draws: how many of them were taken at a posterior sample (not at the mean), int32.
+      grads: Σ ĝ for each owned leaf.
+      products: Σ n⊙ĝ for each owned leaf.
+    """
+
+    calls: jax.Array
+    draws: jax.Array
+    grads: PyTree
+    products: PyTree
+
+
+class IVONState(NamedTuple):
+    """State of `ivon`: the posterior N(mean, 1 / (ess (hess + weight_decay))) and its momentum.
+
+    Leaves that IVON does not own are `optax.MaskedNode` in the three trees.
+
+    Attributes:
+      count: number of steps taken, int32.
+      mean: posterior mean m, at least float32.
+      hess: estimate h of the diagonal Hessian of the mean loss per example.
+      momentum: moving average g of the gradients.
+      ess: effective sample size λ under which the current posterior stands, float32.
+      weight_decay: prior precision δ per example, float32: a scalar, or with a mask a vector
+        with an entry for each owned leaf.
+      prior: reserved for a general Gaussian prior; `()` without one.
+      window: sums of an unfinished window of `auto_sample(mc_samples=k)`; otherwise `()`.
+    """
+
+    count: jax.Array
+    mean: PyTree
+    hess: PyTree
+    momentum: PyTree
+    ess: jax.Array
+    weight_decay: jax.Array
+    prior: tuple[()] = ()
+    window: Window | tuple[()] = ()
+
+
+class Posterior(NamedTuple):
+    """A Gaussian with diagonal precision over a tree of parameters.
+
+    Attributes:
+      mean: tree of means.
+      precision: tree of precisions 1/σ², of the same structure; +inf means *fixed*.
+    """
+
+    mean: PyTree
+    precision: PyTree
+
+
+_REQUIRED = tuple(f for f in IVONState._fields if f not in IVONState._field_defaults)
+
+
+def is_ivon_state(node: Any) -> bool:
+    """Whether a node of a tree is an `IVONState`."""
+    return isinstance(node, IVONState)
+
+
+def _is_state_like(node: Any) -> bool:
+    # `flax.nnx.state(optimizer)` turns named tuples into mappings.
+    return is_ivon_state(node) or (
+        isinstance(node, Mapping) and all(field in node for field in _REQUIRED)
+    )
+
+
+def find_states(state: PyTree) -> list[IVONState]:
+    """Every `IVONState` in a nested optax or `flax.nnx` state, in tree order.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    nodes = [x for x in jax.tree.leaves(state, is_leaf=_is_state_like) if _is_state_like(x)]
+    if not nodes:
+        raise ValueError(
+            f"found no IVONState in a state of type {type(state).__name__}. Pass what the "
+            "optimizer's init or update returned; the optimizer must contain ivon()."
+        )
+    fields = [x if is_ivon_state(x) else IVONState(**{f: x[f] for f in _REQUIRED}) for x in nodes]
+    return [without_variables(x) for x in fields]
+
+
+def leaf_weight_decay(weight_decay: jax.Array, num_leaves: int) -> list[jax.Array]:
+    """δ of each owned leaf, from a scalar or from one entry per leaf."""
+    return [weight_decay[i] if weight_decay.ndim else weight_decay for i in range(num_leaves)]
+
+
+def precision_leaves(state: IVONState) -> list[jax.Array]:
+    """λ(h+δ) of each owned leaf."""
+    hess = jax.tree.leaves(state.hess)
+    deltas = leaf_weight_decay(state.weight_decay, len(hess))
+    return [
+        state.ess.astype(h.dtype) * (h + d.astype(h.dtype))
+        for h, d in zip(hess, deltas, strict=True)
+    ]
+
+
+def gaussian_mean(state: PyTree) -> PyTree:
+    """The mean of a `Posterior`, or of all IVON states in `state`, without a copy.
+
+    Leaves that no state owns are `MaskedNode`.
+    """
+    if isinstance(state, Posterior):
+        return without_variables(state.mean)
+    return functools.reduce(_merge, [part.mean for part in find_states(state)])
+
+
+def gaussian(state: PyTree) -> Posterior:
+    """Mean and precision, as in `gaussian_mean`."""
+    if isinstance(state, Posterior):
+        return without_variables(state)
+    parts = find_states(state)
+    precisions = [Slots(part.mean).join(precision_leaves(part)) for part in parts]
+    return Posterior(gaussian_mean(state), functools.reduce(_merge, precisions))
+
+
+def _merge(a: PyTree, b: PyTree) -> PyTree:
+    """Fills the `MaskedNode`s of `a` from `b`, as `optax.partition` has split them."""
+    if is_masked(a):
+        return b
+    if is_masked(b):
+        return a
+    children_a, treedef_a = jax.tree.flatten(a, is_leaf=lambda x: x is not a)
+    children_b, treedef_b = jax.tree.flatten(b, is_leaf=lambda x: x is not b)
+    is_leaf = len(children_a) == 1 and children_a[0] is a
+    if is_leaf or treedef_a != treedef_b:
+        raise ValueError(
+            "the state holds several IVON states for the same parameters, or for different "
+            "models: pass the one that is meant."
+        )
+    return treedef_a.unflatten(map(_merge, children_a, children_b))
+
+
+def fill_unowned(slots: Slots, owned: list[Any], params: PyTree, fill: Any) -> PyTree:
+    """A tree like `params`: `owned` where IVON owns the leaf, `fill(leaf)` elsewhere."""
+    leaves, others = slots.split("params", params)
+    slots.check_shapes("params", leaves)
+    pure = slots.join(owned, [jax.tree.map(fill, x) for x in others])
+    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(pure))
+
+
+def wide_zeros(leaf: Any) -> jax.Array:
+    """Zeros in the shape of a leaf that IVON does not own, in the dtype of statistics."""
+    dtype = jnp.result_type(leaf)
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return jnp.zeros(jnp.shape(leaf), wide_dtype(dtype) if floating else jnp.float32)
