@@ -34,7 +34,8 @@ def copy_array(x: Any) -> jax.Array:
 
 def wide_dtype(dtype: Any) -> np.dtype:
     """The dtype of statistics of a floating `dtype`: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    dtype = jnp.dtype(dtype)
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 class Slots:
@@ -66,8 +67,8 @@ class Slots:
             elif x is None or is_masked(x) or not hasattr(x, "dtype"):
                 raise ValueError(
                     f"{name} holds {_describe(x)} at {_at(path)}, where the state of ivon() "
-                    f"holds an array of shape {slot.shape}. Leaves that get no gradient belong outside "
-                    "ivon(): use optax.masked or optax.partition."
+                    f"holds an array of shape {slot.shape}. Leaves that get no gradient belong "
+                    "outside ivon(): use optax.masked or optax.partition."
                 )
             else:
                 owned.append(x)
@@ -116,8 +117,8 @@ class Slots:
                     raise ValueError(
                         f"{name} has {_samples(size)} at {_at(path)}, but {first[0]} has "
                         f"{_samples(first[2])} at {_at(first[1])}. Every leaf of both needs the "
-                        "same number of samples: the product with the noise is formed per sample and "
-                        "then averaged (do not average the gradients before update)."
+                        "same number of samples: the product with the noise is formed per sample "
+                        "and then averaged (do not average the gradients before update)."
                     )
         return None if first is None else first[2]
 

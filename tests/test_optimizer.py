@@ -1,32 +1,360 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from ivon_jax import auto_sample, ivon, mc_value_and_grad, posterior_mean, sample_params
+from ivon_jax import ivon, posterior_mean, sample_params
+from ivon_jax.optimizer import PRECISION_FLOOR
+
+PARAMS = {"a": {"w": jnp.arange(6.0).reshape(3, 2) / 6.0}, "b": jnp.ones(2)}
 
 
-def test_smoke():
-    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
-    loss = lambda p, x: jnp.mean((x @ p["w"] + p["b"][None]) ** 2)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), ivon(0.1, ess=10))
+def ones_like(tree, *leading, dtype=None):
+    return jax.tree.map(lambda x: jnp.ones((*leading, *x.shape), dtype or x.dtype), tree)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (name, value)
+        for name, values in {
+            "learning_rate": (-0.1, math.nan, math.inf),
+            "ess": (0, -1.0, math.nan, math.inf, jnp.float32(0)),
+            "hess_init": (0.0, -1.0, math.nan),
+            "b1": (1.0, -0.1, math.nan),
+            "b2": (1.0, 2, -0.1, math.nan, np.float32(1.0)),
+            "weight_decay": (-1e-4, math.nan, math.inf),
+            "clip_radius": (0.0, -1.0, math.nan),
+        }.items()
+        for value in values
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be [<>]"):
+        ivon(**{"learning_rate": 0.1, "ess": 10, name: value})
+
+
+@pytest.mark.parametrize("value", ["0.1", None, True, 1j, jnp.array(True), [0.1]])
+def test_what_is_not_a_number_is_refused_by_name(value):
+    with pytest.raises(TypeError, match="hess_init must be a real number"):
+        ivon(0.1, 10, hess_init=value)
+
+
+def test_a_vector_is_not_a_number():
+    with pytest.raises(ValueError, match=r"ess must be a scalar; got an array of shape \(2,\)"):
+        ivon(0.1, jnp.ones(2))
+
+
+def test_only_the_learning_rate_may_be_a_schedule():
+    ivon(optax.constant_schedule(0.1), 10)
+    with pytest.raises(TypeError, match=r"ess .*inject_hyperparams"):
+        ivon(0.1, optax.constant_schedule(10.0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_a_hyperparameter_below_float32_is_refused_traced_or_not(dtype):
+    with pytest.raises(TypeError, match=r"b2 is .*hyperparam_dtype=jnp\.float32"):
+        ivon(0.1, 10, b2=jnp.array(0.5, dtype))
+    with pytest.raises(TypeError, match=r"hyperparam_dtype=jnp\.float32"):
+        jax.jit(lambda b2: ivon(0.1, 10, b2=b2).init(PARAMS))(jnp.array(0.5, dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64, jnp.array(1.0)])
+def test_a_momentum_dtype_must_be_floating(dtype):
+    with pytest.raises(TypeError, match=r"momentum_dtype .*static_args"):
+        ivon(0.1, 10, momentum_dtype=dtype)
+
+
+def test_momentum_is_stored_in_its_dtype_and_statistics_stay_float32():
+    tx = ivon(0.1, 10, momentum_dtype=jnp.bfloat16)
+    state = tx.init(PARAMS)
+    for _ in range(2):
+        assert {x.dtype for x in jax.tree.leaves(state.momentum)} == {jnp.dtype(jnp.bfloat16)}
+        assert {x.dtype for x in jax.tree.leaves((state.mean, state.hess))} == {
+            jnp.dtype(jnp.float32)
+        }
+        _, state = tx.update(ones_like(PARAMS), state, PARAMS, noise=ones_like(PARAMS))
+
+
+def test_the_mean_is_a_copy_of_at_least_float32():
+    with jax.enable_x64(True):
+        params = {
+            "f16": jnp.ones(2, jnp.float16),
+            "bf16": jnp.ones(2, jnp.bfloat16),
+            "f32": jnp.ones(2, jnp.float32),
+            "f64": jnp.ones(2, jnp.float64),
+        }
+        state = ivon(0.1, 10).init(params)
+        wide = {"f16": "float32", "bf16": "float32", "f32": "float32", "f64": "float64"}
+        for tree in (state.mean, state.hess, state.momentum):
+            assert jax.tree.map(lambda x: str(x.dtype), tree) == wide
+        pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, state))]
+        assert len(set(pointers)) == len(pointers)
+
+
+def test_leaves_that_are_not_floating_are_not_owned():
+    params = {"w": jnp.ones(2), "n": jnp.arange(3), "flag": jnp.array(True), "none": None}
+    tx = ivon(0.1, 10)
     state = tx.init(params)
-    x = jnp.ones((4, 3))
-    s, n = sample_params(jax.random.key(0), state)
-    u, state = jax.jit(tx.update)(jax.grad(loss)(s, x), state, params, noise=n)
-    params = optax.apply_updates(params, u)
-    for k in ("w", "b"):
-        np.testing.assert_array_equal(params[k], posterior_mean(state)[k])
-    f = mc_value_and_grad(loss, 6, batch_size=4, antithetic=True)
-    for est in ("reparam", "gradsq", "hutchinson"):
-        v, g, h = jax.jit(mc_value_and_grad(loss, 6, batch_size=4, antithetic=True, estimator=est))(jax.random.key(1), state, x)
-        print(est, h)
-    u, state = tx.update(g, state, params, hess=h)
-    tx = auto_sample(tx, 0, mc_samples=3)
-    st = tx.init(params)
-    p = params
-    for i in range(7):
-        u, st = jax.jit(tx.update)(jax.grad(loss)(p, x), st, p)
-        p = optax.apply_updates(p, u)
-    print(st)
+    assert state.mean["n"] == state.mean["flag"] == optax.MaskedNode()
+    grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2), allow_int=True)(params)
+    sample, noise = sample_params(jax.random.key(0), state, params)
+    updates, state = tx.update(grads, state, params, noise=noise)
+    new = optax.apply_updates(params, updates)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    np.testing.assert_array_equal(new["n"], params["n"])
+    np.testing.assert_array_equal(sample["n"], params["n"])
+    np.testing.assert_array_equal(new["flag"], params["flag"])
+    np.testing.assert_array_equal(new["w"], state.mean["w"])
+
+
+def test_complex_parameters_and_other_objects_are_refused_with_their_path():
+    with pytest.raises(TypeError, match=r"complex64.*\['a'\]\['z'\]"):
+        ivon(0.1, 10).init({"a": {"z": jnp.ones(2, jnp.complex64)}})
+    with pytest.raises(TypeError, match=r"params hold str at \['name'\].*filter"):
+        ivon(0.1, 10).init({"name": "layer"})
+
+
+@pytest.mark.parametrize("extra", [{}, {"noise": PARAMS, "hess": PARAMS}])
+def test_update_needs_exactly_one_of_noise_and_hess(extra):
+    tx = ivon(0.1, 10)
+    with pytest.raises(ValueError, match=r"sample_params.*auto_sample"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, **extra)
+
+
+BAD_TREES = {
+    "a missing leaf": ({"a": {"w": PARAMS["a"]["w"]}}, r"lacks \['b'\]"),
+    "an unknown leaf": ({**PARAMS, "c": jnp.ones(1)}, r"unknown \['c'\]"),
+    "another container": ({"a": [PARAMS["a"]["w"]], "b": PARAMS["b"]}, r"\['a'\]\['w'\]"),
+    "another shape": ({"a": {"w": jnp.ones((2, 3))}, "b": PARAMS["b"]}, r"\['a'\]\['w'\]"),
+    "None": ({"a": {"w": None}, "b": PARAMS["b"]}, r"NoneType at \['a'\]\['w'\]"),
+    "a Python number": ({"a": {"w": 1.0}, "b": PARAMS["b"]}, r"float at \['a'\]\['w'\]"),
+}
+
+
+@pytest.mark.parametrize("which", ["grads", "noise", "hess", "params"])
+@pytest.mark.parametrize("bad", BAD_TREES)
+def test_a_tree_that_does_not_fit_is_refused_with_the_path_of_the_leaf(which, bad):
+    tx = ivon(0.1, 10)
+    trees = {"grads": PARAMS, "params": PARAMS, "hess" if which == "hess" else "noise": PARAMS}
+    trees[which], message = BAD_TREES[bad]
+    with pytest.raises(ValueError, match=rf"(?s){which}.*{message}"):
+        tx.update(state=tx.init(PARAMS), **trees)
+
+
+@pytest.mark.parametrize("which", ["grads", "noise", "hess", "params"])
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64])
+def test_a_leaf_that_is_not_real_is_refused_with_its_path(which, dtype):
+    tx = ivon(0.1, 10)
+    trees = {"grads": PARAMS, "params": PARAMS, "hess" if which == "hess" else "noise": PARAMS}
+    trees[which] = {**PARAMS, "b": PARAMS["b"].astype(dtype)}
+    with pytest.raises(TypeError, match=rf"{which} must be real and floating; .*\['b'\]"):
+        tx.update(state=tx.init(PARAMS), **trees)
+
+
+MONTE_CARLO_MISFITS = {
+    "averaged gradients, stacked noise": (ones_like(PARAMS), ones_like(PARAMS, 4)),
+    "stacked gradients, one noise": (ones_like(PARAMS, 4), ones_like(PARAMS)),
+    "different numbers": (ones_like(PARAMS, 4), ones_like(PARAMS, 3)),
+    "no samples": (ones_like(PARAMS, 0), ones_like(PARAMS, 0)),
+    "one leaf averaged": (
+        {"a": ones_like(PARAMS["a"], 4), "b": jnp.ones(2)},
+        ones_like(PARAMS, 4),
+    ),
+    "two sample axes": (ones_like(PARAMS, 2, 2), ones_like(PARAMS, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("case", MONTE_CARLO_MISFITS)
+@pytest.mark.parametrize("kind", ["noise", "hess"])
+def test_monte_carlo_axes_that_do_not_agree_are_refused_with_a_path(case, kind):
+    grads, other = MONTE_CARLO_MISFITS[case]
+    tx = ivon(0.1, 10)
+    with pytest.raises(ValueError, match=r"\['(a|b)'\]"):
+        tx.update(grads, tx.init(PARAMS), PARAMS, **{kind: other})
+
+
+@pytest.mark.parametrize("kind", ["noise", "hess"])
+def test_a_sample_axis_of_one_is_the_same_as_none(kind):
+    tx = ivon(0.1, 10)
+    state = tx.init(PARAMS)
+    one = tx.update(PARAMS, state, PARAMS, **{kind: PARAMS})
+    stack = jax.tree.map(lambda x: x[None], PARAMS)
+    jax.tree.map(
+        np.testing.assert_array_equal, one, tx.update(stack, state, PARAMS, **{kind: stack})
+    )
+
+
+def test_stacked_samples_give_the_mean_of_products_not_the_product_of_means():
+    tx = ivon(0.1, ess=7.0, hess_init=0.5, b2=0.0, weight_decay=0.25)
+    state = tx.init(jnp.zeros(1))
+    noise = jnp.array([[1.0], [-1.0], [2.0]])
+    grads = jnp.array([[3.0], [-1.0], [0.5]])
+    _, new = tx.update(grads, state, noise=noise)
+    product = 7.0 * 0.75 * np.mean([3.0, 1.0, 1.0])
+    d = product - 0.5
+    np.testing.assert_allclose(new.hess, [0.5 + d + 0.5 * d**2 / 0.75], rtol=1e-6)
+    np.testing.assert_allclose(new.momentum, 0.1 * np.mean([3.0, -1.0, 0.5]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("offset", [0.0, 3.0, -100.0])
+def test_apply_updates_lands_on_the_new_mean_whatever_params_was(dtype, offset):
+    with jax.enable_x64(True):
+        tx = ivon(0.1, 10)
+        params = jnp.linspace(-2, 2, 101, dtype=dtype)
+        state = tx.init(params)
+        noise = jnp.full_like(state.mean, 0.1)
+        moved = params + jnp.array(offset, dtype)
+        updates, state = tx.update(params, state, moved, noise=noise)
+        assert updates.dtype == dtype
+        landed = np.asarray(optax.apply_updates(moved, updates), np.float64)
+        # Both operands of the sum are at most |params| + |mean|: one rounding each.
+        scale = np.abs(np.asarray(moved, np.float64)) + np.abs(np.asarray(state.mean, np.float64))
+        error = np.abs(landed - np.asarray(state.mean, np.float64))
+        assert np.all(error <= scale * float(jnp.finfo(dtype).eps))
+
+
+def test_without_params_the_update_is_the_move_of_the_mean():
+    tx = ivon(0.1, 10)
+    state = tx.init(PARAMS)
+    updates, new = tx.update(PARAMS, state, noise=PARAMS)
+    jax.tree.map(
+        lambda u, m, old: np.testing.assert_array_equal(u, m - old), updates, new.mean, state.mean
+    )
+
+
+def test_an_averaged_gradient_with_a_hess_estimate_is_the_product_formed_outside():
+    tx = ivon(0.1, ess=20.0, weight_decay=0.1)
+    state = tx.init(PARAMS)
+    noise = jax.tree.map(lambda x: 0.1 * jnp.cos(x), PARAMS)
+    grads = jax.tree.map(jnp.sin, PARAMS)
+    hess = jax.tree.map(lambda h, n, g: 20.0 * (h + 0.1) * n * g, state.hess, noise, grads)
+    by_noise = tx.update(grads, state, PARAMS, noise=noise)
+    by_hess = tx.update(grads, state, PARAMS, hess=hess)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), by_noise, by_hess)
+
+
+def test_the_largest_move_is_bounded_by_rate_times_precision_times_radius():
+    tx = ivon(0.5, ess=10, hess_init=0.3, weight_decay=0.1, clip_radius=0.01)
+    state = tx.init(PARAMS)
+    huge = jax.tree.map(lambda x: 1e6 * (x - 0.4), PARAMS)
+    updates, _ = tx.update(huge, state, PARAMS, noise=jax.tree.map(jnp.zeros_like, PARAMS))
+    moves = jnp.concatenate([jnp.abs(u).ravel() for u in jax.tree.leaves(updates)])
+    # The update is a difference of numbers near one: a rounding of eps each.
+    np.testing.assert_allclose(moves, 0.5 * 0.4 * 0.01, atol=2e-7)
+
+
+def test_a_falling_weight_decay_cannot_make_the_precision_zero():
+    h0, old, new = 0.5, 1.0, 1e-3
+    tx = ivon(0.1, 10, hess_init=h0, b2=0.0, weight_decay=old)
+    state = tx.init(jnp.zeros(3))
+    # d = −(h+δ) halves the precision; from δ = 1 h falls to −0.25.
+    _, state = tx.update(jnp.zeros(3), state, hess=jnp.full(3, -1.0))
+    assert float(state.hess[0] + old) == pytest.approx(0.75)
+    assert float(state.hess[0]) < -new
+    _, state = ivon(0.1, 10, hess_init=h0, b2=0.9, weight_decay=new).update(
+        jnp.zeros(3), state, hess=state.hess
+    )
+    np.testing.assert_allclose(state.hess + new, PRECISION_FLOOR * (h0 + new), rtol=0.05)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_without_apply_if_finite_a_bad_gradient_shows_in_the_mean(bad):
+    tx = ivon(0.1, 10)
+    state = tx.init(PARAMS)
+    grads = {**PARAMS, "b": PARAMS["b"].at[0].set(bad)}
+    _, state = tx.update(grads, state, PARAMS, noise=PARAMS)
+    assert not np.isfinite(state.mean["b"][0])
+    assert np.all(np.isfinite(state.mean["a"]["w"])) and np.isfinite(state.mean["b"][1])
+
+
+MASKS = {
+    "tree": {"a": {"w": True}, "b": False},
+    "prefix": {"a": True, "b": False},
+    "function": lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+    "function of a prefix": lambda params: {"a": True, "b": False},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masked_leaves_have_no_weight_decay(mask):
+    tx = ivon(0.1, 10, weight_decay=0.3, mask=MASKS[mask])
+    state = tx.init(PARAMS)
+    np.testing.assert_array_equal(state.weight_decay, np.float32([0.3, 0.0]))
+    assert state.weight_decay.dtype == jnp.float32
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    _, new = jax.jit(tx.update)(zero, state, PARAMS, hess=state.hess)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    np.testing.assert_array_equal(new.mean["b"], state.mean["b"])
+    decayed = state.mean["a"]["w"] * (1 - 0.1 * 0.3)  # α(h₀+δ) · δm/(h₀+δ)
+    np.testing.assert_allclose(new.mean["a"]["w"], decayed, rtol=1e-6)
+
+
+def test_a_mask_that_spells_out_a_subtree_works_inside_optax_masked():
+    inner = ivon(0.1, 10, weight_decay=0.3, mask={"a": {"w": True}, "b": True})
+    state = optax.masked(inner, {"a": False, "b": True}).init(PARAMS)
+    np.testing.assert_array_equal(state.inner_state.weight_decay, np.float32([0.3]))
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (True, ValueError, "static_args"),
+        (np.array(False), ValueError, "static_args"),
+        ({"a": 1, "b": 0}, TypeError, "Python bools"),
+        ({"a": True}, ValueError, "mask"),
+        ({"a": {"w": {"x": True}}, "b": True}, ValueError, "mask"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(mask, error, message):
+    with pytest.raises(error, match=message):
+        ivon(0.1, 10, mask=mask).init(PARAMS)
+
+
+def test_hyperparameters_in_the_state_are_strong_float32_scalars():
+    for ess in (10, 10.0, np.float64(10), jnp.array(10)):
+        state = ivon(0.1, ess).init(PARAMS)
+        for x in (state.ess, state.weight_decay):
+            assert x.dtype == jnp.float32 and x.shape == () and not x.weak_type
+
+
+def test_the_prior_field_is_reserved():
+    assert ivon(0.1, 10).init(PARAMS).prior == ()
+
+
+def test_other_extra_arguments_are_ignored():
+    tx = ivon(0.1, 10)
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS, noise=PARAMS, value=1.0, loss_fn=print)
+
+
+def test_trees_without_an_owned_leaf_are_legal():
+    for params in ({}, {"n": jnp.arange(2)}, [None]):
+        tx = ivon(0.1, 10)
+        state = tx.init(params)
+        updates, state = tx.update(params, state, params, noise=state.mean)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+        assert int(state.count) == 1
+
+
+def test_the_loop_of_the_design_trains_to_the_mean():
+    target = jnp.array([1.0, -2.0])
+    tx = optax.chain(optax.clip_by_global_norm(10.0), ivon(0.3, ess=1000, weight_decay=0.0))
+    params = jnp.zeros(2)
+
+    @jax.jit
+    def step(carry, key):
+        params, state = carry
+        sample, noise = sample_params(key, state)
+        grads = jax.grad(lambda p: 0.5 * jnp.sum((p - target) ** 2))(sample)
+        updates, state = tx.update(grads, state, params, noise=noise)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(jax.random.key(0), 200)
+    (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
+    np.testing.assert_array_equal(params, posterior_mean(state))
+    # The stationary spread of the mean is below σ = 1/√1000 for a rate below one.
+    np.testing.assert_allclose(params, target, atol=4 / math.sqrt(1000))
