@@ -103,6 +103,11 @@ def auto_sample(
                 "auto_sample needs the loop's parameters, which are the sample: call "
                 "tx.update(grads, state, params)."
             )
+        if {"noise", "hess"} & extra_args.keys():
+            raise ValueError(
+                "auto_sample draws its own noise: leave noise= and hess= out, or use the "
+                "transformation inside it with sample_params."
+            )
         calls = state.calls + 1
         draw = Draw(
             noise=_current_noise(state, params),
