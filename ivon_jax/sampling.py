@@ -148,5 +148,7 @@ class PosteriorNoise:
 
 
 def _add(mean: jax.Array, noise: jax.Array) -> jax.Array:
-    # A Posterior may hold leaves that are fixed because they are not floating.
-    return mean + noise if jnp.issubdtype(mean.dtype, jnp.floating) else mean
+    # A Posterior may hold leaves that are fixed because they are not floating, or narrower.
+    if not jnp.issubdtype(mean.dtype, jnp.floating):
+        return mean
+    return mean.astype(noise.dtype) + noise

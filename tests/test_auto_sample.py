@@ -78,17 +78,15 @@ def test_mc_samples_average_gradients_and_products_and_move_the_mean_every_kth_c
     clipping = optax.clip_by_global_norm(0.5) if clip else optax.identity()
     reference = tx.init(PARAMS)
     params, noise, window = PARAMS, None, []
-    for call, (new_params, state) in enumerate(run(auto_sample(optax.chain(clipping, tx), 3, k), 9)):
+    for call, (new_params, state) in enumerate(
+        run(auto_sample(optax.chain(clipping, tx), 3, k), 9)
+    ):
         grads, _ = clipping.update(gradient(params), optax.EmptyState())
         window.append((grads, noise))
         if (call + 1) % k == 0:
-            drawn = [(g, n) for g, n in window if n is not None]
-            hess = jax.tree.map(jnp.zeros_like, PARAMS)
-            for g, n in drawn:
-                hess = jax.tree.map(
-                    lambda total, h, g, n: total + 50.0 * (h + 0.1) * n * g / len(drawn),
-                    hess, reference.hess, g, n,
-                )
+            drawn = [jax.tree.map(jnp.multiply, g, n) for g, n in window if n is not None]
+            products = jax.tree.map(lambda *x: sum(x) / len(x), *drawn)
+            hess = jax.tree.map(lambda h, x: 50.0 * (h + 0.1) * x, reference.hess, products)
             mean_grads = jax.tree.map(lambda *g: sum(g) / k, *[g for g, _ in window])
             _, reference = tx.update(mean_grads, reference, hess=hess)
             window = []
@@ -233,7 +231,8 @@ def test_training_finds_the_mean_and_the_curvature_of_a_quadratic():
         params, state = carry
         updates, state = tx.update(gradient(params), state, params)
         return (optax.apply_updates(params, updates), state), (
-            posterior_mean(state), state.inner_state.hess,
+            posterior_mean(state),
+            state.inner_state.hess,
         )
 
     (_, state), (means, hessians) = jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), length=4000)

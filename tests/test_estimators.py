@@ -53,7 +53,9 @@ def test_the_product_uses_the_ess_and_weight_decay_of_the_state():
 
 
 def test_antithetic_pairs_cancel_exactly_on_a_quadratic():
-    quadratic = lambda p: 1.5 * jnp.sum((p - 1.0) ** 2)
+    def quadratic(p):
+        return 1.5 * jnp.sum((p - 1.0) ** 2)
+
     state = make_state(jnp.array([0.25, 3.0]))
     f = mc_value_and_grad(quadratic, 4, antithetic=True)
     _, grads, _ = f(KEY, state)
@@ -222,7 +224,10 @@ def test_axis_name_draws_on_each_device_and_averages(with_vma):
     out = ((spec(), spec("d")), spec(), spec())
     sharded = jax.shard_map(
         lambda s, x, y: f(KEY, s, x, y),
-        mesh=mesh, in_specs=(spec(), spec("d"), spec("d")), out_specs=out, check_vma=with_vma,
+        mesh=mesh,
+        in_specs=(spec(), spec("d"), spec("d")),
+        out_specs=out,
+        check_vma=with_vma,
     )
     (value, biases), grads, hess = jax.jit(sharded)(state, X, Y)
     assert np.unique(np.asarray(biases)).size == biases.size == 24
