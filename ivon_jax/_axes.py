@@ -23,6 +23,6 @@ def zeros_of(aval: Any) -> jax.Array:
     axes = tuple(sorted(varying_axes(aval)))
     if not axes:
         return zeros
-    if hasattr(jax.lax, "pcast"):
+    if hasattr(jax.lax, "pcast"):  # its older name is pvary
         return jax.lax.pcast(zeros, axes, to="varying")
-    return jax.lax.pvary(zeros, axes)
+    return jax.lax.pvary(zeros, axes)  # pyright: ignore[reportAttributeAccessIssue]

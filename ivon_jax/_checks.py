@@ -2,9 +2,10 @@
 
 import math
 import numbers
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,7 +41,7 @@ def check_number(
         raise TypeError(f"{name} must be a real number; got {value!r}.{_schedule_hint(value)}")
     if isinstance(value, jax.core.Tracer):
         return value
-    number = float(value)
+    number = float(cast(Any, value))
     below = number <= low if open_low else number < low
     if math.isnan(number) or below or (number >= high and not (allow_inf and number == math.inf)):
         left = f"> {low:g}" if open_low else f">= {low:g}"

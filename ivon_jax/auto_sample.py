@@ -127,7 +127,8 @@ def auto_sample(
             inner_state=inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # optax types a state as any tree of arrays.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def reseed(state: PyTree, key: jax.Array | int) -> PyTree:

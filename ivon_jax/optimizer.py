@@ -239,7 +239,8 @@ def ivon(
         like = grads if params is None else params
         return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(updates)), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # optax types a state as any tree of arrays.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _close_window(

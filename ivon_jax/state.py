@@ -45,7 +45,7 @@ class IVONState(NamedTuple):
       window: sums of an unfinished window of `auto_sample(mc_samples=k)`; otherwise `()`.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] optax calls it so
     mean: PyTree
     hess: PyTree
     momentum: PyTree
