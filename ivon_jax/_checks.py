@@ -1,4 +1,4 @@
-"""Validation of numbers, with messages that say what to pass instead."""
+"""Validation of arguments, with messages that say what to pass instead."""
 
 import math
 import numbers
@@ -9,6 +9,10 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from ivon_jax._axes import varying_axes
+from ivon_jax._trees import Slots
+
+PyTree = Any
 Number = float | jax.Array
 
 
@@ -67,3 +71,51 @@ def _schedule_hint(value: Any) -> str:
     if not callable(value):
         return ""
     return " Only learning_rate may be a schedule; for others use optax.inject_hyperparams(ivon)."
+
+
+def check_momentum_dtype(dtype: Any) -> np.dtype | None:
+    """A floating dtype, or None."""
+    if dtype is None:
+        return None
+    if isinstance(dtype, jax.Array) or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"momentum_dtype must be a floating dtype; got {dtype!r}. Under inject_hyperparams "
+            "a dtype is taken for a schedule: pass static_args=('momentum_dtype',)."
+        )
+    return jnp.dtype(dtype)
+
+
+def check_exactly_one(noise: PyTree | None, hess: PyTree | None) -> None:
+    """Refuses an update with neither or both of the two ways to learn of the curvature."""
+    if (noise is None) == (hess is None):
+        got = "neither" if noise is None else "both"
+        raise ValueError(
+            f"ivon().update needs exactly one of noise= and hess=; got {got}. Pass the noise that "
+            "sample_params(key, state) returned with the sample at which the gradient was taken, "
+            "or the hess of mc_value_and_grad; for loops that cannot pass anything, wrap the "
+            "optimizer in auto_sample(tx, key)."
+        )
+
+
+def check_floating(slots: Slots, name: str, leaves: list[jax.Array]) -> None:
+    """Refuses owned leaves that are not real floating arrays, with their path."""
+    for path, x in zip(slots.paths, leaves, strict=True):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be real and floating; got {x.dtype} at {path}.")
+
+
+def check_varying(grads: list[jax.Array], axis_name: str | tuple[str, ...] | None) -> None:
+    """Refuses gradients that `shard_map` has already summed over the axis."""
+    if axis_name is None:
+        return
+    for name in (axis_name,) if isinstance(axis_name, str) else axis_name:
+        # Only where the axis index varies does jax track which arrays do.
+        tracked = name in varying_axes(jax.typeof(jax.lax.axis_index(name)))
+        if tracked and not all(name in varying_axes(jax.typeof(g)) for g in grads):
+            raise ValueError(
+                f"axis_name={name!r}, but the gradients do not vary over that axis: under "
+                "shard_map the gradient with respect to a replicated sample is already summed, "
+                "and a further mean leaves it too large by the axis size. Draw one sample per "
+                "device (fold the axis index into the key), or average the loss yourself and "
+                "leave axis_name out."
+            )

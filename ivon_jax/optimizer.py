@@ -8,8 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ivon_jax._axes import varying_axes
-from ivon_jax._checks import Number, check_number
+from ivon_jax._checks import (
+    Number,
+    check_exactly_one,
+    check_floating,
+    check_momentum_dtype,
+    check_number,
+    check_varying,
+)
 from ivon_jax._masks import decay_flags
 from ivon_jax._trees import Slots, copy_array, wide_dtype, without_variables
 from ivon_jax.state import IVONState, Window, leaf_weight_decay, precision_leaves
@@ -133,7 +139,7 @@ def ivon(
     b2 = check_number("b2", b2, low=0.0, high=1.0)
     weight_decay = check_number("weight_decay", weight_decay, low=0.0)
     clip_radius = check_number("clip_radius", clip_radius, low=0.0, open_low=True, allow_inf=True)
-    momentum_dtype = _check_momentum_dtype(momentum_dtype)
+    momentum_dtype = check_momentum_dtype(momentum_dtype)
     # In double precision for Python numbers: in float32 1 - 0.99999 is off by 0.14 %.
     one_minus_b1, one_minus_b2 = 1 - b1, 1 - b2
 
@@ -210,23 +216,28 @@ def ivon(
         **ignored: Any,
     ) -> tuple[PyTree, IVONState]:
         del ignored
-        _check_exactly_one(noise, hess)
+        check_exactly_one(noise, hess)
         slots = Slots(state.mean)
         grad_leaves, others = slots.split("grads", grads)
-        _check_floating(slots, "grads", grad_leaves)
-        _check_varying(grad_leaves, axis_name)
+        check_floating(slots, "grads", grad_leaves)
+        check_varying(grad_leaves, axis_name)
         updates_dtypes = [g.dtype for g in grad_leaves]
         if hess is not None:
-            grad_leaves, hess_leaves = _mean_pair(slots, grad_leaves, "hess", hess)
+            grad_leaves, hess_leaves = _mean_statistics(
+                slots, grad_leaves, "hess", hess, lambda _, h: h
+            )
             new_state = step(state, grad_leaves, hess_leaves)
         else:
             draw = noise if isinstance(noise, Draw) else Draw(noise)
-            grad_leaves, products = _mean_products(slots, grad_leaves, draw.noise)
+            # The mean of products n_s ⊙ ĝ_s, not the product of means.
+            grad_leaves, products = _mean_statistics(
+                slots, grad_leaves, "noise", draw.noise, jnp.multiply
+            )
             new_state = _close_window(step, state, grad_leaves, products, draw)
         base = slots.leaves
         if params is not None:
             base, others = slots.split("params", params)
-            _check_floating(slots, "params", base)
+            check_floating(slots, "params", base)
             slots.check_shapes("params", base)
             updates_dtypes = [p.dtype for p in base]
         moves = [
@@ -287,33 +298,26 @@ def _hess_estimate(
     ]
 
 
-def _mean_products(
-    slots: Slots, grads: list[jax.Array], noise: PyTree
+def _mean_statistics(
+    slots: Slots,
+    grads: list[jax.Array],
+    name: str,
+    other: PyTree,
+    statistic: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """ĝ = mean_s ĝ_s and mean_s(n_s ⊙ ĝ_s): the mean of products, not the product of means."""
-    noise_leaves, _ = slots.split("noise", noise)
-    _check_floating(slots, "noise", noise_leaves)
-    stacked = slots.num_samples(grads=grads, noise=noise_leaves) is not None
-    grads = _widened(slots, grads)
-    products = [n * g for n, g in zip(_widened(slots, noise_leaves), grads, strict=True)]
-    return _averaged(grads, stacked), _averaged(products, stacked)
-
-
-def _mean_pair(
-    slots: Slots, grads: list[jax.Array], name: str, other: PyTree
-) -> tuple[list[jax.Array], list[jax.Array]]:
+    """ĝ and the statistic of ĝ_s and `other`, averaged over the samples s if there are several."""
     leaves, _ = slots.split(name, other)
-    _check_floating(slots, name, leaves)
+    check_floating(slots, name, leaves)
     stacked = slots.num_samples(**{"grads": grads, name: leaves}) is not None
-    return _averaged(_widened(slots, grads), stacked), _averaged(_widened(slots, leaves), stacked)
+    pairs = [
+        (jnp.asarray(g, m.dtype), jnp.asarray(x, m.dtype))
+        for g, x, m in zip(grads, leaves, slots.leaves, strict=True)
+    ]
 
+    def mean(x: jax.Array) -> jax.Array:
+        return jnp.mean(x, axis=0) if stacked else x
 
-def _widened(slots: Slots, leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.asarray(x, m.dtype) for x, m in zip(leaves, slots.leaves, strict=True)]
-
-
-def _averaged(leaves: list[jax.Array], stacked: bool) -> list[jax.Array]:
-    return [jnp.mean(x, axis=0) for x in leaves] if stacked else leaves
+    return [mean(g) for g, _ in pairs], [mean(statistic(g, x)) for g, x in pairs]
 
 
 def _bias_correction(b1: Number, count: jax.Array) -> jax.Array:
@@ -352,48 +356,3 @@ def _owned_mean(path: Any, param: Any) -> jax.Array | optax.MaskedNode:
     if not jnp.issubdtype(dtype, jnp.floating):
         return optax.MaskedNode()
     return copy_array(jnp.asarray(param, wide_dtype(dtype)))
-
-
-def _check_momentum_dtype(dtype: Any) -> Any:
-    if dtype is None:
-        return None
-    if isinstance(dtype, jax.Array) or not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"momentum_dtype must be a floating dtype; got {dtype!r}. Under inject_hyperparams "
-            "a dtype is taken for a schedule: pass static_args=('momentum_dtype',)."
-        )
-    return jnp.dtype(dtype)
-
-
-def _check_exactly_one(noise: PyTree | Draw | None, hess: PyTree | None) -> None:
-    if (noise is None) == (hess is None):
-        got = "neither" if noise is None else "both"
-        raise ValueError(
-            f"ivon().update needs exactly one of noise= and hess=; got {got}. Pass the noise that "
-            "sample_params(key, state) returned with the sample at which the gradient was taken, "
-            "or the hess of mc_value_and_grad; for loops that cannot pass anything, wrap the "
-            "optimizer in auto_sample(tx, key)."
-        )
-
-
-def _check_floating(slots: Slots, name: str, leaves: list[jax.Array]) -> None:
-    for path, x in zip(slots.paths, leaves, strict=True):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} must be real and floating; got {x.dtype} at {path}.")
-
-
-def _check_varying(grads: list[jax.Array], axis_name: str | tuple[str, ...] | None) -> None:
-    """Refuses gradients that `shard_map` has already summed over the axis."""
-    if axis_name is None:
-        return
-    for name in (axis_name,) if isinstance(axis_name, str) else axis_name:
-        # Only where the axis index varies does jax track which arrays do.
-        tracked = name in varying_axes(jax.typeof(jax.lax.axis_index(name)))
-        if tracked and not all(name in varying_axes(jax.typeof(g)) for g in grads):
-            raise ValueError(
-                f"axis_name={name!r}, but the gradients do not vary over that axis: under "
-                "shard_map the gradient with respect to a replicated sample is already summed, "
-                "and a further mean leaves it too large by the axis size. Draw one sample per "
-                "device (fold the axis index into the key), or average the loss yourself and "
-                "leave axis_name out."
-            )
