@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from ivon_jax._trees import Slots, copy_array, wide_dtype
-from ivon_jax.optimizer import Draw, difference
+from ivon_jax._window import Draw
+from ivon_jax.optimizer import difference
 from ivon_jax.sampling import THREEFRY, PosteriorNoise, threefry_key
 from ivon_jax.state import IVONState, Posterior, Window, find_states, gaussian, is_ivon_state
 

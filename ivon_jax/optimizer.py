@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,27 +18,13 @@ from ivon_jax._checks import (
 )
 from ivon_jax._masks import decay_flags
 from ivon_jax._trees import Slots, copy_array, wide_dtype, without_variables
-from ivon_jax.state import IVONState, Window, leaf_weight_decay, precision_leaves
+from ivon_jax._window import Draw, step_or_wait
+from ivon_jax.state import IVONState, leaf_weight_decay
 
 PyTree = Any
 
 PRECISION_FLOOR = 1e-6
 """Smallest new h+δ, as a fraction of h₀+δ: ten units of float32 rounding, a σ 1000 times σ₀."""
-
-
-class Draw(NamedTuple):
-    """What `auto_sample` hands to `ivon` as noise.
-
-    Attributes:
-      noise: noise of the point at which the gradient was taken.
-      at_sample: false if that point is the mean itself; such a gradient has no
-        information on the curvature and must not move `hess`.
-      closes: whether the step is taken now, or the statistics only accumulated.
-    """
-
-    noise: PyTree
-    at_sample: jax.Array | bool = True
-    closes: jax.Array | bool = True
 
 
 def ivon(
@@ -233,7 +219,7 @@ def ivon(
             grad_leaves, products = _mean_statistics(
                 slots, grad_leaves, "noise", draw.noise, jnp.multiply
             )
-            new_state = _close_window(step, state, grad_leaves, products, draw)
+            new_state = step_or_wait(step, state, grad_leaves, products, draw)
         base = slots.leaves
         if params is not None:
             base, others = slots.split("params", params)
@@ -252,50 +238,6 @@ def ivon(
 
     # optax types a state as any tree of arrays.
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def _close_window(
-    step: Callable[..., IVONState],
-    state: IVONState,
-    grads: list[jax.Array],
-    products: list[jax.Array],
-    draw: Draw,
-) -> IVONState:
-    """Takes the step from n⊙ĝ, or adds to an unfinished window of `auto_sample`."""
-    if not isinstance(state.window, Window):
-        draws = jnp.asarray(draw.at_sample, jnp.int32)
-        return step(state, grads, _hess_estimate(state, products, draws))
-    window = Window(
-        calls=state.window.calls + 1,
-        draws=state.window.draws + jnp.asarray(draw.at_sample, jnp.int32),
-        grads=jax.tree.map(jnp.add, state.window.grads, grads),
-        products=jax.tree.map(
-            lambda total, x: total + jnp.where(draw.at_sample, x, 0),
-            state.window.products,
-            products,
-        ),
-    )
-    carried = state._replace(window=())
-
-    def close() -> IVONState:
-        mean_grads = [g / window.calls.astype(g.dtype) for g in window.grads]
-        return step(carried, mean_grads, _hess_estimate(carried, window.products, window.draws))
-
-    # Zeroed outside the branches, so that both return the same types under shard_map.
-    zeroed = jax.tree.map(lambda x: jnp.where(draw.closes, jnp.zeros_like(x), x), window)
-    return jax.lax.cond(draw.closes, close, lambda: carried)._replace(window=zeroed)
-
-
-def _hess_estimate(
-    state: IVONState, products: list[jax.Array], draws: jax.Array
-) -> list[jax.Array]:
-    """ĥ = λ(h+δ) ⊙ Σ(n⊙ĝ)/draws; without a draw h itself, which leaves h where it is."""
-    return [
-        jnp.where(draws > 0, p * x / jnp.maximum(draws, 1).astype(x.dtype), h)
-        for p, x, h in zip(
-            precision_leaves(state), products, jax.tree.leaves(state.hess), strict=True
-        )
-    ]
 
 
 def _mean_statistics(

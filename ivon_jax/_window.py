@@ -1,0 +1,70 @@
+"""From products n⊙ĝ to a step: at once, or when a window of `auto_sample` closes."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ivon_jax.state import IVONState, Window, precision_leaves
+
+PyTree = Any
+
+
+class Draw(NamedTuple):
+    """What `auto_sample` hands to `ivon` as noise.
+
+    Attributes:
+      noise: noise of the point at which the gradient was taken.
+      at_sample: false if that point is the mean itself; such a gradient has no
+        information on the curvature and must not move `hess`.
+      closes: whether the step is taken now, or the statistics only accumulated.
+    """
+
+    noise: PyTree
+    at_sample: jax.Array | bool = True
+    closes: jax.Array | bool = True
+
+
+def step_or_wait(
+    step: Callable[..., IVONState],
+    state: IVONState,
+    grads: list[jax.Array],
+    products: list[jax.Array],
+    draw: Draw,
+) -> IVONState:
+    """Takes the step from n⊙ĝ, or adds to an unfinished window of `auto_sample`."""
+    if not isinstance(state.window, Window):
+        draws = jnp.asarray(draw.at_sample, jnp.int32)
+        return step(state, grads, _hess_estimate(state, products, draws))
+    window = Window(
+        calls=state.window.calls + 1,
+        draws=state.window.draws + jnp.asarray(draw.at_sample, jnp.int32),
+        grads=jax.tree.map(jnp.add, state.window.grads, grads),
+        products=jax.tree.map(
+            lambda total, x: total + jnp.where(draw.at_sample, x, 0),
+            state.window.products,
+            products,
+        ),
+    )
+    carried = state._replace(window=())
+
+    def close() -> IVONState:
+        mean_grads = [g / window.calls.astype(g.dtype) for g in window.grads]
+        return step(carried, mean_grads, _hess_estimate(carried, window.products, window.draws))
+
+    # Zeroed outside the branches, so that both return the same types under shard_map.
+    zeroed = jax.tree.map(lambda x: jnp.where(draw.closes, jnp.zeros_like(x), x), window)
+    return jax.lax.cond(draw.closes, close, lambda: carried)._replace(window=zeroed)
+
+
+def _hess_estimate(
+    state: IVONState, products: list[jax.Array], draws: jax.Array
+) -> list[jax.Array]:
+    """ĥ = λ(h+δ) ⊙ Σ(n⊙ĝ)/draws; without a draw h itself, which leaves h where it is."""
+    return [
+        jnp.where(draws > 0, p * x / jnp.maximum(draws, 1).astype(x.dtype), h)
+        for p, x, h in zip(
+            precision_leaves(state), products, jax.tree.leaves(state.hess), strict=True
+        )
+    ]
