@@ -7,7 +7,7 @@ import jax
 import jax.core
 import numpy as np
 
-from ivon_jax._trees import Slots, without_variables
+from ivon_jax._trees import Slots, without_nnx
 
 PyTree = Any
 
@@ -19,7 +19,10 @@ def decay_flags(mask: PyTree | Callable[[PyTree], PyTree], mean: PyTree) -> np.n
       TypeError: if a leaf of the mask is not a bool.
       ValueError: if the mask is one single bool, or does not fit the parameters.
     """
-    tree = without_variables(mask(mean) if callable(mask) else mask)
+    if not jax.tree.leaves(mean):
+        # No leaf is owned, or optax has put its placeholder in the place of the parameters.
+        return np.zeros(0, np.float32)
+    tree = without_nnx(mask(mean) if callable(mask) else mask)
     leaves = jax.tree.leaves(tree)
     if not callable(mask) and len(leaves) == 1 and leaves[0] is tree:
         raise ValueError(
@@ -37,9 +40,6 @@ def decay_flags(mask: PyTree | Callable[[PyTree], PyTree], mean: PyTree) -> np.n
 
 
 def _broadcast(mask: PyTree, mean: PyTree) -> list[bool]:
-    if not jax.tree.leaves(mean):
-        # No leaf is owned, or optax has put its placeholder in the place of the parameters.
-        return []
     try:
         full = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: bool(m), sub), mask, mean)
         return jax.tree.leaves(full)

@@ -1,5 +1,6 @@
 """Lining up gradients, noise and parameters with the leaves that IVON owns."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,16 +16,46 @@ def is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _is_variable(node: Any) -> bool:
-    # A flax.nnx Variable, recognised by its methods: flax is not a dependency.
+# The classes of flax.nnx are recognised by their methods: flax is not a dependency.
+def _is_nnx_variable(node: Any) -> bool:
     return hasattr(node, "get_value") and hasattr(node, "get_metadata")
 
 
-def without_variables(tree: PyTree) -> PyTree:
-    """The tree with every `flax.nnx` Variable replaced by the array it holds."""
-    return jax.tree.map(
-        lambda x: x.get_value() if _is_variable(x) else x, tree, is_leaf=_is_variable
+def _is_nnx_state(node: Any) -> bool:
+    return isinstance(node, Mapping) and hasattr(node, "flat_state")
+
+
+def without_nnx(tree: PyTree) -> PyTree:
+    """The tree with `flax.nnx` Variables replaced by their arrays and States by dicts."""
+
+    def unwrap(node: Any) -> Any:
+        if _is_nnx_variable(node):
+            return node.get_value()
+        if _is_nnx_state(node):
+            return {key: without_nnx(child) for key, child in node.items()}
+        return node
+
+    return jax.tree.map(unwrap, tree, is_leaf=lambda x: _is_nnx_variable(x) or _is_nnx_state(x))
+
+
+def has_fields(node: Any, kind: type[tuple], fields: tuple[str, ...]) -> bool:
+    """Whether a node is a named tuple of that kind, or the mapping that `nnx.state` makes of it."""
+    return isinstance(node, kind) or (
+        isinstance(node, Mapping) and all(field in node for field in fields)
     )
+
+
+def get_field(node: Any, field: str) -> Any:
+    """A field of a named tuple, or of the mapping that `nnx.state` makes of it."""
+    return node.get(field, ()) if isinstance(node, Mapping) else getattr(node, field)
+
+
+def set_fields(node: Any, **fields: Any) -> Any:
+    """The node with those of the fields replaced that it has."""
+    if isinstance(node, Mapping):
+        new = {key: fields.get(key, child) for key, child in node.items()}
+        return jax.tree.unflatten(jax.tree.structure(node), jax.tree.leaves(new))
+    return node._replace(**fields)
 
 
 def copy_array(x: Any) -> jax.Array:
@@ -47,7 +78,7 @@ class Slots:
 
     def __init__(self, mean: PyTree):
         flat, self.treedef = jax.tree_util.tree_flatten_with_path(
-            without_variables(mean), is_leaf=is_masked
+            without_nnx(mean), is_leaf=is_masked
         )
         self._slots = [(jax.tree_util.keystr(path), x) for path, x in flat]
         self.paths = [path for path, x in self._slots if not is_masked(x)]
@@ -55,7 +86,7 @@ class Slots:
 
     def split(self, name: str, tree: PyTree) -> tuple[list[jax.Array], list[PyTree]]:
         """The owned leaves of `tree`, and its subtrees at the other positions."""
-        pure = without_variables(tree)
+        pure = without_nnx(tree)
         try:
             subtrees = self.treedef.flatten_up_to(pure)
         except (ValueError, TypeError, KeyError) as error:
@@ -64,6 +95,8 @@ class Slots:
         for (path, slot), x in zip(self._slots, subtrees, strict=True):
             if is_masked(slot):
                 others.append(x)
+            elif isinstance(x, float):
+                owned.append(jnp.asarray(x))
             elif x is None or is_masked(x) or not hasattr(x, "dtype"):
                 raise ValueError(
                     f"{name} holds {_describe(x)} at {_at(path)}, where the state of ivon() "

@@ -37,25 +37,28 @@ def step_or_wait(
     if not isinstance(state.window, Window):
         draws = jnp.asarray(draw.at_sample, jnp.int32)
         return step(state, grads, _hess_estimate(state, products, draws))
+    products = [jnp.where(draw.at_sample, x, 0) for x in products]
     window = Window(
         calls=state.window.calls + 1,
         draws=state.window.draws + jnp.asarray(draw.at_sample, jnp.int32),
-        grads=jax.tree.map(jnp.add, state.window.grads, grads),
-        products=jax.tree.map(
-            lambda total, x: total + jnp.where(draw.at_sample, x, 0),
-            state.window.products,
-            products,
-        ),
+        grads=_plus(state.window.grads, grads),
+        products=_plus(state.window.products, products),
     )
     carried = state._replace(window=())
 
     def close() -> IVONState:
-        mean_grads = [g / window.calls.astype(g.dtype) for g in window.grads]
-        return step(carried, mean_grads, _hess_estimate(carried, window.products, window.draws))
+        grads = [g / window.calls.astype(g.dtype) for g in jax.tree.leaves(window.grads)]
+        products = jax.tree.leaves(window.products)
+        return step(carried, grads, _hess_estimate(carried, products, window.draws))
 
     # Zeroed outside the branches, so that both return the same types under shard_map.
     zeroed = jax.tree.map(lambda x: jnp.where(draw.closes, jnp.zeros_like(x), x), window)
     return jax.lax.cond(draw.closes, close, lambda: carried)._replace(window=zeroed)
+
+
+def _plus(tree: PyTree, leaves: list[jax.Array]) -> PyTree:
+    totals, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten([t + x for t, x in zip(totals, leaves, strict=True)])
 
 
 def _hess_estimate(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ivon_jax._trees import Slots, copy_array, wide_dtype
+from ivon_jax._trees import Slots, copy_array, get_field, has_fields, set_fields, wide_dtype
 from ivon_jax._window import Draw
 from ivon_jax.optimizer import difference
 from ivon_jax.sampling import THREEFRY, PosteriorNoise, threefry_key
@@ -167,14 +167,14 @@ def reseed(state: PyTree, key: jax.Array | int) -> PyTree:
     for n, i in enumerate(found):
         data = jax.random.key_data(base if n == 0 else jax.random.fold_in(base, n))
         # The leaf may sit in a flax.nnx Variable, which is kept.
-        new_key = jax.tree.map(lambda _, data=data: copy_array(data), leaves[i].key)
-        leaves[i] = leaves[i]._replace(key=new_key)
+        new_key = jax.tree.map(lambda _, data=data: copy_array(data), get_field(leaves[i], "key"))
+        leaves[i] = set_fields(leaves[i], key=new_key)
     return treedef.unflatten(leaves)
 
 
 def is_auto_sample_state(node: Any) -> bool:
-    """Whether a node of a tree is an `AutoSampleState`."""
-    return isinstance(node, AutoSampleState)
+    """Whether a node is an `AutoSampleState`, or the mapping that `flax.nnx.state` makes of it."""
+    return has_fields(node, AutoSampleState, AutoSampleState._fields)
 
 
 def _key_data(key: jax.Array | int) -> jax.Array:
@@ -188,10 +188,13 @@ def _map_states(f: Any, state: PyTree) -> PyTree:
 
 
 def _with_window(state: IVONState) -> IVONState:
-    zeros = [jnp.zeros_like(m) for m in jax.tree.leaves(state.mean)]
-    count = jnp.zeros([], jnp.int32)
-    window = Window(count, count, zeros, zeros)
-    return state._replace(window=jax.tree.map(copy_array, window))
+    def zeros() -> PyTree:
+        return jax.tree.map(jnp.zeros_like, state.mean)
+
+    def zero() -> jax.Array:
+        return jnp.zeros([], jnp.int32)
+
+    return state._replace(window=Window(zero(), zero(), zeros(), zeros()))
 
 
 def _current_noise(state: AutoSampleState, params: PyTree) -> PyTree:

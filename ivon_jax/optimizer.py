@@ -17,7 +17,7 @@ from ivon_jax._checks import (
     check_varying,
 )
 from ivon_jax._masks import decay_flags
-from ivon_jax._trees import Slots, copy_array, wide_dtype, without_variables
+from ivon_jax._trees import Slots, copy_array, wide_dtype, without_nnx
 from ivon_jax._window import Draw, step_or_wait
 from ivon_jax.state import IVONState, leaf_weight_decay
 
@@ -142,7 +142,7 @@ def ivon(
             hess=jax.tree.map(lambda m: jnp.full_like(m, hess_init), mean),
             momentum=jax.tree.map(lambda m: jnp.zeros_like(m, momentum_dtype), mean),
             ess=jnp.array(ess, jnp.float32),
-            weight_decay=decay(without_variables(mean)),
+            weight_decay=decay(without_nnx(mean)),
         )
 
     def step(state: IVONState, grads: list[jax.Array], hess: list[jax.Array]) -> IVONState:
@@ -151,7 +151,7 @@ def ivon(
             grads, hess = jax.lax.pmean((grads, hess), axis_name)
         lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
         count = optax.safe_increment(state.count)
-        new_decay = decay(without_variables(state.mean))
+        new_decay = decay(without_nnx(state.mean))
         num = len(grads)
         leaves = [
             step_leaf(lr, count, *leaf)

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._checks import Number, check_number
-from ivon_jax._trees import Slots, copy_array
+from ivon_jax._trees import Slots, copy_array, get_field, set_fields
 from ivon_jax.auto_sample import is_auto_sample_state
 from ivon_jax.state import (
     IVONState,
     Posterior,
-    Window,
     fill_unowned,
     find_states,
     gaussian,
@@ -147,24 +146,26 @@ def with_mean(state: PyTree, params: PyTree) -> PyTree:
         if is_ivon_state(node):
             return _moved(node, params)
         if is_auto_sample_state(node):
-            return node._replace(
-                calls=jax.tree.map(jnp.zeros_like, node.calls),
-                at_mean=jax.tree.map(jnp.ones_like, node.at_mean),
-                inner_state=with_mean(node.inner_state, params),
+            return set_fields(
+                node,
+                calls=jax.tree.map(jnp.zeros_like, get_field(node, "calls")),
+                at_mean=jax.tree.map(jnp.ones_like, get_field(node, "at_mean")),
+                inner_state=with_mean(get_field(node, "inner_state"), params),
             )
         return node
 
     return jax.tree.map(move, state, is_leaf=lambda x: is_ivon_state(x) or is_auto_sample_state(x))
 
 
-def _moved(state: IVONState, params: PyTree) -> IVONState:
-    slots = Slots(state.mean)
+def _moved(state: PyTree, params: PyTree) -> PyTree:
+    mean = get_field(state, "mean")
+    slots = Slots(mean)
     owned, _ = slots.split("params", params)
     slots.check_shapes("params", owned)
     leaves = [copy_array(jnp.asarray(p, m.dtype)) for p, m in zip(owned, slots.leaves, strict=True)]
-    window = state.window
-    return state._replace(
-        mean=jax.tree.unflatten(jax.tree.structure(state.mean), leaves),
+    return set_fields(
+        state,
+        mean=jax.tree.unflatten(jax.tree.structure(mean), leaves),
         # Gradients summed at the old mean say nothing about the new one.
-        window=jax.tree.map(jnp.zeros_like, window) if isinstance(window, Window) else window,
+        window=jax.tree.map(jnp.zeros_like, get_field(state, "window")),
     )

@@ -1,13 +1,12 @@
 """The state of `ivon`, the Gaussian it stands for, and finding both in any optax state."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._trees import Slots, is_masked, wide_dtype, without_variables
+from ivon_jax._trees import Slots, get_field, has_fields, is_masked, wide_dtype, without_nnx
 
 PyTree = Any
 
@@ -18,8 +17,8 @@ class Window(NamedTuple):
     Attributes:
       calls: number of gradients summed, int32.
       draws: how many of them were taken at a posterior sample (not at the mean), int32.
-      grads: Σ ĝ for each owned leaf.
-      products: Σ n⊙ĝ for each owned leaf.
+      grads: Σ ĝ, a tree like the mean.
+      products: Σ n⊙ĝ, likewise.
     """
 
     calls: jax.Array
@@ -71,15 +70,8 @@ _REQUIRED = tuple(f for f in IVONState._fields if f not in IVONState._field_defa
 
 
 def is_ivon_state(node: Any) -> bool:
-    """Whether a node of a tree is an `IVONState`."""
-    return isinstance(node, IVONState)
-
-
-def _is_state_like(node: Any) -> bool:
-    # `flax.nnx.state(optimizer)` turns named tuples into mappings.
-    return is_ivon_state(node) or (
-        isinstance(node, Mapping) and all(field in node for field in _REQUIRED)
-    )
+    """Whether a node is an `IVONState`, or the mapping that `flax.nnx.state` makes of it."""
+    return has_fields(node, IVONState, _REQUIRED)
 
 
 def find_states(state: PyTree) -> list[IVONState]:
@@ -88,14 +80,14 @@ def find_states(state: PyTree) -> list[IVONState]:
     Raises:
       ValueError: if there is none.
     """
-    nodes = [x for x in jax.tree.leaves(state, is_leaf=_is_state_like) if _is_state_like(x)]
+    nodes = [x for x in jax.tree.leaves(state, is_leaf=is_ivon_state) if is_ivon_state(x)]
     if not nodes:
         raise ValueError(
             f"found no IVONState in a state of type {type(state).__name__}. Pass what the "
             "optimizer's init or update returned; the optimizer must contain ivon()."
         )
-    fields = [x if is_ivon_state(x) else IVONState(**{f: x[f] for f in _REQUIRED}) for x in nodes]
-    return [without_variables(x) for x in fields]
+    fields = [{f: get_field(x, f) for f in IVONState._fields} for x in nodes]
+    return [IVONState(**without_nnx(x)) for x in fields]
 
 
 def leaf_weight_decay(weight_decay: jax.Array, num_leaves: int) -> list[jax.Array]:
@@ -119,14 +111,14 @@ def gaussian_mean(state: PyTree) -> PyTree:
     Leaves that no state owns are `MaskedNode`.
     """
     if isinstance(state, Posterior):
-        return without_variables(state.mean)
+        return without_nnx(state.mean)
     return functools.reduce(_merge, [part.mean for part in find_states(state)])
 
 
 def gaussian(state: PyTree) -> Posterior:
     """Mean and precision, as in `gaussian_mean`."""
     if isinstance(state, Posterior):
-        return without_variables(state)
+        return without_nnx(state)
     parts = find_states(state)
     precisions = [Slots(part.mean).join(precision_leaves(part)) for part in parts]
     return Posterior(gaussian_mean(state), functools.reduce(_merge, precisions))

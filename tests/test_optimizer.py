@@ -131,7 +131,7 @@ BAD_TREES = {
     "another container": ({"a": [PARAMS["a"]["w"]], "b": PARAMS["b"]}, r"\['a'\]\['w'\]"),
     "another shape": ({"a": {"w": jnp.ones((2, 3))}, "b": PARAMS["b"]}, r"\['a'\]\['w'\]"),
     "None": ({"a": {"w": None}, "b": PARAMS["b"]}, r"NoneType at \['a'\]\['w'\]"),
-    "a Python number": ({"a": {"w": 1.0}, "b": PARAMS["b"]}, r"float at \['a'\]\['w'\]"),
+    "a Python number": ({"a": {"w": 1.0}, "b": PARAMS["b"]}, r"\(\) at \['a'\]\['w'\]"),
 }
 
 

@@ -347,9 +347,11 @@ def test_swapped_arguments_are_refused():
         sample_params(jax.random.key(0), TREE)
 
 
-def test_vmap_over_keys_gives_the_draws_of_the_single_keys():
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_vmap_over_keys_gives_the_draws_of_the_single_keys(impl):
+    """Which the rbg generator itself does not promise."""
     state = ivon(0.1, 10.0).init(TREE)
-    keys = jax.random.split(jax.random.key(13), 3)
+    keys = jax.random.split(jax.random.key(13, impl=impl), 3)
     stacked = jax.vmap(sample_params, (0, None))(keys, state)
     for i, key in enumerate(keys):
         assert_trees_equal(jax.tree.map(lambda x, i=i: x[i], stacked), sample_params(key, state))
@@ -399,10 +401,9 @@ def user_sets_partitionable(value):
     ("impl", "partitionable", "devices"),
     [
         ("threefry2x32", True, (1, 2, 4, 8)),
-        ("threefry2x32", False, (2, 8)),
-        ("rbg", True, (2, 8)),
-        ("rbg", False, (8,)),
-        ("unsafe_rbg", True, (8,)),
+        ("threefry2x32", False, (8,)),
+        ("rbg", True, (8,)),
+        ("unsafe_rbg", True, (2,)),
     ],
 )
 def test_draws_are_bitwise_equal_on_one_to_eight_devices(impl, partitionable, devices):
