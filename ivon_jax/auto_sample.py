@@ -143,7 +143,7 @@ def reseed(state: PyTree, key: jax.Array | int) -> PyTree:
       key: a PRNG key, or an integer seed.
 
     Returns:
-      The state with new keys; where there are several, each gets one folded from `key`.
+      The state with new keys; where there are several, each gets one split from `key`.
 
     Raises:
       TypeError: if `key` is neither a key nor an integer.
@@ -164,8 +164,9 @@ def reseed(state: PyTree, key: jax.Array | int) -> PyTree:
             f"found no AutoSampleState in a state of type {type(state).__name__}: only the "
             "state of auto_sample(tx, key) carries a key."
         )
-    for n, i in enumerate(found):
-        data = jax.random.key_data(base if n == 0 else jax.random.fold_in(base, n))
+    keys = jax.random.split(base, len(found)) if len(found) > 1 else [base]
+    for i, new in zip(found, keys, strict=True):
+        data = jax.random.key_data(new)
         # The leaf may sit in a flax.nnx Variable, which is kept.
         new_key = jax.tree.map(lambda _, data=data: copy_array(data), get_field(leaves[i], "key"))
         leaves[i] = set_fields(leaves[i], key=new_key)

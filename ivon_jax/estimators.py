@@ -146,7 +146,8 @@ def mc_value_and_grad(
             elif estimator == "gradsq":
                 statistic = [jnp.asarray(scale, g.dtype) * g * g for g in grads]
             else:
-                probe_key = jax.random.fold_in(keys[s // 2 if antithetic else s], s)
+                # The keys of the samples are fold_in(key, s) with s < S: this is another stream.
+                probe_key = jax.random.fold_in(jax.random.fold_in(key, num_samples), s)
                 statistic = _hutchinson(fun, has_aux, floating, q, probe_key, here)
             return (value.astype(wide_dtype(value.dtype)), grads, statistic), aux
 

@@ -1,9 +1,11 @@
 """Drawing parameters from the posterior."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ivon_jax._trees import Slots
 from ivon_jax.state import Posterior, fill_unowned, gaussian, wide_zeros
@@ -49,19 +51,27 @@ def threefry_key(key: Any) -> jax.Array:
     return threefry
 
 
-def standard_normals(key: jax.Array, shapes: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
-    """Independent N(0, 1) draws for a list of leaves.
+def gaussian_noise(key: jax.Array, precision: list[jax.Array]) -> list[jax.Array]:
+    """Independent draws n ~ N(0, 1/precision) for a list of leaves; zero where it is infinite.
 
     Args:
       key: a typed threefry key.
-      shapes: shape and dtype of each leaf.
+      precision: precision of each leaf, in the dtype of the draw.
     """
-    if not shapes:
+    if not precision:
         return []
     # The partitionable scheme is what makes a draw independent of its sharding.
     with jax.threefry_partitionable(True):
-        keys = jax.random.split(key, len(shapes))
-        return [jax.random.normal(k, s.shape, s.dtype) for k, s in zip(keys, shapes, strict=True)]
+        keys = jax.random.split(key, len(precision))
+        return [_scaled_normal(k, p) for k, p in zip(keys, precision, strict=True)]
+
+
+def _scaled_normal(key: jax.Array, precision: jax.Array) -> jax.Array:
+    # jax.random.normal is √2·erf⁻¹(u). The constant is multiplied with σ here: left to itself, XLA
+    # moves it there or not, depending on shapes, and the last bit would depend on the sharding.
+    above_minus_one = np.nextafter(np.array(-1, precision.dtype), np.array(0, precision.dtype))
+    u = jax.random.uniform(key, precision.shape, precision.dtype, above_minus_one, 1.0)
+    return jax.lax.erf_inv(u) * (math.sqrt(2) * jax.lax.rsqrt(precision))
 
 
 def sample_params(
@@ -119,10 +129,7 @@ class PosteriorNoise:
 
     def draw(self, key: jax.Array) -> list[jax.Array]:
         """n = ε/√precision, ε ~ N(0, I), for each owned leaf; zero where it is infinite."""
-        normals = standard_normals(
-            key, [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in self.precision]
-        )
-        return [e * jax.lax.rsqrt(p) for e, p in zip(normals, self.precision, strict=True)]
+        return gaussian_noise(key, self.precision)
 
     def displaced(self, noise: list[jax.Array]) -> PyTree:
         """m + n, in the parameters' dtypes."""

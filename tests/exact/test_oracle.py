@@ -36,15 +36,6 @@ SETTINGS = {
 }
 
 
-def x64():
-    """`jax.enable_x64(True)`, which the oldest supported jax has under `jax.experimental`."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64
-
-    return enable_x64(True)
-
-
 def problem():
     """A small two-layer regression: inputs, targets and parameters, as NumPy float64."""
     rng = np.random.default_rng(0)
@@ -111,7 +102,7 @@ def run_ours(settings, samples, noises):
 def test_trajectory_equals_that_of_ivon_opt(name, samples):
     settings = BASE | SETTINGS[name]
     means, noises, hess = run_oracle(settings, samples)
-    with x64():
+    with jax.enable_x64(True):
         our_means, our_hess = run_ours(settings, samples, noises)
     # The oracle's noise is known as θ−m, to 1e-16·|θ|/σ with σ ≥ 1e-2: relative 1e-14, which
     # 30 steps may multiply. Any difference of definition is larger than 1e-6.
@@ -131,7 +122,7 @@ def test_the_oracle_draws_from_the_posterior_that_we_state():
     torch.manual_seed(0)
     with oracle.IVON([leaf], lr=0.1, **settings).sampled_params(train=False):
         draws = leaf.detach().clone().numpy()
-    with x64():
+    with jax.enable_x64(True):
         state = ivon_jax.ivon(0.1, **settings).init(jnp.zeros(size))
         precision = np.asarray(ivon_jax.posterior(state).precision)
     z = draws * np.sqrt(precision)
@@ -155,7 +146,7 @@ def test_the_gradsq_estimate_with_scale_ess_equals_that_of_ivon_opt(samples):
             optimizer.zero_grad()
             torch_loss(params, torch.tensor(x), torch.tensor(y)).backward()
     optimizer.step()
-    with x64():
+    with jax.enable_x64(True):
         tx = ivon_jax.ivon(
             settings["lr"],
             settings["ess"],

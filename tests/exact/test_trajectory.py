@@ -39,15 +39,6 @@ SETTINGS = {
 }
 
 
-def x64(enable=True):
-    """`jax.enable_x64`, which the oldest supported jax has under `jax.experimental`."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(enable)
-    from jax.experimental import enable_x64
-
-    return enable_x64(enable)
-
-
 def gradient(theta, curvature, xp):
     """Gradient of ½aθ² − cos(3θ)/6 − θ: curved, and not quadratic."""
     return curvature * theta + 0.5 * xp.sin(3.0 * theta) - 1.0
@@ -194,7 +185,7 @@ FLOAT32_RTOL = 3.6e-5
     ("name", "samples"), [*((n, s) for n in SETTINGS for s in (None, 3)), ("plain", 1), ("clip", 1)]
 )
 def test_trajectory_in_float64_is_the_equations(name, samples):
-    with x64():
+    with jax.enable_x64(True):
         reference = run(SETTINGS[name], samples, jnp.float64, FLOAT64_RTOL)
     if "clip_radius" in SETTINGS[name]:
         assert 0.02 < np.mean(reference.clipped) < 0.95, "the clip must act, but not always"
@@ -208,7 +199,7 @@ def test_trajectory_in_float32_is_the_equations(name, samples):
 @pytest.mark.parametrize("samples", [None, 1, 3])
 @pytest.mark.parametrize("name", ["plain", "masked_prior", "short_hess_memory", "no_debias"])
 def test_trajectory_with_a_given_hess_is_the_equations(name, samples):
-    with x64():
+    with jax.enable_x64(True):
         run(SETTINGS[name], samples, jnp.float64, FLOAT64_RTOL, statistic="hess_hat")
 
 
@@ -225,7 +216,7 @@ def test_trajectory_with_a_given_hess_is_the_equations(name, samples):
 def test_changed_ess_and_decay_act_on_the_step_and_the_stored_ones_on_the_noise(changing, mask):
     """ĥ and the old precision use the λ and δ under which the noise was drawn."""
     injected = normals(2, None)
-    with x64():
+    with jax.enable_x64(True):
         now = DEFAULTS | {"mask": mask} | {k: f(0) for k, f in changing.items()}
         reference = Reference(**now)
         params = jax.tree.map(jnp.asarray, PARAMS)
@@ -244,7 +235,7 @@ def test_under_jit_and_scan_the_trajectory_is_the_same():
     """One compiled scan over the steps: fused, and with a traced step count."""
     settings = DEFAULTS | SETTINGS["schedule"] | {"clip_radius": 0.5}
     injected = normals(0, 3)
-    with x64():
+    with jax.enable_x64(True):
         reference, tx, noise = Reference(**settings), ivon(**settings), []
         for t in range(STEPS):
             noise.append(reference.noise(at(injected, t)))
@@ -292,7 +283,7 @@ def test_float32_hess_over_ten_thousand_steps_is_as_good_as_its_last_bits(loc):
     hats = loc + np.random.default_rng(3).standard_normal((steps, 64))
     # Both precisions see the same numbers.
     hats = hats.astype(np.float32).astype(np.float64)
-    with x64():
+    with jax.enable_x64(True):
         exact = np.asarray(hess_after(b2, hats, jnp.float64))
     expected = np.ones(64)
     for hat in hats:
