@@ -102,7 +102,8 @@ def compare(options: Options, data: ImageData) -> list[Column]:
         # Seeds outside, methods inside: a machine that is busy for a while slows all methods.
         for seed, (method, column) in itertools.product(range(options.seeds), columns.items()):
             bar.set_description(f"seed {seed}, {LABELS[method]}")
-            trained = train(trainers[method], train_data, seed, on_epoch=bar.update)
+            values = options.hyperparameters[method]
+            trained = train(trainers[method], values, train_data, seed, on_epoch=bar.update)
             point, samples = predictions(method, trained, predictor, images, seed)
             column.seconds.append(float(np.median(trained.seconds)))
             if samples is None:

@@ -20,7 +20,13 @@ HYPERPARAMETERS: dict[str, dict[str, dict[str, float]]] = {
     "digits": {
         "sgd": {"learning_rate": 0.2, "weight_decay": 1e-3},
         "adamw": {"learning_rate": 0.02, "weight_decay": 0.3},
-        "ivon": {"learning_rate": 1.0, "hess_init": 1.0, "weight_decay": 1e-4, "b2": 0.999},
+        "ivon": {
+            "learning_rate": 1.0,
+            "hess_init": 1.0,
+            "weight_decay": 1e-4,
+            "temperature": 1.0,
+            "b2": 0.999,
+        },
     },
     # Chosen by: image_classification.py --tune --seeds 1 --dataset mnist --data-dir DIR, where DIR
     # held the t10k files alone. IVON's learning rate and weight decay lie at the edge of its grid
@@ -28,13 +34,25 @@ HYPERPARAMETERS: dict[str, dict[str, dict[str, float]]] = {
     "mnist": {
         "sgd": {"learning_rate": 0.05, "weight_decay": 3e-3},
         "adamw": {"learning_rate": 3e-3, "weight_decay": 0.3},
-        "ivon": {"learning_rate": 0.25, "hess_init": 1.0, "weight_decay": 1e-3, "b2": 0.999},
+        "ivon": {
+            "learning_rate": 0.25,
+            "hess_init": 1.0,
+            "weight_decay": 1e-3,
+            "temperature": 1.0,
+            "b2": 0.999,
+        },
     },
     # Not tuned: common values for SGD and AdamW, the published ones for IVON on CIFAR-10.
     "cifar10": {
         "sgd": {"learning_rate": 0.05, "weight_decay": 5e-4},
         "adamw": {"learning_rate": 2e-3, "weight_decay": 0.1},
-        "ivon": {"learning_rate": 0.2, "hess_init": 0.5, "weight_decay": 2e-4, "b2": 0.99999},
+        "ivon": {
+            "learning_rate": 0.2,
+            "hess_init": 0.5,
+            "weight_decay": 2e-4,
+            "temperature": 1.0,
+            "b2": 0.99999,
+        },
     },
 }
 UNTUNED = ("cifar10",)
@@ -42,6 +60,7 @@ RANGES = {  # hyperparameter: what it must be, in words and as a test
     "learning_rate": ("a positive number", lambda value: value > 0),
     "weight_decay": ("a number of at least 0", lambda value: value >= 0),
     "hess_init": ("a positive number", lambda value: value > 0),
+    "temperature": ("a positive number", lambda value: value > 0),
     "b2": ("a number from 0 to below 1", lambda value: 0 <= value < 1),
 }
 

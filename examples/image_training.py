@@ -24,6 +24,7 @@ NUM_CLASSES = 10
 
 Array = jax.Array
 Params = Any
+Values = Mapping[str, Any]  # hyperparameters by name
 Carry = tuple[Params, Any]  # parameters and optimizer state
 Data = tuple[Array, Array]  # images and labels
 Step = Callable[[Array, Params, Any, Any], tuple[Params, Any, Array]]
@@ -75,14 +76,16 @@ def make_model(image_shape: tuple[int, ...]) -> nn.Module:
 
 
 def make_optimizer(
-    method: str, values: Mapping[str, float], num_steps: int, num_train: int
+    method: str, values: Values, num_steps: int, num_train: int
 ) -> optax.GradientTransformationExtraArgs:
     """All three get linear warmup, cosine decay to zero, and weight decay on every parameter."""
     warmup = min(max(1, round(WARMUP_SHARE * num_steps)), num_steps - 1)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, values["learning_rate"], warmup_steps=warmup, decay_steps=num_steps
-    )
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, num_steps)
     decay = values["weight_decay"]
+
+    def schedule(count):
+        return values["learning_rate"] * shape(count)
+
     if method == "sgd":
         tx = optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule, momentum=0.9))
     elif method == "adamw":
@@ -90,7 +93,8 @@ def make_optimizer(
     elif method == "ivon":
         tx = ivon(
             schedule,
-            ess=num_train,  # plain Bayes: the posterior weighs every training example once
+            # Temperature 1 is plain Bayes, which weighs every training example once.
+            ess=num_train / values["temperature"],
             hess_init=values["hess_init"],
             b2=values["b2"],
             weight_decay=decay,
@@ -140,10 +144,13 @@ def make_plain_step(loss_fn: Callable, tx: optax.GradientTransformationExtraArgs
 
 
 class Trainer(NamedTuple):
-    """A method ready to run: `init` draws parameters and state, `run_epoch` is compiled."""
+    """A method ready to run: `init` draws parameters and state, `run_epoch` is compiled.
 
-    init: Callable[[Array], Carry]
-    run_epoch: Callable[[Data, Carry, Array], Carry]
+    Both take the hyperparameters last, so that one compilation serves a whole grid of them.
+    """
+
+    init: Callable[[Array, Values], Carry]
+    run_epoch: Callable[[Data, Carry, Array, Values], Carry]
     epochs: int
 
 
@@ -157,33 +164,48 @@ class Trained(NamedTuple):
 
 def make_trainer(
     method: str,
-    values: Mapping[str, float],
+    values: Values,
     model: nn.Module,
     data: Data,
     epochs: int,
     batch_size: int,
 ) -> Trainer:
-    """Compiles a method's epoch, so that no later timing contains the compiler."""
+    """Compiles a method's epoch, so that no later timing contains the compiler.
+
+    Of `values` only the names matter here.
+    """
     num_train = len(data[1])
-    tx = make_optimizer(method, values, epochs * (num_train // batch_size), num_train)
-    step = make_step(method, model, tx)
+    num_steps = epochs * (num_train // batch_size)
     image = data[0][:1]
 
+    def optimizer(values):
+        return make_optimizer(method, values, num_steps, num_train)
+
     @jax.jit
-    def init(key):
+    def init(key, values):
         params = model.init(key, image)
-        return params, tx.init(params)
+        return params, optimizer(values).init(params)
+
+    def step(values):
+        return make_step(method, model, optimizer(values))
 
     key = jax.random.key(0)
+    carry = init(key, values)
     if isinstance(model, ConvNet) and jax.default_backend() == "cpu":
         # XLA's CPU code for the gradient of a convolution is some 30 times slower inside a loop.
-        one_step = jax.jit(partial(step_on_rows, step), donate_argnums=1)
+        one_step = jax.jit(
+            lambda data, carry, inputs, values: step_on_rows(step(values), data, carry, inputs),
+            donate_argnums=1,
+        )
         inputs = (key, jnp.arange(batch_size))
-        compiled_step = one_step.lower(data, init(key), inputs).compile()
+        compiled_step = one_step.lower(data, carry, inputs, values).compile()
         run_epoch = partial(loop_epoch, compiled_step, batch_size)
     else:
-        epoch = jax.jit(partial(scan_epoch, step, batch_size), donate_argnums=1)
-        run_epoch = epoch.lower(data, init(key), key).compile()
+        epoch = jax.jit(
+            lambda data, carry, key, values: scan_epoch(step(values), batch_size, data, carry, key),
+            donate_argnums=1,
+        )
+        run_epoch = epoch.lower(data, carry, key, values).compile()
     return Trainer(init, run_epoch, epochs)
 
 
@@ -204,11 +226,11 @@ def scan_epoch(step: Step, batch_size: int, data: Data, carry: Carry, key: Array
 
 
 def loop_epoch(
-    compiled_step: Callable, batch_size: int, data: Data, carry: Carry, key: Array
+    compiled_step: Callable, batch_size: int, data: Data, carry: Carry, key: Array, values: Values
 ) -> Carry:
     """Runs the same pass as `scan_epoch`, step by step."""
     for inputs in zip(*shuffled_batches(key, len(data[1]), batch_size), strict=True):
-        carry, _ = compiled_step(data, carry, inputs)
+        carry, _ = compiled_step(data, carry, inputs, values)
     return carry
 
 
@@ -235,17 +257,18 @@ def seed_keys(seed: int) -> SeedKeys:
 
 def train(
     trainer: Trainer,
+    values: Values,
     data: Data,
     seed: int,
     on_epoch: Callable[[], object] = lambda: None,
 ) -> Trained:
     """Trains from one seed: all methods share its initial weights and its order of examples."""
     init_key, epochs_key, _ = seed_keys(seed)
-    carry = trainer.init(init_key)
+    carry = trainer.init(init_key, values)
     seconds = []
     for key in jax.random.split(epochs_key, trainer.epochs):
         start = time.perf_counter()
-        carry = jax.block_until_ready(trainer.run_epoch(data, carry, key))
+        carry = jax.block_until_ready(trainer.run_epoch(data, carry, key, values))
         seconds.append(time.perf_counter() - start)
         on_epoch()
     params, state = carry
