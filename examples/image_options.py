@@ -22,9 +22,9 @@ HYPERPARAMETERS: dict[str, dict[str, dict[str, float]]] = {
         "adamw": {"learning_rate": 0.02, "weight_decay": 0.3},
         "ivon": {
             "learning_rate": 1.0,
-            "hess_init": 1.0,
+            "hess_init": 0.03,
             "weight_decay": 1e-4,
-            "temperature": 1.0,
+            "temperature": 0.1,
             "b2": 0.999,
         },
     },
