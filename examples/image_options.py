@@ -19,7 +19,7 @@ HYPERPARAMETERS: dict[str, dict[str, dict[str, float]]] = {
     # Chosen by: image_classification.py --tune --seeds 5
     "digits": {
         "sgd": {"learning_rate": 0.2, "weight_decay": 1e-3},
-        "adamw": {"learning_rate": 0.02, "weight_decay": 0.3},
+        "adamw": {"learning_rate": 0.05, "weight_decay": 0.3},
         "ivon": {
             "learning_rate": 1.0,
             "hess_init": 0.03,
