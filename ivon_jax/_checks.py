@@ -47,11 +47,38 @@ def check_number(
         return value
     number = float(cast(Any, value))
     below = number <= low if open_low else number < low
-    if math.isnan(number) or below or (number >= high and not (allow_inf and number == math.inf)):
+    with np.errstate(over="ignore", under="ignore"):
+        stored = np.float32(number)  # the state holds float32
+    below = below or (open_low and stored == 0)
+    above = number >= high or math.isinf(stored)
+    if math.isnan(number) or below or (above and not (allow_inf and number == math.inf)):
         left = f"> {low:g}" if open_low else f">= {low:g}"
-        right = "" if allow_inf else " and finite" if high == math.inf else f" and < {high:g}"
+        right = (
+            ""
+            if allow_inf
+            else " and finite in float32"
+            if high == math.inf
+            else f" and < {high:g}"
+        )
         raise ValueError(f"{name} must be {left}{right}; got {number!r}.")
     return number
+
+
+def check_positive(name: str, value: Any) -> int:
+    """A Python integer of at least one.
+
+    Raises:
+      ValueError: if it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1; got {value!r}.")
+    return int(value)
+
+
+def check_scalar(name: str, value: Any) -> None:
+    """Refuses an array, traced or not, that would be broadcast against the parameters."""
+    if jnp.shape(value):
+        raise ValueError(f"{name} must be a scalar; got an array of shape {jnp.shape(value)}.")
 
 
 def _check_array(name: str, value: Any) -> None:
@@ -93,7 +120,8 @@ def check_exactly_one(noise: PyTree | None, hess: PyTree | None) -> None:
             f"ivon().update needs exactly one of noise= and hess=; got {got}. Pass the noise that "
             "sample_params(key, state) returned with the sample at which the gradient was taken, "
             "or the hess of mc_value_and_grad; for loops that cannot pass anything, wrap the "
-            "optimizer in auto_sample(tx, key)."
+            "optimizer in auto_sample(tx, key). If it is wrapped, a transformation in between "
+            "drops extra arguments: put auto_sample inside that one."
         )
 
 

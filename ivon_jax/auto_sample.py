@@ -4,8 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from ivon_jax._checks import check_positive
 from ivon_jax._trees import Slots, copy_array, get_field, has_fields, set_fields, wide_dtype
 from ivon_jax._window import Draw
 from ivon_jax.optimizer import difference
@@ -48,7 +50,8 @@ def auto_sample(
 
     Args:
       tx: `ivon(...)`, or a transformation that contains it, such as
-        `optax.chain(optax.clip_by_global_norm(1.0), ivon(...))`.
+        `optax.chain(optax.clip_by_global_norm(1.0), ivon(...))`. Wrap once, around
+        `optax.partition`: two wrappers with the same key would share draws.
       key: a PRNG key, or an integer seed. The state carries a copy of its data.
       mc_samples: number of calls, each with its own sample, whose ĝ and n⊙ĝ are averaged
         before the mean moves. Schedules inside `ivon` count steps of the mean; those of
@@ -78,8 +81,7 @@ def auto_sample(
       >>> bool(jnp.all(jnp.abs(posterior_mean(state) - 3.0) < 0.1))
       True
     """
-    if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
-        raise ValueError(f"mc_samples must be an integer >= 1; got {mc_samples!r}.")
+    mc_samples = check_positive("mc_samples", mc_samples)
     key_data = _key_data(key)
     inner = optax.with_extra_args_support(tx)
 
@@ -167,6 +169,12 @@ def reseed(state: PyTree, key: jax.Array | int) -> PyTree:
     keys = jax.random.split(base, len(found)) if len(found) > 1 else [base]
     for i, new in zip(found, keys, strict=True):
         data = jax.random.key_data(new)
+        old_shape = jax.tree.leaves(get_field(leaves[i], "key"))[0].shape
+        if old_shape != data.shape:
+            raise ValueError(
+                f"this is a stack of states (key has shape {old_shape}): use "
+                "jax.vmap(reseed)(states, keys)."
+            )
         # The leaf may sit in a flax.nnx Variable, which is kept.
         new_key = jax.tree.map(lambda _, data=data: copy_array(data), get_field(leaves[i], "key"))
         leaves[i] = set_fields(leaves[i], key=new_key)
@@ -179,8 +187,8 @@ def is_auto_sample_state(node: Any) -> bool:
 
 
 def _key_data(key: jax.Array | int) -> jax.Array:
-    if isinstance(key, int) and not isinstance(key, bool):
-        key = jax.random.key(key, impl=THREEFRY)
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        key = jax.random.key(int(key), impl=THREEFRY)
     return jax.random.key_data(threefry_key(key))
 
 

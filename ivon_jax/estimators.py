@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ivon_jax._axes import zeros_of
-from ivon_jax._checks import Number, check_number
+from ivon_jax._checks import Number, check_number, check_positive
 from ivon_jax._trees import wide_dtype
 from ivon_jax.sampling import PosteriorNoise, key_words, threefry_key
 from ivon_jax.state import gaussian
@@ -100,9 +101,9 @@ def mc_value_and_grad(
     """
     if not callable(fun):
         raise TypeError(f"fun must be a function of (params, *args); got {fun!r}.")
-    _check_positive("num_samples", num_samples)
+    num_samples = check_positive("num_samples", num_samples)
     if batch_size is not None:
-        _check_positive("batch_size", batch_size)
+        batch_size = check_positive("batch_size", batch_size)
     if antithetic and num_samples % 2:
         raise ValueError(f"antithetic samples come in pairs: num_samples={num_samples} is odd.")
     if estimator not in _ESTIMATORS:
@@ -138,8 +139,8 @@ def mc_value_and_grad(
             here = arguments(s)
             value, aux, grads = _value_and_grad(fun, has_aux, floating, q.displaced(noise), here)
             if grad_transform is not None:
-                grads = grad_transform(grads)
-            grads = [g.astype(wide_dtype(g.dtype)) for g in floating.pick(grads)]
+                grads = _transformed(grad_transform, floating, grads)
+            grads = [g.astype(wide_dtype(g.dtype)) for g in grads]
             if estimator == "reparam":
                 noise = floating.pick(q.tree(noise))
                 statistic = [n * g.astype(n.dtype) for n, g in zip(noise, grads, strict=True)]
@@ -158,6 +159,9 @@ def mc_value_and_grad(
         if estimator == "reparam":
             precision = floating.pick(q.tree(q.precision))
             hess = [p * x for p, x in zip(precision, hess, strict=True)]
+        # No curvature for leaves that IVON does not own, or that are fixed by infinite precision.
+        free = floating.pick(q.tree([jnp.isfinite(p).astype(p.dtype) for p in q.precision]))
+        hess = [jnp.where(f != 0, x, 0) for f, x in zip(free, hess, strict=True)]
         grads = floating.place(grads, lambda x: np.zeros(x.shape, jax.dtypes.float0))
         hess = floating.place(hess, lambda x: jnp.zeros(x.shape, jnp.float32))
         return ((value, aux) if has_aux else value), grads, hess
@@ -187,15 +191,30 @@ class _Floating:
 
 def _value_and_grad(
     fun: Callable[..., Any], has_aux: bool, floating: _Floating, sample: PyTree, args: list[Any]
-) -> tuple[jax.Array, Any, PyTree]:
-    """Value, aux (or None) and gradient, which has the dtype float0 for integer leaves."""
+) -> tuple[jax.Array, Any, list[jax.Array]]:
+    """Value, aux (or None) and the gradient of the floating leaves."""
 
     def of_floating(leaves: list[jax.Array]) -> Any:
         return fun(floating.place(leaves, lambda x: x), *args)
 
     out, grads = jax.value_and_grad(of_floating, has_aux=has_aux)(floating.pick(sample))
     value, aux = out if has_aux else (out, None)
-    return value, aux, floating.place(grads, lambda x: np.zeros(x.shape, jax.dtypes.float0))
+    return value, aux, grads
+
+
+def _transformed(
+    grad_transform: Callable[[PyTree], PyTree], floating: _Floating, grads: list[jax.Array]
+) -> list[jax.Array]:
+    """The user's transform of a gradient in which integer leaves are `MaskedNode`."""
+    tree = floating.place(grads, lambda _: optax.MaskedNode())
+    new = grad_transform(tree)
+    same = jax.tree.structure(new) == jax.tree.structure(tree)
+    if not same or [x.shape for x in jax.tree.leaves(new)] != [g.shape for g in grads]:
+        raise ValueError(
+            "grad_transform must return a tree of the structure and shapes of its argument; for an "
+            "optax transformation that is lambda g: clip.update(g, clip.init(g))[0]."
+        )
+    return jax.tree.leaves(new)
 
 
 def _hutchinson(
@@ -216,7 +235,7 @@ def _hutchinson(
 
     def gradient(leaves: list[jax.Array]) -> list[jax.Array]:
         tree = floating.place(leaves, lambda x: x)
-        return floating.pick(_value_and_grad(fun, has_aux, floating, tree, args)[2])
+        return _value_and_grad(fun, has_aux, floating, tree, args)[2]
 
     _, products = jax.jvp(gradient, (mean,), (probe,))
     return [(u * x).astype(wide_dtype(x.dtype)) for u, x in zip(probe, products, strict=True)]
@@ -233,7 +252,7 @@ def _mean_over_samples(
     def group(samples: jax.Array) -> tuple[_Estimates, Any]:
         if len(samples) == 1:
             estimates, aux = at_sample(samples[0])
-            return estimates, jax.tree.map(lambda x: x[None], aux)
+            return estimates, jax.tree.map(lambda x: jnp.asarray(x)[None], aux)
         estimates, aux = jax.vmap(at_sample)(samples)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), estimates), aux
 
@@ -321,8 +340,3 @@ def _check_argnums(num_args: int, argnums: tuple[int, ...]) -> None:
                 f"rng_argnums or batch_argnums names argument {i}, but fun was called with the "
                 f"parameters and {num_args} further arguments."
             )
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1; got {value!r}.")

@@ -1,5 +1,6 @@
 """The IVON update rule as an optax gradient transformation."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +15,13 @@ from ivon_jax._checks import (
     check_floating,
     check_momentum_dtype,
     check_number,
+    check_scalar,
     check_varying,
 )
 from ivon_jax._masks import decay_flags
 from ivon_jax._trees import Slots, copy_array, wide_dtype, without_nnx
 from ivon_jax._window import Draw, step_or_wait
-from ivon_jax.state import IVONState, leaf_weight_decay
+from ivon_jax.state import IVONState, check_single, leaf_weight_decay
 
 PyTree = Any
 
@@ -76,8 +78,8 @@ def ivon(
       b2: β₂, decay of the Hessian's moving average.
       weight_decay: δ, precision of the Gaussian prior per example; 0 is a flat prior.
       mask: leaves that get weight decay, as in `optax.adamw`: a tree of bools, of which
-        it may be a prefix, or a function of the parameters that returns one. The others
-        have δ = 0.
+        it may be a prefix, or a function of the parameters (of the mean, where `update` is not
+        given them) that returns one. The others have δ = 0.
       clip_radius: ξ, bound on each element of u. The largest move of a parameter in one
         step is α(h₀+δ)ξ.
       rescale_lr: whether α is multiplied by h₀+δ.
@@ -90,7 +92,8 @@ def ivon(
       A transformation whose `update(grads, state, params=None, *, noise=None, hess=None)`
       takes exactly one of `noise` (what `sample_params` returned) and `hess` (an estimate ĥ,
       as `mc_value_and_grad` returns). Gradients and noise, or gradients and `hess`, may have
-      a leading axis of Monte Carlo samples, which is averaged after the product is formed.
+      a leading axis of Monte Carlo samples, which is averaged after the product is formed. Inside
+      `optax.partition` or `masked` average that axis yourself for the other leaves.
 
     Raises:
       TypeError: if an argument is not a number, or traced below float32.
@@ -129,10 +132,10 @@ def ivon(
     # In double precision for Python numbers: in float32 1 - 0.99999 is off by 0.14 %.
     one_minus_b1, one_minus_b2 = 1 - b1, 1 - b2
 
-    def decay(mean: PyTree) -> jax.Array:
+    def decay(mean: PyTree, params: PyTree) -> jax.Array:
         # A copy even of an injected hyperparameter, so that donating the state frees neither.
         delta = jnp.array(weight_decay, jnp.float32)
-        return delta if mask is None else delta * decay_flags(mask, mean)
+        return delta if mask is None else delta * decay_flags(mask, without_nnx(mean), params)
 
     def init(params: PyTree) -> IVONState:
         mean = jax.tree_util.tree_map_with_path(_owned_mean, params)
@@ -142,16 +145,18 @@ def ivon(
             hess=jax.tree.map(lambda m: jnp.full_like(m, hess_init), mean),
             momentum=jax.tree.map(lambda m: jnp.zeros_like(m, momentum_dtype), mean),
             ess=jnp.array(ess, jnp.float32),
-            weight_decay=decay(without_nnx(mean)),
+            weight_decay=decay(mean, params),
         )
 
-    def step(state: IVONState, grads: list[jax.Array], hess: list[jax.Array]) -> IVONState:
+    def step(
+        new_decay: jax.Array, state: IVONState, grads: list[jax.Array], hess: list[jax.Array]
+    ) -> IVONState:
         """Lines 3 to 7 of the algorithm, for averaged ĝ and ĥ."""
         if axis_name is not None:
             grads, hess = jax.lax.pmean((grads, hess), axis_name)
         lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        check_scalar("the learning rate that the schedule returned", lr)
         count = optax.safe_increment(state.count)
-        new_decay = decay(without_nnx(state.mean))
         num = len(grads)
         leaves = [
             step_leaf(lr, count, *leaf)
@@ -187,6 +192,8 @@ def ivon(
         h_new = jnp.maximum(h_new, PRECISION_FLOOR * (h0 + delta) - delta)
         g_bar = g_new / _bias_correction(b1, real(count)) if debias else g_new
         u = (g_bar + delta * m) / (h_new + delta)
+        # Neither the clip nor the division may turn a statistic that has overflowed into a number.
+        u = jnp.where(jnp.isfinite(u) & jnp.isfinite(h_new), u, jnp.nan)
         if not (isinstance(clip_radius, float) and math.isinf(clip_radius)):
             u = jnp.clip(u, -real(clip_radius), real(clip_radius))
         alpha = real(lr) * (h0 + delta) if rescale_lr else real(lr)
@@ -203,23 +210,26 @@ def ivon(
     ) -> tuple[PyTree, IVONState]:
         del ignored
         check_exactly_one(noise, hess)
+        check_single(state)
         slots = Slots(state.mean)
         grad_leaves, others = slots.split("grads", grads)
         check_floating(slots, "grads", grad_leaves)
         check_varying(grad_leaves, axis_name)
         updates_dtypes = [g.dtype for g in grad_leaves]
+        new_decay = decay(state.mean, state.mean if params is None else params)
+        take_step = functools.partial(step, new_decay)
         if hess is not None:
             grad_leaves, hess_leaves = _mean_statistics(
                 slots, grad_leaves, "hess", hess, lambda _, h: h
             )
-            new_state = step(state, grad_leaves, hess_leaves)
+            new_state = take_step(state, grad_leaves, hess_leaves)
         else:
             draw = noise if isinstance(noise, Draw) else Draw(noise)
             # The mean of products n_s ⊙ ĝ_s, not the product of means.
             grad_leaves, products = _mean_statistics(
                 slots, grad_leaves, "noise", draw.noise, jnp.multiply
             )
-            new_state = step_or_wait(step, state, grad_leaves, products, draw)
+            new_state = step_or_wait(take_step, state, grad_leaves, products, draw)
         base = slots.leaves
         if params is not None:
             base, others = slots.split("params", params)

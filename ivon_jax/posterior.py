@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._checks import Number, check_number
+from ivon_jax._checks import Number, check_floating, check_number
 from ivon_jax._trees import Slots, copy_array, get_field, set_fields
 from ivon_jax.auto_sample import is_auto_sample_state
 from ivon_jax.state import (
@@ -140,7 +140,7 @@ def with_mean(state: PyTree, params: PyTree) -> PyTree:
       >>> posterior_mean(with_mean(state, jnp.zeros(2)))
       Array([0., 0.], dtype=float32)
     """
-    find_states(state)
+    gaussian_mean(state)  # refuses a state of no model, or of several
 
     def move(node: Any) -> Any:
         if is_ivon_state(node):
@@ -162,6 +162,7 @@ def _moved(state: PyTree, params: PyTree) -> PyTree:
     slots = Slots(mean)
     owned, _ = slots.split("params", params)
     slots.check_shapes("params", owned)
+    check_floating(slots, "params", owned)
     leaves = [copy_array(jnp.asarray(p, m.dtype)) for p, m in zip(owned, slots.leaves, strict=True)]
     return set_fields(
         state,

@@ -125,7 +125,13 @@ class PosteriorNoise:
         if params is not None:
             owned, _ = self._slots.split("params", params)
             self._slots.check_shapes("params", owned)
+            self._check_dtypes(owned)
             self._dtypes = [p.dtype for p in owned]
+
+    def _check_dtypes(self, owned: list[jax.Array]) -> None:
+        for path, m, p in zip(self._slots.paths, self._slots.leaves, owned, strict=True):
+            if jnp.issubdtype(m.dtype, jnp.floating) != jnp.issubdtype(p.dtype, jnp.floating):
+                raise TypeError(f"params are {p.dtype} at {path}, where the mean is {m.dtype}.")
 
     def draw(self, key: jax.Array) -> list[jax.Array]:
         """n = ε/√precision, ε ~ N(0, I), for each owned leaf; zero where it is infinite."""

@@ -90,6 +90,25 @@ def find_states(state: PyTree) -> list[IVONState]:
     return [IVONState(**without_nnx(x)) for x in fields]
 
 
+def check_single(state: Any) -> None:
+    """Refuses what is not the `IVONState` of one model.
+
+    Raises:
+      TypeError: if it is not an `IVONState`.
+      ValueError: if it is a stack of states, whose ess would be broadcast along a wrong axis.
+    """
+    if not isinstance(state, IVONState):
+        raise TypeError(
+            f"expected the state of ivon(), got {type(state).__name__}: pass what the init or "
+            "update of this same transformation returned."
+        )
+    if jnp.shape(state.ess):
+        raise ValueError(
+            f"this is a stack of states (ess has shape {jnp.shape(state.ess)}): map over it, as in "
+            "jax.vmap(posterior)(states)."
+        )
+
+
 def leaf_weight_decay(weight_decay: jax.Array, num_leaves: int) -> list[jax.Array]:
     """δ of each owned leaf, from a scalar or from one entry per leaf."""
     return [weight_decay[i] if weight_decay.ndim else weight_decay for i in range(num_leaves)]
@@ -97,6 +116,7 @@ def leaf_weight_decay(weight_decay: jax.Array, num_leaves: int) -> list[jax.Arra
 
 def precision_leaves(state: IVONState) -> list[jax.Array]:
     """λ(h+δ) of each owned leaf."""
+    check_single(state)
     hess = jax.tree.leaves(state.hess)
     deltas = leaf_weight_decay(state.weight_decay, len(hess))
     return [

@@ -281,3 +281,16 @@ def test_noise_and_hess_cannot_be_passed_to_it():
 def test_reseed_needs_a_state_of_auto_sample():
     with pytest.raises(ValueError, match="found no AutoSampleState"):
         reseed(ivon(0.1, 10).init(PARAMS), 0)
+
+
+def test_reseed_of_a_stack_of_states_needs_vmap():
+    tx = auto_sample(ivon(0.1, 10), 0)
+    states = jax.vmap(tx.init)(jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"stack of states.*jax\.vmap\(reseed\)"):
+        reseed(states, 1)
+
+
+def test_numpy_integers_are_seeds_and_counts():
+    tx = auto_sample(ivon(0.1, 10), np.int64(3), np.int64(2))
+    same = auto_sample(ivon(0.1, 10), 3, 2)
+    jax.tree.map(np.testing.assert_array_equal, tx.init(PARAMS), same.init(PARAMS))

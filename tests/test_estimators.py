@@ -274,3 +274,43 @@ def test_arguments_that_do_not_fit_are_refused_when_called():
         mc_value_and_grad(loss)(KEY, optax.adam(1e-3).init(PARAMS), X, Y)
     with pytest.raises(TypeError, match="fun must be a function"):
         mc_value_and_grad(PARAMS)
+
+
+@pytest.mark.parametrize("estimator", ["reparam", "gradsq", "hutchinson"])
+def test_fixed_leaves_of_a_posterior_have_no_curvature(estimator):
+    params = {"w": jnp.ones(2), "f": jnp.ones(2)}
+    state = optax.masked(ivon(0.1, 100), {"w": True, "f": False}).init(params)
+    q = posterior(state, params)
+    f = mc_value_and_grad(lambda p: jnp.sum(p["w"] ** 2 + p["f"] ** 2), 2, estimator=estimator)
+    _, grads, hess = f(KEY, q)
+    np.testing.assert_array_equal(hess["f"], 0.0)
+    np.testing.assert_allclose(grads["f"], 2.0)
+    assert np.all(hess["w"] != 0.0)
+
+
+def test_aux_may_hold_python_numbers():
+    f = mc_value_and_grad(lambda p: (jnp.sum(p["b"]), {"one": 1.0}), 2, has_aux=True)
+    (_, aux), _, _ = f(KEY, make_state())
+    np.testing.assert_array_equal(aux["one"], [1.0, 1.0])
+
+
+def test_a_gradient_transform_sees_no_integer_leaves_and_must_keep_the_shapes():
+    params = {**PARAMS, "n": jnp.arange(2)}
+    state = make_state(params)
+    clip = optax.clip_by_global_norm(0.1)
+
+    def f(p):
+        return jnp.sum(p["b"])
+
+    transform = mc_value_and_grad(f, grad_transform=lambda g: clip.update(g, clip.init(g))[0])
+    _, grads, _ = transform(KEY, state, params=params)
+    assert grads["n"].dtype == jax.dtypes.float0
+    for bad in (lambda g: None, lambda g: (g, ()), lambda g: jax.tree.map(jnp.sum, g)):
+        with pytest.raises(ValueError, match="grad_transform must return"):
+            mc_value_and_grad(f, grad_transform=bad)(KEY, state, params=params)
+
+
+def test_integer_parameters_for_an_owned_leaf_are_refused():
+    integers = jax.tree.map(lambda p: p.astype(jnp.int32), PARAMS)
+    with pytest.raises(TypeError, match=r"params are int32 at \['b'\]"):
+        mc_value_and_grad(loss)(KEY, make_state(), X, Y, params=integers)

@@ -358,3 +358,56 @@ def test_the_loop_of_the_design_trains_to_the_mean():
     np.testing.assert_array_equal(params, posterior_mean(state))
     # The stationary spread of the mean is below σ = 1/√1000 for a rate below one.
     np.testing.assert_allclose(params, target, atol=4 / math.sqrt(1000))
+
+
+@pytest.mark.parametrize("clip_radius", [math.inf, 0.1])
+@pytest.mark.parametrize("grad", [jnp.inf, 1e25])
+def test_statistics_that_overflow_show_in_the_mean_even_when_clipped(grad, clip_radius):
+    tx = ivon(0.1, 10, b2=0.5, clip_radius=clip_radius)
+    state = tx.init(jnp.ones(2))
+    _, state = tx.update(jnp.array([grad, 1.0]), state, noise=jnp.ones(2))
+    assert np.isnan(state.mean[0]) and np.isfinite(state.mean[1])
+
+
+@pytest.mark.parametrize("ess", [1e-50, 1e40])
+def test_a_number_that_float32_turns_into_zero_or_infinity_is_refused(ess):
+    with pytest.raises(ValueError, match=r"ess must be > 0 and finite in float32"):
+        ivon(0.1, ess)
+
+
+def test_a_stack_of_states_is_refused_outside_vmap():
+    tx = ivon(0.1, 10)
+    states = jax.vmap(tx.init)(jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"stack of states.*vmap"):
+        sample_params(jax.random.key(0), states)
+    with pytest.raises(ValueError, match=r"stack of states.*vmap"):
+        tx.update(jnp.ones((2, 3)), states, noise=jnp.ones((2, 3)))
+
+
+def test_the_state_of_another_transformation_is_refused():
+    tx = ivon(0.1, 10)
+    with pytest.raises(TypeError, match=r"expected the state of ivon\(\), got tuple"):
+        tx.update(PARAMS, (tx.init(PARAMS),), noise=PARAMS)
+
+
+def test_a_schedule_must_return_a_scalar():
+    tx = ivon(lambda count: jnp.ones(3), 10)
+    with pytest.raises(ValueError, match=r"learning rate .* scalar; .*\(3,\)"):
+        tx.update(PARAMS, tx.init(PARAMS), noise=PARAMS)
+
+
+def test_a_callable_mask_is_given_the_parameters_with_their_dtypes():
+    params = {"w": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2), "n": jnp.arange(2)}
+    tx = ivon(0.1, 10, mask=lambda p: jax.tree.map(lambda x: x.dtype == jnp.bfloat16, p))
+    state = tx.init(params)
+    expected = np.float32([0.0, 1e-4])  # b, w; n is not owned
+    np.testing.assert_array_equal(state.weight_decay, expected)
+    _, state = tx.update(params, state, params, noise=state.mean)
+    np.testing.assert_array_equal(state.weight_decay, expected)
+
+
+def test_a_prefix_mask_inside_a_prefix_of_optax_masked():
+    params = {"e": {"k": jnp.ones(2), "b": jnp.ones(2)}, "d": {"k": jnp.ones(2), "b": jnp.ones(2)}}
+    inner = ivon(0.1, 10, mask={"e": {"k": True, "b": False}, "d": True})
+    state = optax.masked(inner, {"e": False, "d": True}).init(params)
+    np.testing.assert_array_equal(state.inner_state.weight_decay, np.float32([1e-4, 1e-4]))

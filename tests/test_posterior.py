@@ -152,8 +152,9 @@ def test_a_state_without_ivon_is_refused(use, state):
 def test_states_of_two_models_are_refused_and_not_mixed():
     tx = ivon(0.1, 10)
     states = {"first": tx.init(PARAMS), "second": tx.init(PARAMS)}
-    with pytest.raises(ValueError, match="several IVON states"):
-        posterior(states)
+    for use in (posterior, prior_of, lambda s: with_mean(s, PARAMS)):
+        with pytest.raises(ValueError, match="several IVON states"):
+            use(states)
 
 
 def test_with_mean_moves_the_mean_so_that_an_edit_is_not_undone():
