@@ -16,16 +16,19 @@ import sys
 import time
 from collections.abc import Sequence
 
-import jax.numpy as jnp
-import numpy as np
-from datasets import DataError, ImageData, load_dataset
-from image_metrics import sample_curves
-from image_options import Options, parse_options
-from image_report import Column, format_table, write_figure
-from image_training import average, make_model, make_predictor, make_trainer, predictions, train
-from image_tuning import at_the_edge, format_tried, grid, select, try_settings
-from tqdm import tqdm
-from unfamiliar import LETTERS, letters, photo_patches
+try:
+    import jax.numpy as jnp
+    import numpy as np
+    from datasets import DataError, ImageData, load_dataset
+    from image_metrics import sample_curves
+    from image_options import Options, parse_options
+    from image_report import Column, format_table, write_figure
+    from image_training import average, make_model, make_predictor, make_trainer, predictions, train
+    from image_tuning import at_the_edge, format_tried, grid, select, try_settings
+    from tqdm import tqdm
+    from unfamiliar import LETTERS, letters, photo_patches
+except ModuleNotFoundError as error:
+    sys.exit(f'error: {error.name} is not installed; run: pip install -e ".[examples]"')
 
 LABELS = {"sgd": "SGD", "adamw": "AdamW", "ivon": "IVON"}
 

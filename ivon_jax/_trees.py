@@ -142,7 +142,8 @@ class Slots:
                 else:
                     raise ValueError(
                         f"{name} has shape {x.shape} at {_at(path)}; expected {m.shape}, or "
-                        f"(S, *{m.shape}) with S >= 1 Monte Carlo samples on the first axis."
+                        f"({', '.join(['S', *map(str, m.shape)])}) with S >= 1 Monte Carlo samples "
+                        "on the first axis."
                     )
                 if first is None:
                     first = (name, path, size)
