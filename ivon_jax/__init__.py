@@ -1,10 +1,29 @@
 """IVON for JAX: variational learning for large networks at the price of AdamW."""
 
+from ivon_jax import metrics
 from ivon_jax.auto_sample import AutoSampleState, auto_sample, reseed
 from ivon_jax.estimators import mc_value_and_grad
+from ivon_jax.linearization import Linearized, linearize, probit_log_probs
 from ivon_jax.optimizer import ivon
 from ivon_jax.posterior import posterior, posterior_mean, prior_of, with_mean
+from ivon_jax.prediction import (
+    Moments,
+    predict_at_mean,
+    predict_draws,
+    predict_log_probs,
+    predict_moments,
+    predict_samples,
+)
 from ivon_jax.sampling import sample_params
+from ivon_jax.sensitivity import (
+    LeaveOneOut,
+    Selection,
+    Sensitivity,
+    group_sensitivity,
+    leave_one_out,
+    select_by_leave_one_out,
+    sensitivity,
+)
 from ivon_jax.state import IVONState, Posterior
 
 __version__ = "0.1.0"
@@ -12,14 +31,31 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoSampleState",
     "IVONState",
+    "LeaveOneOut",
+    "Linearized",
+    "Moments",
     "Posterior",
+    "Selection",
+    "Sensitivity",
     "auto_sample",
+    "group_sensitivity",
     "ivon",
+    "leave_one_out",
+    "linearize",
     "mc_value_and_grad",
+    "metrics",
     "posterior",
     "posterior_mean",
+    "predict_at_mean",
+    "predict_draws",
+    "predict_log_probs",
+    "predict_moments",
+    "predict_samples",
     "prior_of",
+    "probit_log_probs",
     "reseed",
     "sample_params",
+    "select_by_leave_one_out",
+    "sensitivity",
     "with_mean",
 ]

@@ -64,6 +64,11 @@ def check_number(
     return number
 
 
+def is_concrete(*arrays: Any) -> bool:
+    """Whether the values can be looked at: none of the arrays is traced."""
+    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
+
+
 def check_positive(name: str, value: Any) -> int:
     """A Python integer of at least one.
 

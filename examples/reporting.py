@@ -1,0 +1,83 @@
+"""What the examples share: options, means over seeds, tables and figures."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+# A palette that is told apart under colour blindness (Okabe and Ito).
+COLORS = {
+    "IVON": "#00785A",
+    "IVON, mean": "#7FBFA4",
+    "AdamW": "#E69F00",
+    "SGD": "#0072B2",
+    "reference": "#444444",
+    "unfamiliar": "#CC3311",
+}
+
+
+def example_parser(description: str, png: str, seeds: int | None = None) -> argparse.ArgumentParser:
+    """A parser with `--output` and, if a number of seeds is given, `--seeds`.
+
+    Args:
+      description: one line for `--help`.
+      png: default name of the figure, in the current folder.
+      seeds: default number of seeds.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output", type=png_path, default=Path(png), help="figure to write")
+    if seeds is not None:
+        parser.add_argument("--seeds", type=positive, default=seeds, help="number of seeds")
+    return parser
+
+
+def positive(text: str) -> int:
+    """A positive integer, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def png_path(text: str) -> Path:
+    """The path of a PNG in a folder that exists, for argparse."""
+    path = Path(text)
+    if path.suffix != ".png" or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a .png file in an existing folder")
+    return path
+
+
+def mean_and_error(values: np.ndarray | Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over axis 0 and its standard error, which is NaN for a single value."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return values.mean(axis=0), np.full(values.shape[1:], np.nan)
+    return values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(len(values))
+
+
+def cell(values: np.ndarray | Sequence[float], decimals: int) -> str:
+    """`mean ± standard error` over seeds, or the number itself if there is one."""
+    mean, error = mean_and_error(values)
+    return f"{mean:.{decimals}f}" + (f" ± {error:.{decimals}f}" if len(values) > 1 else "")
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns with a rule under the first row; the first column is set flush left."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes the figure without the upper and right spines, and says where it is."""
+    for ax in figure.axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    print(f"Figure written to {path}")

@@ -1,0 +1,68 @@
+"""Validation of class probabilities and labels."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ivon_jax._checks import is_concrete
+from ivon_jax._trees import wide_dtype
+
+
+def checked_log_probs(log_probs: Any) -> jax.Array:
+    """At least float32; under jit, rows that turn out not to be normalised become NaN.
+
+    Raises:
+      TypeError: if they are not floating, or have no class axis.
+      ValueError: if values that are known are not normalised.
+    """
+    dtype = jnp.result_type(log_probs)
+    if not jnp.issubdtype(dtype, jnp.floating) or not jnp.ndim(log_probs):
+        raise TypeError(
+            "log_probs must be floating log-probabilities with the classes on the last axis; got "
+            f"{dtype} of shape {jnp.shape(log_probs)}."
+        )
+    tolerance = 1e-3 if dtype.itemsize >= 4 else 5e-2
+    log_probs = jnp.asarray(log_probs, wide_dtype(dtype))
+    normalised = jnp.abs(jax.nn.logsumexp(log_probs, axis=-1, keepdims=True)) <= tolerance
+    if is_concrete(log_probs) and not bool(jnp.all(normalised)):
+        total = np.asarray(jnp.sum(jnp.exp(log_probs), axis=-1)).ravel()
+        worst = total[np.argmax(~np.asarray(normalised).ravel())]
+        raise ValueError(
+            "log_probs must be log-probabilities, whose exponentials sum to 1 over the last axis; "
+            f"here a sum is {worst:.6g}. Pass jax.nn.log_softmax(logits), or jnp.log(probabilities)"
+            "; for samples average with jax.nn.logsumexp(·, axis=0) - log S."
+        )
+    return jnp.where(normalised, log_probs, jnp.nan)
+
+
+def checked_labels(log_probs: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities as in `checked_log_probs`, with NaN where the label is no class.
+
+    Raises:
+      TypeError, ValueError: if the shapes or dtypes do not fit, or values that are known are
+        not probabilities or classes.
+    """
+    dtype = jnp.result_type(labels)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(
+            f"labels must be integers 0 … K−1; got {dtype} of shape {jnp.shape(labels)}. For "
+            "one-hot labels pass labels.argmax(-1)."
+        )
+    if jnp.shape(log_probs)[:-1] != jnp.shape(labels) or not jnp.ndim(log_probs):
+        raise ValueError(
+            f"log_probs has shape {jnp.shape(log_probs)}, whose last axis is the classes; labels "
+            f"must have shape {jnp.shape(log_probs)[:-1]}, but have {jnp.shape(labels)}."
+        )
+    if not jnp.size(labels):
+        raise ValueError("there are no examples to average over.")
+    log_probs, labels = checked_log_probs(log_probs), jnp.asarray(labels)
+    num_classes = log_probs.shape[-1]
+    valid = (labels >= 0) & (labels < num_classes)
+    if is_concrete(labels) and not bool(jnp.all(valid)):
+        raise ValueError(
+            f"labels must be in 0 … {num_classes - 1}; got {int(labels.min())} to "
+            f"{int(labels.max())}."
+        )
+    return jnp.where(valid[..., None], log_probs, jnp.nan), jnp.where(valid, labels, 0)

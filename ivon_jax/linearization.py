@@ -1,0 +1,148 @@
+"""The network linearised at the posterior mean: a Gaussian over its outputs."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ivon_jax._checks import check_positive
+from ivon_jax._data import check_floating_output, num_examples
+from ivon_jax._trees import wide_dtype
+from ivon_jax.sampling import PosteriorNoise
+from ivon_jax.state import gaussian
+
+PyTree = Any
+
+
+class Linearized(NamedTuple):
+    """The Gaussian of the outputs f of each of N examples.
+
+    Attributes:
+      mean: f at the posterior mean, shape (N, *out).
+      covariance: J V Jᵀ of each example, shape (N, *out, *out), or its diagonal (N, *out).
+    """
+
+    mean: jax.Array
+    covariance: jax.Array
+
+
+def linearize(
+    apply_fn: Callable[..., jax.Array], *, diagonal: bool = False, batch_size: int | None = None
+) -> Callable[..., Linearized]:
+    """Mean and covariance of the outputs under f(θ) ≈ f(m) + J(θ − m), with J = ∂f/∂m.
+
+    The covariance is J V Jᵀ with V = diag(1/precision), exact as σ → 0. It takes one reverse
+    pass per output.
+
+    Args:
+      apply_fn: `apply_fn(params, *inputs)` maps a batch (examples on the leading axis) to
+        outputs of shape (N, *out). It is called with one example at a time.
+      diagonal: whether only the variance of each output is returned.
+      batch_size: number of examples worked on at a time, as in `jax.lax.map`; one by
+        default. Memory grows with the product of it, the number of outputs and of weights.
+
+    Returns:
+      `f(state, *inputs, params=None) -> Linearized`, at least float32; `state` and `params` as
+      in `sample_params`.
+
+    Raises:
+      ValueError: when called, if the inputs have no common leading axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import ivon, linearize
+      >>> state = ivon(0.1, ess=100, weight_decay=0.0).init(jnp.ones(2))  # σ = 0.1
+      >>> f = linearize(lambda w, x: x @ w)
+      >>> print(f(state, jnp.array([[1.0, 2.0]])).covariance.round(3))
+      [0.05]
+    """
+    if batch_size is not None:
+        check_positive("batch_size", batch_size)
+
+    def linearized(state: PyTree, *inputs: PyTree, params: PyTree | None = None) -> Linearized:
+        num_examples(inputs)
+        at_example = linear_outputs(apply_fn, state, params, diagonal=diagonal)
+        mean, covariance = jax.lax.map(lambda x: at_example(*x), inputs, batch_size=batch_size)
+        out = mean.shape[1:]
+        shape = mean.shape if diagonal else (*mean.shape, *out)
+        return Linearized(mean, covariance.reshape(shape))
+
+    return linearized
+
+
+def probit_log_probs(mean: jax.Array, covariance: jax.Array) -> jax.Array:
+    """Class probabilities of Gaussian logits by the probit approximation, as logarithms.
+
+    log_softmax(f_k / √(1 + (π/8) v_kk)) with the variance v_kk of each logit.
+
+    Args:
+      mean: (..., K) mean of the logits.
+      covariance: (..., K, K) covariance, or (..., K) variances, as from `linearize`.
+
+    Returns:
+      (..., K) log-probabilities.
+
+    Raises:
+      ValueError: if the shapes do not fit.
+
+    References:
+      MacKay, The evidence framework applied to classification networks, 1992.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import probit_log_probs
+      >>> log_probs = probit_log_probs(jnp.array([2.0, 0.0]), jnp.array([9.0, 9.0]))
+      >>> print(f"{jnp.exp(log_probs)[0]:.2f}")
+      0.72
+    """
+    shape = jnp.shape(mean)
+    if not shape or jnp.shape(covariance) not in (shape, (*shape, shape[-1])):
+        raise ValueError(
+            f"mean has shape {shape}: covariance must have that shape (variances) or its last axis "
+            f"twice; got {jnp.shape(covariance)}."
+        )
+    if jnp.ndim(covariance) > len(shape):
+        covariance = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+    return jax.nn.log_softmax(mean / jnp.sqrt(1 + (jnp.pi / 8) * covariance), axis=-1)
+
+
+def linear_outputs(
+    apply_fn: Callable[..., jax.Array], state: PyTree, params: PyTree | None, *, diagonal: bool
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A function of one example: its K outputs f, and J V Jᵀ (K, K) or the diagonal of it (K,)."""
+    if not callable(apply_fn):
+        raise TypeError(f"apply_fn must be a function of (params, *inputs); got {apply_fn!r}.")
+    q = PosteriorNoise(gaussian(state), params)
+    variance = [1 / p for p in q.precision]
+
+    def at_example(*example: PyTree) -> tuple[jax.Array, jax.Array]:
+        batch = jax.tree.map(lambda x: jnp.asarray(x)[None], example)
+
+        def outputs(displacement: list[jax.Array]) -> jax.Array:
+            out = apply_fn(q.displaced(displacement), *batch)
+            check_floating_output("linearisation", out)
+            if out.shape[:1] != (1,):
+                raise ValueError(
+                    "apply_fn must keep the examples on the leading axis: for one example its "
+                    f"output has shape {out.shape}, expected (1, ...)."
+                )
+            return out[0].astype(wide_dtype(out.dtype))
+
+        out, pull_back = jax.vjp(outputs, [jnp.zeros_like(p) for p in q.precision])
+        size = out.size
+        basis = jnp.eye(size, dtype=out.dtype).reshape(size, *out.shape)
+
+        def row(cotangent: jax.Array) -> list[jax.Array]:
+            return pull_back(cotangent)[0]
+
+        jacobian = [j.reshape(size, -1) for j in jax.vmap(row)(basis)]
+        pairs = [(j, v.ravel()) for j, v in zip(jacobian, variance, strict=True)]
+        if diagonal:
+            parts = [jnp.sum(j * j * v[None], axis=1) for j, v in pairs]
+            return out, jnp.asarray(sum(parts), out.dtype)
+        # By default a TPU or GPU would multiply with fewer bits than float32 has.
+        parts = [jnp.matmul(j * v[None], j.T, precision="highest") for j, v in pairs]
+        return out, jnp.asarray(sum(parts), out.dtype)
+
+    return at_example

@@ -1,0 +1,297 @@
+"""Metrics of predicted probabilities: accuracy, calibration, uncertainty, detection.
+
+All but `detection` are pure and run under jit. Class probabilities come as log-probabilities
+of shape (..., K), labels as integers of shape (...); results are means over all examples.
+Log-probabilities that are not normalised are refused; under jit, where values are unknown,
+the metric is then NaN.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ivon_jax._checks import check_positive, is_concrete
+from ivon_jax._detection import Detection, detection
+from ivon_jax._log_probs import checked_labels, checked_log_probs
+from ivon_jax._trees import wide_dtype
+
+__all__ = [
+    "CalibrationBins",
+    "Detection",
+    "accuracy",
+    "brier",
+    "calibration_bins",
+    "detection",
+    "ece",
+    "gaussian_nll",
+    "mutual_information",
+    "nll",
+    "predictive_entropy",
+    "top_k_accuracy",
+]
+
+
+def nll(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
+    """Negative log-likelihood −mean log p(y), in nats.
+
+    Args:
+      log_probs: (..., K) log-probabilities.
+      labels: (...) integer labels.
+
+    Returns:
+      A scalar, +inf if a true class has probability zero.
+
+    Raises:
+      TypeError, ValueError: as for every metric here, if the shapes or dtypes do not fit, a
+        label is outside 0 … K−1, or the log-probabilities are not normalised.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import metrics
+      >>> log_probs = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
+      >>> print(f"{metrics.nll(log_probs, jnp.array([0, 1])):.4f}")
+      0.4904
+    """
+    log_probs, labels = checked_labels(log_probs, labels)
+    return -jnp.mean(jnp.take_along_axis(log_probs, labels[..., None], axis=-1))
+
+
+def accuracy(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
+    """Share of examples whose most probable class (the first of equals) is the true one.
+
+    Args:
+      log_probs: (..., K) log-probabilities.
+      labels: (...) integer labels.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import metrics
+      >>> log_probs = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
+      >>> print(metrics.accuracy(log_probs, jnp.array([0, 0])))
+      0.5
+    """
+    log_probs, labels = checked_labels(log_probs, labels)
+    return _valid_mean(jnp.argmax(log_probs, axis=-1) == labels, log_probs)
+
+
+def top_k_accuracy(log_probs: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+    """Share of examples whose true class is among the k most probable (lower index wins ties).
+
+    Args:
+      log_probs: (..., K) log-probabilities.
+      labels: (...) integer labels.
+      k: number of classes, 1 ≤ k ≤ K.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import metrics
+      >>> log_probs = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+      >>> print(metrics.top_k_accuracy(log_probs, jnp.array([1]), k=2))
+      1.0
+    """
+    log_probs, labels = checked_labels(log_probs, labels)
+    if check_positive("k", k) > log_probs.shape[-1]:
+        raise ValueError(f"k={k} is above the number of classes, {log_probs.shape[-1]}.")
+    _, classes = jax.lax.top_k(log_probs, k)
+    return _valid_mean(jnp.any(classes == labels[..., None], axis=-1), log_probs)
+
+
+def brier(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
+    """Brier score: mean of Σ_k (p_k − 1[k = y])², between 0 and 2.
+
+    Args:
+      log_probs: (..., K) log-probabilities.
+      labels: (...) integer labels.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import metrics
+      >>> print(metrics.brier(jnp.log(jnp.array([[0.5, 0.5]])), jnp.array([0])))
+      0.5
+    """
+    log_probs, labels = checked_labels(log_probs, labels)
+    one_hot = jax.nn.one_hot(labels, log_probs.shape[-1], dtype=log_probs.dtype)
+    return jnp.mean(jnp.sum((jnp.exp(log_probs) - one_hot) ** 2, axis=-1))
+
+
+class CalibrationBins(NamedTuple):
+    """The data of a reliability diagram, one entry per bin.
+
+    Attributes:
+      count: number of predictions, int32.
+      confidence: mean probability of the predicted class; NaN in an empty bin.
+      accuracy: share of correct predictions; NaN in an empty bin.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] the usual name
+    confidence: jax.Array
+    accuracy: jax.Array
+
+
+def calibration_bins(
+    log_probs: jax.Array, labels: jax.Array, num_bins: int = 15, *, equal_mass: bool = False
+) -> CalibrationBins:
+    """Groups predictions by their confidence, the probability of the predicted class.
+
+    Args:
+      log_probs: (..., K) log-probabilities.
+      labels: (...) integer labels.
+      num_bins: number of bins B.
+      equal_mass: by default bin b = 1 … B holds the confidences in ((b−1)/B, b/B] (bins of equal
+        width). With True the predictions are sorted by confidence and the one of rank
+        r = 0 … n−1 goes to bin ⌊rB/n⌋ (bins of equal mass). Predictions of equal confidence share
+        the bin of the lowest rank among them, so that the order of examples plays no part.
+
+    Returns:
+      `CalibrationBins` of shape (num_bins,).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import metrics
+      >>> log_probs = jnp.log(jnp.array([[0.6, 0.4], [0.1, 0.9]]))
+      >>> metrics.calibration_bins(log_probs, jnp.array([0, 0]), num_bins=2).count
+      Array([0, 2], dtype=int32)
+    """
+    log_probs, labels = checked_labels(log_probs, labels)
+    num_bins = check_positive("num_bins", num_bins)
+    confidence = jnp.exp(jnp.max(log_probs, axis=-1)).ravel()
+    correct = (jnp.argmax(log_probs, axis=-1) == labels).ravel()
+    if equal_mass:
+        rank = jnp.searchsorted(jnp.sort(confidence), confidence, side="left")
+        # In floating point rank·B may exceed an integer's range for large data.
+        index = jnp.floor(rank.astype(confidence.dtype) * (num_bins / confidence.size))
+    else:
+        index = jnp.ceil(confidence * num_bins) - 1
+    index = jnp.clip(index, 0, num_bins - 1).astype(jnp.int32)
+
+    def total(x: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(x, index, num_bins)
+
+    count = total(jnp.ones_like(index))
+    share = count.astype(confidence.dtype)
+    empty = jnp.where(count > 0, share, jnp.nan)
+    return CalibrationBins(
+        count, total(confidence) / empty, total(correct.astype(confidence.dtype)) / empty
+    )
+
+
+def ece(
+    log_probs: jax.Array, labels: jax.Array, num_bins: int = 15, *, equal_mass: bool = False
+) -> jax.Array:
+    """Expected calibration error Σ_b (n_b/n) |accuracy_b − confidence_b|.
+
+    Args:
+      log_probs: (..., K) log-probabilities.
+      labels: (...) integer labels.
+      num_bins: number of bins.
+      equal_mass: the rule of the bins, as in `calibration_bins`.
+
+    References:
+      Naeini et al. 2015; Guo et al. 2017, `arXiv:1706.04599 <https://arxiv.org/abs/1706.04599>`_.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import metrics
+      >>> log_probs = jnp.log(jnp.array([[0.75, 0.25], [0.25, 0.75]]))
+      >>> print(metrics.ece(log_probs, jnp.array([0, 0])))
+      0.25
+    """
+    bins = calibration_bins(log_probs, labels, num_bins, equal_mass=equal_mass)
+    gap = jnp.where(bins.count > 0, jnp.abs(bins.accuracy - bins.confidence), 0)
+    weight = bins.count.astype(gap.dtype)
+    return jnp.sum(weight * gap) / jnp.sum(weight)
+
+
+def predictive_entropy(log_probs: jax.Array) -> jax.Array:
+    """Entropy −Σ_k p_k log p_k of each prediction in nats: total uncertainty.
+
+    Args:
+      log_probs: (..., K) log-probabilities.
+
+    Returns:
+      Shape (...), between 0 and log K.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import metrics
+      >>> print(metrics.predictive_entropy(jnp.log(jnp.array([[0.5, 0.5], [1.0, 0.0]]))).round(3))
+      [0.693 0.   ]
+    """
+    log_probs = checked_log_probs(log_probs)
+    probs = jnp.exp(log_probs)
+    return jnp.sum(jnp.where(probs > 0, -probs * log_probs, probs), axis=-1)
+
+
+def mutual_information(sample_log_probs: jax.Array) -> jax.Array:
+    """H[mean_s p_s] − mean_s H[p_s] in nats: what the posterior's samples disagree about.
+
+    Args:
+      sample_log_probs: (S, ..., K) log-probabilities of S samples, as from `predict_samples`
+        followed by `jax.nn.log_softmax`.
+
+    Returns:
+      Shape (...), at least 0: the uncertainty that more data could remove.
+
+    Raises:
+      ValueError: if there is no sample axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import metrics
+      >>> disagreeing = jnp.log(jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]]))  # S = 2, one example
+      >>> print(metrics.mutual_information(disagreeing).round(3))
+      [0.693]
+    """
+    if jnp.ndim(sample_log_probs) < 2:
+        raise ValueError(
+            "sample_log_probs must have the samples on axis 0 and the classes on the last one; got "
+            f"shape {jnp.shape(sample_log_probs)}."
+        )
+    sample_log_probs = checked_log_probs(sample_log_probs)
+    samples = sample_log_probs.shape[0]
+    mean = jax.nn.logsumexp(sample_log_probs, axis=0) - jnp.log(samples).astype(
+        sample_log_probs.dtype
+    )
+    within = jnp.mean(predictive_entropy(sample_log_probs), axis=0)
+    return jnp.maximum(predictive_entropy(mean) - within, 0)
+
+
+def gaussian_nll(mean: jax.Array, variance: jax.Array, targets: jax.Array) -> jax.Array:
+    """Negative log-density mean ½[log 2πσ² + (y−μ)²/σ²] of a Gaussian prediction, in nats.
+
+    Args:
+      mean: μ, of any shape.
+      variance: σ² > 0, of the same shape.
+      targets: y, of the same shape.
+
+    Returns:
+      A scalar: the mean over all elements.
+
+    Raises:
+      ValueError: if the shapes differ or a variance is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import metrics
+      >>> print(f"{metrics.gaussian_nll(jnp.zeros(2), jnp.ones(2), jnp.zeros(2)):.4f}")
+      0.9189
+    """
+    shapes = jnp.shape(mean), jnp.shape(variance), jnp.shape(targets)
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            "mean, variance and targets must have one shape (a broadcast of (n,) against (n, 1) "
+            f"would be n² errors); got {shapes[0]}, {shapes[1]} and {shapes[2]}."
+        )
+    dtype = wide_dtype(jnp.result_type(mean))
+    mean, variance, targets = (jnp.asarray(x, dtype) for x in (mean, variance, targets))
+    if is_concrete(variance) and not bool(jnp.all(variance > 0)):
+        raise ValueError("variance must be positive.")
+    variance = jnp.where(variance > 0, variance, jnp.nan)
+    return 0.5 * jnp.mean(jnp.log(2 * jnp.pi * variance) + (targets - mean) ** 2 / variance)
+
+
+def _valid_mean(correct: jax.Array, log_probs: jax.Array) -> jax.Array:
+    """The mean, NaN where log_probs is: an argmax would hide it."""
+    valid = ~jnp.isnan(log_probs[..., 0])
+    return jnp.mean(jnp.where(valid, correct.astype(log_probs.dtype), jnp.nan))

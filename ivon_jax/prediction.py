@@ -1,0 +1,349 @@
+"""Prediction with the posterior: averages and draws over samples, or the mean alone.
+
+Every function here takes `apply_fn(params, *inputs)`, which maps a batch (examples on the leading
+axis of every input) to outputs with the same leading axis, and returns a pure function of a
+posterior and inputs. For a test temperature τ pass `posterior(state, temperature=τ)`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ivon_jax._axes import zeros_of
+from ivon_jax._checks import check_positive
+from ivon_jax._data import apply_in_batches, check_floating_output
+from ivon_jax._trees import wide_dtype
+from ivon_jax.sampling import PosteriorNoise, threefry_key
+from ivon_jax.state import gaussian
+
+PyTree = Any
+
+
+def predict_at_mean(
+    apply_fn: Callable[..., PyTree], *, data_batch_size: int | None = None
+) -> Callable[..., PyTree]:
+    """Outputs of the network at the posterior mean.
+
+    Args:
+      apply_fn: `apply_fn(params, *inputs)`.
+      data_batch_size: number of examples evaluated at a time; all by default.
+
+    Returns:
+      `f(state, *inputs, params=None) -> outputs`; `state` and `params` as in `sample_params`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import ivon, predict_at_mean
+      >>> state = ivon(0.1, ess=100).init(jnp.ones(2))
+      >>> predict_at_mean(lambda w, x: x @ w)(state, jnp.eye(2))
+      Array([1., 1.], dtype=float32)
+    """
+    apply = apply_in_batches(apply_fn, data_batch_size)
+
+    def at_mean(state: PyTree, *inputs: PyTree, params: PyTree | None = None) -> PyTree:
+        return apply(PosteriorNoise(gaussian(state), params).mean(), *inputs)
+
+    return at_mean
+
+
+def predict_samples(
+    apply_fn: Callable[..., PyTree],
+    num_samples: int = 64,
+    *,
+    batch_size: int | None = None,
+    data_batch_size: int | None = None,
+) -> Callable[..., PyTree]:
+    """Outputs at S posterior samples, for whatever is not a plain average of them.
+
+    Args:
+      apply_fn: `apply_fn(params, *inputs)`.
+      num_samples: number of posterior samples S.
+      batch_size: number of samples evaluated at a time by `jax.vmap`, as in `jax.lax.map`; one
+        after another by default.
+      data_batch_size: number of examples evaluated at a time; all by default.
+
+    Returns:
+      `f(key, state, *inputs, params=None) -> outputs`, with the samples on a new axis 0;
+      `key`, `state` and `params` as in `sample_params`. The s-th sample is the same for every
+      batch size, and for every function in this module.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from ivon_jax import ivon, predict_samples
+      >>> state = ivon(0.1, ess=100).init(jnp.ones(2))
+      >>> f = jax.jit(predict_samples(lambda w, x: x @ w, num_samples=8))
+      >>> f(jax.random.key(0), state, jnp.eye(2)).shape
+      (8, 2)
+    """
+    draws = _Draws(apply_fn, num_samples, batch_size, data_batch_size)
+
+    def at_samples(
+        key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
+    ) -> PyTree:
+        keys, at_key = draws.prepare(key, state, inputs, params)
+        return jax.lax.map(at_key, keys, batch_size=batch_size)
+
+    return at_samples
+
+
+def predict_log_probs(
+    apply_fn: Callable[..., jax.Array],
+    num_samples: int = 64,
+    *,
+    batch_size: int | None = None,
+    data_batch_size: int | None = None,
+) -> Callable[..., jax.Array]:
+    """Class probabilities averaged over the posterior, as logarithms.
+
+    log p(y|x) = logsumexp_s log_softmax f(x; θ_s) − log S: probabilities are averaged, not
+    logits. Samples are added up one group after another, so that memory does not grow with S.
+
+    Args:
+      apply_fn: `apply_fn(params, *inputs)` returns logits (..., K).
+      num_samples: number of posterior samples S.
+      batch_size: number of samples evaluated at a time; one by default.
+      data_batch_size: number of examples evaluated at a time; all by default.
+
+    Returns:
+      `f(key, state, *inputs, params=None) -> log_probs` of shape (..., K), at least float32;
+      arguments as in `predict_samples`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from ivon_jax import ivon, predict_log_probs
+      >>> state = ivon(0.1, ess=100).init(jnp.ones((2, 3)))
+      >>> f = jax.jit(predict_log_probs(lambda w, x: x @ w, num_samples=8))
+      >>> log_probs = f(jax.random.key(0), state, jnp.eye(2))
+      >>> bool(jnp.allclose(jnp.exp(log_probs).sum(-1), 1.0))
+      True
+    """
+
+    def log_probs(params: PyTree, *inputs: PyTree) -> jax.Array:
+        logits = apply_fn(params, *inputs)
+        check_floating_output("predict_log_probs", logits)
+        return jax.nn.log_softmax(logits.astype(wide_dtype(logits.dtype)), axis=-1)
+
+    draws = _Draws(log_probs, num_samples, batch_size, data_batch_size)
+
+    def averaged(
+        key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
+    ) -> jax.Array:
+        keys, at_key = draws.prepare(key, state, inputs, params)
+        total = _fold(
+            at_key,
+            keys,
+            batch_size,
+            start=lambda x: zeros_of(x) - jnp.inf,
+            reduce=lambda group: jax.nn.logsumexp(group, axis=0),
+            merge=jnp.logaddexp,
+        )
+        return total - jnp.log(jnp.asarray(num_samples, total.dtype))
+
+    return averaged
+
+
+class Moments(NamedTuple):
+    """Mean and variance of a prediction under the posterior.
+
+    Attributes:
+      mean: μ̄ = mean_s μ_s.
+      variance: mean_s(σ_s² + μ_s²) − μ̄², the variance of a new observation.
+      model_variance: mean_s μ_s² − μ̄², the part of it that comes from the weights.
+    """
+
+    mean: jax.Array
+    variance: jax.Array
+    model_variance: jax.Array
+
+
+def predict_moments(
+    apply_fn: Callable[..., Any],
+    num_samples: int = 64,
+    *,
+    noise_variance: float | jax.Array | None = None,
+    batch_size: int | None = None,
+    data_batch_size: int | None = None,
+) -> Callable[..., Moments]:
+    """Mean and variance of a network with a Gaussian head, in memory that does not grow with S.
+
+    Args:
+      apply_fn: `apply_fn(params, *inputs)` returns the means μ, or a pair (μ, σ²).
+      num_samples: number of posterior samples S.
+      noise_variance: σ² of the observations, if `apply_fn` returns the means only; of a
+        shape that broadcasts to μ's.
+      batch_size: number of samples evaluated at a time; one by default.
+      data_batch_size: number of examples evaluated at a time; all by default.
+
+    Returns:
+      `f(key, state, *inputs, params=None) -> Moments`; arguments as in `predict_samples`.
+      The variance is NaN where a σ² is negative.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from ivon_jax import ivon, predict_moments
+      >>> state = ivon(0.1, ess=100, weight_decay=0.0).init(jnp.ones(2))  # σ = 0.1
+      >>> f = predict_moments(lambda w, x: x @ w, num_samples=1000, noise_variance=1.0)
+      >>> print(f(jax.random.key(0), state, jnp.eye(2)).variance.round(2))
+      [1.01 1.01]
+    """
+    draws = _Draws(
+        _gaussian_head(apply_fn, noise_variance), num_samples, batch_size, data_batch_size
+    )
+
+    def moments(
+        key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
+    ) -> Moments:
+        keys, at_key = draws.prepare(key, state, inputs, params)
+
+        def reduce(group: Any) -> Any:
+            means, variances = group
+            mean = jnp.mean(means, axis=0)
+            # Deviations, not squares: mean μ² − μ̄² would cancel for μ far from zero.
+            return (
+                jnp.full_like(mean, len(means)),
+                mean,
+                jnp.sum((means - mean) ** 2, axis=0),
+                jnp.sum(variances, axis=0),
+            )
+
+        count, mean, squares, noise = _fold(at_key, keys, batch_size, zeros_of, reduce, _pool)
+        return Moments(mean, (noise + squares) / count, squares / count)
+
+    return moments
+
+
+def predict_draws(
+    apply_fn: Callable[..., Any],
+    num_samples: int = 64,
+    *,
+    noise_variance: float | jax.Array | None = None,
+    batch_size: int | None = None,
+    data_batch_size: int | None = None,
+) -> Callable[..., jax.Array]:
+    """Draws of new observations y = μ_s + σ_s ε from a network with a Gaussian head.
+
+    Args:
+      apply_fn: as in `predict_moments`.
+      num_samples: number of posterior samples S, with one draw of y from each.
+      noise_variance: as in `predict_moments`.
+      batch_size: number of samples evaluated at a time; one by default.
+      data_batch_size: number of examples evaluated at a time; all by default.
+
+    Returns:
+      `f(key, state, *inputs, params=None) -> y` with the draws on a new axis 0; arguments as
+      in `predict_samples`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from ivon_jax import ivon, predict_draws
+      >>> state = ivon(0.1, ess=100).init(jnp.ones(2))
+      >>> f = predict_draws(lambda w, x: x @ w, num_samples=8, noise_variance=1.0)
+      >>> f(jax.random.key(0), state, jnp.eye(2)).shape
+      (8, 2)
+    """
+    heads = predict_samples(
+        _gaussian_head(apply_fn, noise_variance),
+        num_samples,
+        batch_size=batch_size,
+        data_batch_size=data_batch_size,
+    )
+
+    def drawn(
+        key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
+    ) -> jax.Array:
+        means, variances = heads(key, state, *inputs, params=params)
+        # Samples use the keys split from this one; the fold leads to another stream.
+        noise_key = jax.random.fold_in(threefry_key(key), num_samples)
+        with jax.threefry_partitionable(True):
+            noise = jax.random.normal(noise_key, means.shape, means.dtype)
+        return means + jnp.sqrt(variances) * noise
+
+    return drawn
+
+
+class _Draws:
+    """The keys of S samples, and the outputs of the network at the sample of one key."""
+
+    def __init__(
+        self,
+        apply_fn: Callable[..., PyTree],
+        num_samples: int,
+        batch_size: int | None,
+        data_batch_size: int | None,
+    ):
+        self._num_samples = check_positive("num_samples", num_samples)
+        if batch_size is not None:
+            check_positive("batch_size", batch_size)
+        self._apply = apply_in_batches(apply_fn, data_batch_size)
+
+    def prepare(
+        self, key: jax.Array, state: PyTree, inputs: tuple[PyTree, ...], params: PyTree | None
+    ) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
+        q = PosteriorNoise(gaussian(state), params)
+        with jax.threefry_partitionable(True):
+            keys = jax.random.split(threefry_key(key), self._num_samples)
+        return keys, lambda k: self._apply(q.displaced(q.draw(k)), *inputs)
+
+
+def _fold(
+    at_key: Callable[[jax.Array], PyTree],
+    keys: jax.Array,
+    batch_size: int | None,
+    start: Callable[[Any], jax.Array],
+    reduce: Callable[[PyTree], PyTree],
+    merge: Callable[[PyTree, PyTree], PyTree],
+) -> PyTree:
+    """Reduces the outputs of all samples, of which only `batch_size` exist at a time."""
+    size = min(batch_size or 1, len(keys))
+    groups, rest = divmod(len(keys), size)
+
+    def group(keys: jax.Array) -> PyTree:
+        if len(keys) == 1:
+            return reduce(jax.tree.map(lambda x: x[None], at_key(keys[0])))
+        return reduce(jax.vmap(at_key)(keys))
+
+    if groups == 1 and not rest:
+        return group(keys)
+    total = jax.tree.map(start, jax.eval_shape(group, keys[:size]))
+    total, _ = jax.lax.scan(
+        lambda total, keys: (merge(total, group(keys)), None),
+        total,
+        keys[: groups * size].reshape(groups, size),
+    )
+    return merge(total, group(keys[groups * size :])) if rest else total
+
+
+def _pool(a: Any, b: Any) -> Any:
+    """Count, mean, sum of squared deviations and sum of variances of two groups together."""
+    (n_a, mean_a, squares_a, noise_a), (n_b, mean_b, squares_b, noise_b) = a, b
+    count, shift = n_a + n_b, mean_b - mean_a
+    return (
+        count,
+        mean_a + shift * (n_b / count),
+        squares_a + squares_b + shift**2 * (n_a * n_b / count),
+        noise_a + noise_b,
+    )
+
+
+def _gaussian_head(
+    apply_fn: Callable[..., Any], noise_variance: float | jax.Array | None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """An `apply_fn` that returns (μ, σ²) in one shape, at least float32."""
+
+    def head(params: PyTree, *inputs: PyTree) -> tuple[jax.Array, jax.Array]:
+        out = apply_fn(params, *inputs)
+        if isinstance(out, tuple | list) == (noise_variance is not None):
+            raise ValueError(
+                "apply_fn must return a pair (mean, variance), or the mean alone with "
+                f"noise_variance given; got {type(out).__name__} with noise_variance="
+                f"{noise_variance}."
+            )
+        mean, variance = (out, noise_variance) if noise_variance is not None else out
+        check_floating_output("a Gaussian head", mean)
+        mean = mean.astype(wide_dtype(mean.dtype))
+        variance = jnp.broadcast_to(jnp.asarray(variance, mean.dtype), mean.shape)
+        return mean, jnp.where(variance >= 0, variance, jnp.nan)
+
+    return head

@@ -1,0 +1,289 @@
+"""What each training example does to the model, without retraining.
+
+By the memory-perturbation equation, removing example i moves its output by about v_i e_i, where
+v_i = J_i V J_iᵀ is the variance of the output under the posterior and e_i = ∂ℓ_i/∂f the prediction
+error (p − y for cross-entropy, (f − y)/s² for a Gaussian likelihood). V must be the posterior of
+plain Bayes, λ = N: after training with another λ pass `posterior(state, temperature=λ/N)`.
+
+References: Nickl et al., The Memory-Perturbation Equation, `arXiv:2310.19273
+<https://arxiv.org/abs/2310.19273>`_.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ivon_jax._checks import check_positive, is_concrete
+from ivon_jax._data import num_examples
+from ivon_jax.linearization import linear_outputs
+
+PyTree = Any
+
+
+class Sensitivity(NamedTuple):
+    """What removing each of N training examples would do to the model's output for it.
+
+    Attributes:
+      score: ‖v_i e_i‖, shape (N,).
+      deviation: v_i e_i, the change of the output if the example is removed, shape (N, *out).
+      error: e_i = ∂ℓ_i/∂f, shape (N, *out).
+      variance: diagonal of v_i = J_i V J_iᵀ, shape (N, *out).
+    """
+
+    score: jax.Array
+    deviation: jax.Array
+    error: jax.Array
+    variance: jax.Array
+
+
+def sensitivity(
+    apply_fn: Callable[..., jax.Array],
+    loss_fn: Callable[[jax.Array, Any], jax.Array],
+    *,
+    diagonal: bool = False,
+    batch_size: int | None = None,
+) -> Callable[..., Sensitivity]:
+    """Sensitivity of the model to each training example.
+
+    Args:
+      apply_fn: `apply_fn(params, *inputs)` maps a batch (examples on the leading axis) to
+        outputs of shape (N, *out). It is called with one example at a time.
+      loss_fn: `loss_fn(output, target)`, the negative log-likelihood ℓ of one example as a
+        scalar, such as `optax.softmax_cross_entropy_with_integer_labels`.
+      diagonal: whether covariances between the outputs of an example are left out of v_i.
+      batch_size: number of examples worked on at a time, as in `jax.lax.map`; one by default.
+
+    Returns:
+      `f(state, *inputs, targets, params=None) -> Sensitivity`, at any time in training;
+      `state` (also a `Posterior`) and `params` as in `sample_params`.
+
+    Raises:
+      ValueError: when called, if inputs and targets have no common leading axis, or the loss is
+        not a scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import ivon, posterior, sensitivity
+      >>> state = ivon(0.1, ess=10, weight_decay=0.0).init(jnp.ones(2))
+      >>> squared_error = lambda f, y: 0.5 * (f - y) ** 2
+      >>> f = sensitivity(lambda w, x: x @ w, squared_error)
+      >>> q = posterior(state, temperature=10 / 2)  # λ = 10, but there are N = 2 examples
+      >>> print(f(q, jnp.eye(2), targets=jnp.array([1.0, 3.0])).score)
+      [0. 1.]
+    """
+
+    def perturbed(loss: _Loss, output: jax.Array, covariance: jax.Array) -> Sensitivity:
+        error = jax.grad(loss)(output)
+        deviation = _spread(covariance, error)
+        variance = covariance if diagonal else jnp.diagonal(covariance)
+        score = jnp.sqrt(jnp.sum(deviation**2))
+        return Sensitivity(score, deviation, error, variance.reshape(output.shape))
+
+    return _map_examples(apply_fn, loss_fn, perturbed, diagonal, batch_size)
+
+
+def group_sensitivity(scores: jax.Array, groups: jax.Array, num_groups: int) -> jax.Array:
+    """Sensitivity to groups of examples, such as classes: the sum over their members.
+
+    Args:
+      scores: (N,) sensitivity of each example.
+      groups: (N,) integers 0 … num_groups−1.
+      num_groups: number of groups.
+
+    Returns:
+      Shape (num_groups,); divide by the groups' sizes for a mean.
+
+    Raises:
+      TypeError: if `groups` are not integers.
+      ValueError: if the shapes differ, or a group is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import group_sensitivity
+      >>> print(group_sensitivity(jnp.array([1.0, 2.0, 4.0]), jnp.array([0, 1, 0]), 2))
+      [5. 2.]
+    """
+    num_groups = check_positive("num_groups", num_groups)
+    if not jnp.issubdtype(jnp.result_type(groups), jnp.integer):
+        raise TypeError(f"groups must be integers; got {jnp.result_type(groups)}.")
+    if jnp.ndim(scores) != 1 or jnp.shape(scores) != jnp.shape(groups):
+        raise ValueError(
+            f"scores and groups must be vectors of one length; got shapes {jnp.shape(scores)} and "
+            f"{jnp.shape(groups)}."
+        )
+    valid = (groups >= 0) & (groups < num_groups)
+    if is_concrete(valid) and not bool(jnp.all(valid)):
+        raise ValueError(f"groups must be in 0 … {num_groups - 1}.")
+    return jax.ops.segment_sum(scores, groups, num_groups)
+
+
+class LeaveOneOut(NamedTuple):
+    """Estimates for each of N training examples of a model trained without it.
+
+    Attributes:
+      loss: ℓ_i at the output below, shape (N,); its mean is the leave-one-out NLL.
+      output: what the model would say without the example, shape (N, *out).
+    """
+
+    loss: jax.Array
+    output: jax.Array
+
+
+def leave_one_out(
+    apply_fn: Callable[..., jax.Array],
+    loss_fn: Callable[[jax.Array, Any], jax.Array],
+    *,
+    second_order: bool = False,
+    diagonal: bool = False,
+    batch_size: int | None = None,
+) -> Callable[..., LeaveOneOut]:
+    """Leave-one-out outputs and losses, from the training set alone.
+
+    The output without example i is estimated by f_i + v_i e_i, or, with `second_order`, by
+    f_i + (I − v_i H_i)⁻¹ v_i e_i with the curvature H_i = ∂²ℓ_i/∂f². The latter is exact for
+    linear-Gaussian models whose posterior covariance is V (the familiar factor 1/(1 − v/s²)).
+
+    Args:
+      apply_fn: as in `sensitivity`.
+      loss_fn: as in `sensitivity`.
+      second_order: whether the curvature of the loss is taken into account.
+      diagonal: as in `sensitivity`.
+      batch_size: as in `sensitivity`.
+
+    Returns:
+      `f(state, *inputs, targets, params=None) -> LeaveOneOut`. With `second_order` an
+      example is NaN whose removal would leave no proper posterior (the leverage of v_i H_i is
+      1 or more): the posterior is then too wide for the estimate.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import Posterior, leave_one_out
+      >>> squared_error = lambda f, y: 0.5 * (f - y) ** 2
+      >>> f = leave_one_out(lambda w, x: x @ w, squared_error, second_order=True)
+      >>> x, y = jnp.ones((3, 1)), jnp.array([0.0, 1.0, 5.0])
+      >>> mean_of_three = Posterior(jnp.array([2.0]), jnp.array([3.0]))
+      >>> output = f(mean_of_three, x, targets=y).output
+      >>> bool(jnp.allclose(output, jnp.array([3.0, 2.5, 0.5])))  # the means of the other two
+      True
+    """
+
+    def without(loss: _Loss, output: jax.Array, covariance: jax.Array) -> LeaveOneOut:
+        error = jax.grad(loss)(output)
+        if second_order:
+            shift = _newton_shift(jax.hessian(loss)(output), covariance, error)
+        else:
+            shift = _spread(covariance, error)
+        return LeaveOneOut(loss(output + shift), output + shift)
+
+    return _map_examples(apply_fn, loss_fn, without, diagonal, batch_size)
+
+
+class Selection(NamedTuple):
+    """What a sequence of leave-one-out NLLs says.
+
+    Attributes:
+      best: index of the smallest one.
+      stop: whether none of the last `patience` has been better than all before them.
+    """
+
+    best: int
+    stop: bool
+
+
+def select_by_leave_one_out(nlls: Sequence[Any], patience: int | None = None) -> Selection:
+    """Chooses among posteriors by their leave-one-out NLL.
+
+    The posteriors may be those after each epoch (early stopping without held-out data) or
+    those of several weight decays or models (selection of the prior).
+
+    Args:
+      nlls: one number for each candidate, such as `jnp.mean(estimate.loss)`; those that are
+        not finite are never chosen.
+      patience: number of candidates without improvement after which to stop.
+
+    Returns:
+      A `Selection` of Python values; `stop` is False without `patience`.
+
+    Raises:
+      ValueError: if there is no finite number.
+
+    Example:
+      >>> from ivon_jax import select_by_leave_one_out
+      >>> select_by_leave_one_out([0.9, 0.5, 0.6, 0.7], patience=2)
+      Selection(best=1, stop=True)
+    """
+    if patience is not None:
+        check_positive("patience", patience)
+    values = [float(x) for x in nlls]
+    finite = [i for i, x in enumerate(values) if math.isfinite(x)]
+    if not finite:
+        raise ValueError("nlls must hold at least one finite number.")
+    best = min(finite, key=lambda i: values[i])
+    return Selection(best, patience is not None and len(values) - 1 - best >= patience)
+
+
+_Loss = Callable[[jax.Array], jax.Array]
+
+
+def _map_examples(
+    apply_fn: Callable[..., jax.Array],
+    loss_fn: Callable[[jax.Array, Any], jax.Array],
+    finish: Callable[[_Loss, jax.Array, jax.Array], Any],
+    diagonal: bool,
+    batch_size: int | None,
+) -> Callable[..., Any]:
+    """`finish(loss, output, covariance)` of each example."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of (output, target); got {loss_fn!r}.")
+    if batch_size is not None:
+        check_positive("batch_size", batch_size)
+
+    def mapped(
+        state: PyTree, *inputs: PyTree, targets: PyTree, params: PyTree | None = None
+    ) -> Any:
+        num_examples((inputs, targets))
+        outputs = linear_outputs(apply_fn, state, params, diagonal=diagonal)
+
+        def at_example(example: tuple[tuple[PyTree, ...], PyTree]) -> Any:
+            inputs, target = example
+
+            def loss(output: jax.Array) -> jax.Array:
+                value = loss_fn(output, target)
+                if jnp.shape(value):
+                    raise ValueError(
+                        "loss_fn must return the loss of one example, a scalar, for an output of "
+                        f"shape {output.shape}; got shape {jnp.shape(value)}."
+                    )
+                return value
+
+            return finish(loss, *outputs(*inputs))
+
+        return jax.lax.map(at_example, (inputs, targets), batch_size=batch_size)
+
+    return mapped
+
+
+def _spread(covariance: jax.Array, error: jax.Array) -> jax.Array:
+    """v e, for a covariance of shape (K, K), or variances of shape (K,)."""
+    flat = error.ravel()
+    if covariance.ndim == 1:
+        return (covariance * flat).reshape(error.shape)
+    return jnp.matmul(covariance, flat, precision="highest").reshape(error.shape)
+
+
+def _newton_shift(hessian: jax.Array, covariance: jax.Array, error: jax.Array) -> jax.Array:
+    """(I − vH)⁻¹ v e = L (I − LᵀHL)⁻¹ Lᵀ e with v = L Lᵀ; NaN unless I − LᵀHL is positive."""
+    size = error.size
+    if covariance.ndim == 1:
+        root = jnp.diag(jnp.sqrt(covariance))
+    else:
+        values, vectors = jnp.linalg.eigh(covariance)
+        root = vectors * jnp.sqrt(jnp.maximum(values, 0))[None]
+    with jax.default_matmul_precision("highest"):
+        left = jnp.eye(size, dtype=root.dtype) - root.T @ hessian.reshape(size, size) @ root
+        factor = jax.scipy.linalg.cholesky(left, lower=True)
+        shift = root @ jax.scipy.linalg.cho_solve((factor, True), root.T @ error.ravel())
+    return shift.reshape(error.shape)
