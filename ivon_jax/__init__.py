@@ -5,7 +5,7 @@ from ivon_jax.auto_sample import AutoSampleState, auto_sample, reseed
 from ivon_jax.estimators import mc_value_and_grad
 from ivon_jax.linearization import Linearized, linearize, probit_log_probs
 from ivon_jax.optimizer import ivon
-from ivon_jax.posterior import posterior, posterior_mean, prior_of, with_mean
+from ivon_jax.posterior import posterior, posterior_mean, prior_of, with_ess, with_mean
 from ivon_jax.prediction import (
     Moments,
     predict_at_mean,
@@ -57,5 +57,6 @@ __all__ = [
     "sample_params",
     "select_by_leave_one_out",
     "sensitivity",
+    "with_ess",
     "with_mean",
 ]

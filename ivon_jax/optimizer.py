@@ -19,9 +19,17 @@ from ivon_jax._checks import (
     check_varying,
 )
 from ivon_jax._masks import decay_flags
+from ivon_jax._prior import (
+    DEFAULT_WEIGHT_DECAY,
+    check_prior,
+    check_same_prior,
+    owned_prior,
+    smallest_decay,
+    start_at_prior,
+)
 from ivon_jax._trees import Slots, copy_array, wide_dtype, without_nnx
 from ivon_jax._window import Draw, step_or_wait
-from ivon_jax.state import IVONState, check_single, leaf_weight_decay
+from ivon_jax.state import IVONState, Posterior, check_single, decay_leaves, leaf_weight_decay
 
 PyTree = Any
 
@@ -36,13 +44,14 @@ def ivon(
     hess_init: Number = 1.0,
     b1: Number = 0.9,
     b2: Number = 0.99999,
-    weight_decay: Number = 1e-4,
+    weight_decay: Number = DEFAULT_WEIGHT_DECAY,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     clip_radius: Number = math.inf,
     rescale_lr: bool = True,
     debias: bool = True,
     axis_name: str | tuple[str, ...] | None = None,
     momentum_dtype: Any = None,
+    prior: Posterior | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Improved Variational Online Newton.
 
@@ -87,6 +96,10 @@ def ivon(
       axis_name: mapped axis (or axes) over which ĝ and n⊙ĝ are averaged; each device then
         draws its own noise.
       momentum_dtype: dtype of g; the mean's by default.
+      prior: a general Gaussian prior N(m₀, 1/s₀) in the place of `weight_decay` and `mask`, such
+        as yesterday's `posterior(state)`: δ becomes s₀/λ element by element, δm becomes δ(m−m₀),
+        and the factor of α is h₀ plus the smallest δ of each leaf. Where s₀ is infinite the
+        parameter stays fixed at m₀; where it is zero the prior is flat.
 
     Returns:
       A transformation whose `update(grads, state, params=None, *, noise=None, hess=None)`
@@ -97,7 +110,8 @@ def ivon(
 
     Raises:
       TypeError: if an argument is not a number, or traced below float32.
-      ValueError: if a number is out of its range.
+      ValueError: if a number is out of its range, or `prior` is given together with
+        `weight_decay` or `mask`.
 
     References:
       Shen et al., Variational Learning is Effective for Large Deep Networks, ICML 2024,
@@ -129,29 +143,37 @@ def ivon(
     weight_decay = check_number("weight_decay", weight_decay, low=0.0)
     clip_radius = check_number("clip_radius", clip_radius, low=0.0, open_low=True, allow_inf=True)
     momentum_dtype = check_momentum_dtype(momentum_dtype)
+    if prior is not None:
+        check_prior(prior, weight_decay, mask)
     # In double precision for Python numbers: in float32 1 - 0.99999 is off by 0.14 %.
     one_minus_b1, one_minus_b2 = 1 - b1, 1 - b2
 
     def decay(mean: PyTree, params: PyTree) -> jax.Array:
+        """δ: a scalar, or with a mask one entry per leaf."""
         # A copy even of an injected hyperparameter, so that donating the state frees neither.
         delta = jnp.array(weight_decay, jnp.float32)
         return delta if mask is None else delta * decay_flags(mask, without_nnx(mean), params)
 
     def init(params: PyTree) -> IVONState:
         mean = jax.tree_util.tree_map_with_path(_owned_mean, params)
+        own_prior = () if prior is None else owned_prior(prior, mean)
+        if own_prior:
+            mean = start_at_prior(mean, own_prior)
         return IVONState(
             count=jnp.zeros([], jnp.int32),
             mean=mean,
             hess=jax.tree.map(lambda m: jnp.full_like(m, hess_init), mean),
             momentum=jax.tree.map(lambda m: jnp.zeros_like(m, momentum_dtype), mean),
             ess=jnp.array(ess, jnp.float32),
-            weight_decay=decay(mean, params),
+            weight_decay=smallest_decay(own_prior, ess) if own_prior else decay(mean, params),
+            prior=own_prior,
         )
 
     def step(
         new_decay: jax.Array, state: IVONState, grads: list[jax.Array], hess: list[jax.Array]
     ) -> IVONState:
         """Lines 3 to 7 of the algorithm, for averaged ĝ and ĥ."""
+        now = state._replace(ess=jnp.array(ess, jnp.float32), weight_decay=new_decay)
         if axis_name is not None:
             grads, hess = jax.lax.pmean((grads, hess), axis_name)
         lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
@@ -166,38 +188,44 @@ def ivon(
                 jax.tree.leaves(state.momentum),
                 grads,
                 hess,
-                leaf_weight_decay(state.weight_decay, num),
+                decay_leaves(state),
+                decay_leaves(now),
                 leaf_weight_decay(new_decay, num),
+                jax.tree.leaves(state.prior.mean) if state.prior else [None] * num,
                 strict=True,
             )
         ]
         mean, new_hess, momentum = zip(*leaves, strict=True) if leaves else ((), (), ())
-        return state._replace(
+        return now._replace(
             count=count,
             mean=jax.tree.unflatten(jax.tree.structure(state.mean), mean),
             hess=jax.tree.unflatten(jax.tree.structure(state.hess), new_hess),
             momentum=jax.tree.unflatten(jax.tree.structure(state.momentum), momentum),
-            ess=jnp.array(ess, jnp.float32),
-            weight_decay=new_decay,
         )
 
-    def step_leaf(lr, count, m, h, g, grad, hess, old_delta, delta):
+    def step_leaf(lr, count, m, h, g, grad, hess, old_delta, delta, rate_delta, m0):
         def real(x):
             return jnp.asarray(x, m.dtype)
 
         h0, delta = real(hess_init), real(delta)
+        fixed = None if m0 is None else jnp.isinf(delta)
+        if fixed is not None:
+            old_delta, delta = jnp.where(fixed, 0, old_delta), jnp.where(fixed, 0, delta)
         g_new = real(b1) * real(g) + real(one_minus_b1) * grad
         d = real(one_minus_b2) * (hess - h)
         h_new = h + (d + 0.5 * d * (d / (h + real(old_delta))))
         h_new = jnp.maximum(h_new, PRECISION_FLOOR * (h0 + delta) - delta)
         g_bar = g_new / _bias_correction(b1, real(count)) if debias else g_new
-        u = (g_bar + delta * m) / (h_new + delta)
+        u = (g_bar + delta * (m if m0 is None else m - m0)) / (h_new + delta)
         # Neither the clip nor the division may turn a statistic that has overflowed into a number.
         u = jnp.where(jnp.isfinite(u) & jnp.isfinite(h_new), u, jnp.nan)
         if not (isinstance(clip_radius, float) and math.isinf(clip_radius)):
             u = jnp.clip(u, -real(clip_radius), real(clip_radius))
-        alpha = real(lr) * (h0 + delta) if rescale_lr else real(lr)
-        return m - alpha * u, h_new, g_new.astype(g.dtype)
+        alpha = real(lr) * (h0 + real(rate_delta)) if rescale_lr else real(lr)
+        m_new = m - alpha * u
+        if fixed is not None:
+            m_new, h_new = jnp.where(fixed, m, m_new), jnp.where(fixed, h, h_new)
+        return m_new, h_new, g_new.astype(g.dtype)
 
     def update(
         grads: PyTree,
@@ -211,12 +239,16 @@ def ivon(
         del ignored
         check_exactly_one(noise, hess)
         check_single(state)
+        check_same_prior(prior, state)
         slots = Slots(state.mean)
         grad_leaves, others = slots.split("grads", grads)
         check_floating(slots, "grads", grad_leaves)
         check_varying(grad_leaves, axis_name)
         updates_dtypes = [g.dtype for g in grad_leaves]
-        new_decay = decay(state.mean, state.mean if params is None else params)
+        if state.prior:
+            new_decay = state.weight_decay * (state.ess / ess)
+        else:
+            new_decay = decay(state.mean, state.mean if params is None else params)
         take_step = functools.partial(step, new_decay)
         if hess is not None:
             grad_leaves, hess_leaves = _mean_statistics(

@@ -11,6 +11,8 @@ from ivon_jax.auto_sample import is_auto_sample_state
 from ivon_jax.state import (
     IVONState,
     Posterior,
+    check_single,
+    decay_leaves,
     fill_unowned,
     find_states,
     gaussian,
@@ -89,13 +91,14 @@ def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:
 
 
 def prior_of(state: PyTree) -> Posterior:
-    """The prior N(0, 1/(λδ)) under which the state was trained.
+    """The prior under which the state was trained: N(0, 1/(λδ)), or the one that `ivon` was given.
 
     Args:
       state: as in `posterior`.
 
     Returns:
-      Mean zero and precision λδ; zero precision where δ = 0 (a flat, improper prior).
+      Mean zero and precision λδ, unless `ivon` was given another prior; zero precision where
+      δ = 0 (a flat, improper prior).
 
     Raises:
       ValueError: if `state` contains no `IVONState`.
@@ -107,12 +110,13 @@ def prior_of(state: PyTree) -> Posterior:
       Array([50., 50.], dtype=float32)
     """
 
-    # The prior is the state's Gaussian at m = 0 and h = 0: λ(0+δ).
-    def at_zero(part: IVONState) -> IVONState:
+    # The prior is the state's Gaussian at m = m₀ and h = 0: λ(0+δ).
+    def without_data(part: IVONState) -> IVONState:
         zeros = jax.tree.map(jnp.zeros_like, part.mean)
-        return part._replace(mean=zeros, hess=zeros)
+        mean = jax.tree.map(copy_array, part.prior.mean) if part.prior else zeros
+        return part._replace(mean=mean, hess=zeros)
 
-    return gaussian([at_zero(part) for part in find_states(state)])
+    return gaussian([without_data(part) for part in find_states(state)])
 
 
 def with_mean(state: PyTree, params: PyTree) -> PyTree:
@@ -170,3 +174,59 @@ def _moved(state: PyTree, params: PyTree) -> PyTree:
         # Gradients summed at the old mean say nothing about the new one.
         window=jax.tree.map(jnp.zeros_like, get_field(state, "window")),
     )
+
+
+def with_ess(state: PyTree, ess: Number) -> PyTree:
+    """The state under another effective sample size, with its posterior unchanged.
+
+    λ(h+δ) is kept by h ← (λ/λ')(h+δ) − δ', where δ' = δ, or s₀/λ' under a general prior. (The
+    prior precision λδ becomes λ'δ.) Continue with an optimizer that has the new `ess`.
+
+    Args:
+      state: any nested state that contains one or several `IVONState`.
+      ess: the new effective sample size λ'.
+
+    Returns:
+      The state with new `hess` and `ess`.
+
+    Raises:
+      ValueError: if `state` contains no `IVONState`, or `ess` is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import ivon, posterior, with_ess
+      >>> state = ivon(0.1, ess=100, hess_init=0.5, weight_decay=0.5).init(jnp.ones(2))
+      >>> posterior(with_ess(state, 50)).precision  # as before
+      Array([100., 100.], dtype=float32)
+    """
+    ess = check_number("ess", ess, low=0.0, open_low=True)
+    find_states(state)
+
+    def rescale(node: Any) -> Any:
+        if not is_ivon_state(node):
+            return node
+        (part,) = find_states(node)
+        check_single(part)
+        ratio = part.ess / ess
+        moved = part._replace(
+            ess=jnp.full_like(part.ess, ess),
+            weight_decay=part.weight_decay * ratio if part.prior else part.weight_decay,
+        )
+        hess = [
+            # Under a general prior (λ/λ')δ − δ' is zero, or inf − inf where a leaf is fixed.
+            h * ratio.astype(h.dtype) + (0 if part.prior else (d * (ratio - 1)).astype(h.dtype))
+            for h, d in zip(jax.tree.leaves(part.hess), decay_leaves(part), strict=True)
+        ]
+        treedef = jax.tree.structure(get_field(node, "hess"))
+        return set_fields(
+            node,
+            hess=treedef.unflatten(hess),
+            **{f: _like(get_field(node, f), getattr(moved, f)) for f in ("ess", "weight_decay")},
+        )
+
+    return jax.tree.map(rescale, state, is_leaf=is_ivon_state)
+
+
+def _like(node: Any, leaf: jax.Array) -> Any:
+    """The leaf in the wrapping (an nnx Variable, or none) of the node that it replaces."""
+    return jax.tree.structure(node).unflatten([leaf])

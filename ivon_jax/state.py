@@ -11,6 +11,18 @@ from ivon_jax._trees import Slots, get_field, has_fields, is_masked, wide_dtype,
 PyTree = Any
 
 
+class Posterior(NamedTuple):
+    """A Gaussian with diagonal precision over a tree of parameters.
+
+    Attributes:
+      mean: tree of means.
+      precision: tree of precisions 1/σ², of the same structure; +inf means *fixed*.
+    """
+
+    mean: PyTree
+    precision: PyTree
+
+
 class Window(NamedTuple):
     """Sums over the calls that one step of `auto_sample(mc_samples=k)` averages.
 
@@ -39,8 +51,9 @@ class IVONState(NamedTuple):
       momentum: moving average g of the gradients.
       ess: effective sample size λ under which the current posterior stands, float32.
       weight_decay: prior precision δ per example, float32: a scalar, or with a mask a vector
-        with an entry for each owned leaf.
-      prior: reserved for a general Gaussian prior; `()` without one.
+        with an entry for each owned leaf. With a general prior its entries are the smallest δ of
+        each leaf, which the learning rate is multiplied with.
+      prior: a general Gaussian prior, with trees like `mean`; `()` without one.
       window: sums of an unfinished window of `auto_sample(mc_samples=k)`; otherwise `()`.
     """
 
@@ -50,20 +63,8 @@ class IVONState(NamedTuple):
     momentum: PyTree
     ess: jax.Array
     weight_decay: jax.Array
-    prior: tuple[()] = ()
+    prior: Posterior | tuple[()] = ()
     window: Window | tuple[()] = ()
-
-
-class Posterior(NamedTuple):
-    """A Gaussian with diagonal precision over a tree of parameters.
-
-    Attributes:
-      mean: tree of means.
-      precision: tree of precisions 1/σ², of the same structure; +inf means *fixed*.
-    """
-
-    mean: PyTree
-    precision: PyTree
 
 
 _REQUIRED = tuple(f for f in IVONState._fields if f not in IVONState._field_defaults)
@@ -86,8 +87,14 @@ def find_states(state: PyTree) -> list[IVONState]:
             f"found no IVONState in a state of type {type(state).__name__}. Pass what the "
             "optimizer's init or update returned; the optimizer must contain ivon()."
         )
-    fields = [{f: get_field(x, f) for f in IVONState._fields} for x in nodes]
-    return [IVONState(**without_nnx(x)) for x in fields]
+    return [_as_state(node) for node in nodes]
+
+
+def _as_state(node: Any) -> IVONState:
+    fields = without_nnx({field: get_field(node, field) for field in IVONState._fields})
+    if fields["prior"]:
+        fields["prior"] = Posterior(*(get_field(fields["prior"], f) for f in Posterior._fields))
+    return IVONState(**fields)
 
 
 def check_single(state: Any) -> None:
@@ -114,11 +121,17 @@ def leaf_weight_decay(weight_decay: jax.Array, num_leaves: int) -> list[jax.Arra
     return [weight_decay[i] if weight_decay.ndim else weight_decay for i in range(num_leaves)]
 
 
+def decay_leaves(state: IVONState) -> list[jax.Array]:
+    """δ of each owned leaf: a scalar, or s₀/λ element by element under a general prior."""
+    if isinstance(state.prior, Posterior):
+        return [s0 / state.ess.astype(s0.dtype) for s0 in jax.tree.leaves(state.prior.precision)]
+    return leaf_weight_decay(state.weight_decay, len(jax.tree.leaves(state.hess)))
+
+
 def precision_leaves(state: IVONState) -> list[jax.Array]:
     """λ(h+δ) of each owned leaf."""
     check_single(state)
-    hess = jax.tree.leaves(state.hess)
-    deltas = leaf_weight_decay(state.weight_decay, len(hess))
+    hess, deltas = jax.tree.leaves(state.hess), decay_leaves(state)
     return [
         state.ess.astype(h.dtype) * (h + d.astype(h.dtype))
         for h, d in zip(hess, deltas, strict=True)
