@@ -4,6 +4,7 @@ from ivon_jax import metrics
 from ivon_jax.auto_sample import AutoSampleState, auto_sample, reseed
 from ivon_jax.estimators import mc_value_and_grad
 from ivon_jax.linearization import Linearized, linearize, probit_log_probs
+from ivon_jax.merging import merge, task_arithmetic
 from ivon_jax.optimizer import ivon
 from ivon_jax.posterior import posterior, posterior_mean, prior_of, with_ess, with_mean
 from ivon_jax.prediction import (
@@ -14,6 +15,7 @@ from ivon_jax.prediction import (
     predict_moments,
     predict_samples,
 )
+from ivon_jax.pruning import prune, signal_to_noise
 from ivon_jax.sampling import sample_params
 from ivon_jax.sensitivity import (
     LeaveOneOut,
@@ -43,6 +45,7 @@ __all__ = [
     "leave_one_out",
     "linearize",
     "mc_value_and_grad",
+    "merge",
     "metrics",
     "posterior",
     "posterior_mean",
@@ -53,10 +56,13 @@ __all__ = [
     "predict_samples",
     "prior_of",
     "probit_log_probs",
+    "prune",
     "reseed",
     "sample_params",
     "select_by_leave_one_out",
     "sensitivity",
+    "signal_to_noise",
+    "task_arithmetic",
     "with_ess",
     "with_mean",
 ]

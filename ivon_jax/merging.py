@@ -1,0 +1,195 @@
+"""Merging models through their posteriors: sums of Gaussians' natural parameters.
+
+References: Daheim et al., Model Merging by Uncertainty-Based Gradient Matching, `arXiv:2310.12808
+<https://arxiv.org/abs/2310.12808>`_.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ivon_jax._checks import Number, check_floating, check_number, is_concrete
+from ivon_jax._prior import check_precision
+from ivon_jax._trees import Slots, wide_dtype
+from ivon_jax.state import Posterior
+
+PyTree = Any
+
+
+def merge(
+    posteriors: Sequence[Posterior],
+    *,
+    weights: Sequence[Number] | None = None,
+    base: Posterior | None = None,
+) -> Posterior:
+    r"""Merges the posteriors of models that were trained from one base on different data.
+
+    With the base N(θ₀, 1/H₀), which is the prior of every task, posteriors N(θ_t, 1/P_t) and
+    weights α_t, the merged Gaussian has
+
+    .. code-block:: text
+
+      H̄ = H₀ + Σ_t α_t (P_t − H₀)
+      θ = θ₀ + Σ_t α_t H̄⁻¹ P_t (θ_t − θ₀)
+
+    so that the base is counted once. For linear-Gaussian models with diagonal Gram matrices and
+    α = 1 this is training on all data at once. Special cases:
+
+    * Without `base` (H₀ = 0): θ = θ₀ + Σ_t (P_t / Σ_k P_k)(θ_t − θ₀), the precision-weighted mean,
+      in which θ₀ cancels. It counts the prior once per model.
+    * Removing a task from a merged model: `merge([merged, task], weights=[1, -1], base=base)`.
+    * Federated averaging: the clients' posteriors, each started from the server's, which is
+      `base`; weights other than 1 count a client's data more or less than once.
+    * Fisher averaging is `base=None` with Fisher informations as precisions; `task_arithmetic` has
+      its own function.
+
+    Args:
+      posteriors: the models' posteriors, as from `posterior(state)`. Different λ may be
+        mixed: precisions λ(h+δ) are compared, not h.
+      weights: α_t, one number per model (1 by default); negative ones remove.
+      base: the base model and its precision H₀ = λδ, such as `prior_of(state)` with the base's
+        weights as mean.
+
+    Returns:
+      The merged `Posterior`, in the dtypes of the first. Elements whose precision is infinite
+      (fixed) must be fixed in all, at equal values, and stay so.
+
+    Raises:
+      ValueError: if the trees do not fit, a precision is negative, fixed elements differ, or
+        removing leaves no positive precision. Under jit, where values are unknown, such elements
+        become NaN.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import Posterior, merge
+      >>> a = Posterior(jnp.array([0.0]), jnp.array([1.0]))
+      >>> b = Posterior(jnp.array([4.0]), jnp.array([3.0]))
+      >>> merge([a, b])
+      Posterior(mean=Array([3.], dtype=float32), precision=Array([4.], dtype=float32))
+    """
+    posteriors = list(posteriors)
+    if not posteriors or not all(isinstance(q, Posterior) for q in posteriors):
+        raise TypeError("posteriors must be a non-empty sequence of Posterior(mean, precision).")
+    alphas = _checked_weights(weights, len(posteriors))
+    slots = Slots(posteriors[0].mean)
+    models = [_leaves(slots, f"posteriors[{i}]", q) for i, q in enumerate(posteriors)]
+    bases = [(0.0, 0.0)] * len(slots.leaves) if base is None else _leaves(slots, "base", base)
+    merged = [
+        _merge_leaf(path, like, base_leaf, leaf, alphas)
+        for path, like, base_leaf, *leaf in zip(
+            slots.paths, slots.leaves, bases, *models, strict=True
+        )
+    ]
+    means, precisions = zip(*merged, strict=True) if merged else ((), ())
+    return Posterior(slots.join(list(means)), slots.join(list(precisions)))
+
+
+def task_arithmetic(
+    params: Sequence[PyTree], base: PyTree, *, weights: Sequence[Number] | None = None
+) -> PyTree:
+    """θ₀ + Σ_t α_t (θ_t − θ₀): merging that takes all precisions, the base's too, as equal.
+
+    Args:
+      params: weights θ_t of the fine-tuned models.
+      base: weights θ₀ of the model that they started from.
+      weights: α_t, 1 by default.
+
+    Returns:
+      The merged weights, in the dtypes of the first model.
+
+    Raises:
+      ValueError: if the trees do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import task_arithmetic
+      >>> task_arithmetic([jnp.array([2.0]), jnp.array([3.0])], jnp.array([1.0]))
+      Array([4.], dtype=float32)
+    """
+
+    def unit(tree: PyTree) -> Posterior:
+        return Posterior(tree, jax.tree.map(lambda x: jnp.ones_like(x, _wide(x)), tree))
+
+    return merge([unit(p) for p in params], weights=weights, base=unit(base)).mean
+
+
+def _wide(x: Any) -> Any:
+    return wide_dtype(jnp.result_type(x))
+
+
+def _leaves(slots: Slots, name: str, q: Posterior) -> list[tuple[jax.Array, jax.Array]]:
+    if not isinstance(q, Posterior):
+        raise TypeError(f"{name} must be a Posterior(mean, precision); got {type(q).__name__}.")
+    check_precision(f"{name}.precision", q.precision)
+    means, _ = slots.split(f"{name}.mean", q.mean)
+    precisions, _ = slots.split(f"{name}.precision", q.precision)
+    for part, leaves in (("mean", means), ("precision", precisions)):
+        slots.check_shapes(f"{name}.{part}", leaves)
+    check_floating(slots, f"{name}.precision", precisions)
+    return list(zip(means, precisions, strict=True))
+
+
+def _checked_weights(weights: Sequence[Number] | None, num_models: int) -> list[Number]:
+    if weights is None:
+        return [1.0] * num_models
+    weights = list(weights)
+    if len(weights) != num_models:
+        raise ValueError(
+            f"weights must hold one number per model: {num_models} models, {len(weights)} weights."
+        )
+    return [check_number("each of weights", w) for w in weights]
+
+
+def _merge_leaf(
+    path: str,
+    like: jax.Array,
+    base: tuple[Any, Any],
+    models: Sequence[tuple[jax.Array, jax.Array]],
+    weights: Sequence[Number],
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and precision of one leaf; where precisions are infinite, the common value."""
+    dtype = models[0][1].dtype
+    known_base = not isinstance(base[0], float)
+    everything = [*models, base] if known_base else models
+    floating = jnp.issubdtype(like.dtype, jnp.floating)  # other leaves can only be fixed
+    fixed = [jnp.isinf(precision) | (not floating) for _, precision in everything]
+    all_fixed = jnp.all(jnp.stack(fixed), axis=0)
+    any_fixed = jnp.any(jnp.stack(fixed), axis=0)
+    same = jnp.all(jnp.stack([mean == like for mean, _ in everything]), axis=0)
+    agree = ~any_fixed | (all_fixed & same)
+    if is_concrete(agree) and not bool(jnp.all(agree)):
+        raise ValueError(
+            f"elements with infinite precision are fixed, but at {path or 'the root'} the models "
+            "(or the base) differ in their values or in whether they are fixed. Give them a finite "
+            "precision, or leave them out of the merge."
+        )
+    if not floating:
+        return like, jnp.where(agree, models[0][1], jnp.nan)
+
+    def real(x: Any) -> jax.Array:
+        return jnp.asarray(x, dtype)
+
+    def finite(precision: Any) -> jax.Array:
+        return jnp.where(jnp.isinf(real(precision)), 0, real(precision))
+
+    base_mean, base_precision = real(base[0]), finite(base[1])
+    alphas = [real(w) for w in weights]
+    total = base_precision + sum(
+        a * (finite(p) - base_precision) for a, (_, p) in zip(alphas, models, strict=True)
+    )
+    pull = sum(
+        a * finite(p) * (real(m) - base_mean) for a, (m, p) in zip(alphas, models, strict=True)
+    )
+    proper = all_fixed | (total > 0)
+    if is_concrete(proper) and not bool(jnp.all(proper)):
+        raise ValueError(
+            f"the merged precision is not positive at {path or 'the root'}: smallest "
+            f"{float(jnp.min(total)):g}. More is removed than the models contain: use weights "
+            "nearer to zero, or a base with a smaller precision."
+        )
+    valid = agree & proper
+    mean = jnp.where(all_fixed, real(like), base_mean + pull / jnp.where(proper, total, 1))
+    precision = jnp.where(all_fixed, jnp.inf, total)
+    return jnp.where(valid, mean, jnp.nan).astype(like.dtype), jnp.where(valid, precision, jnp.nan)
