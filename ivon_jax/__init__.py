@@ -1,7 +1,8 @@
 """IVON for JAX: variational learning for large networks at the price of AdamW."""
 
-from ivon_jax import metrics
+from ivon_jax import metrics, recipes
 from ivon_jax.auto_sample import AutoSampleState, auto_sample, reseed
+from ivon_jax.diagnostics import diagnostics, kl_divergence, learning_status
 from ivon_jax.estimators import mc_value_and_grad
 from ivon_jax.linearization import Linearized, linearize, probit_log_probs
 from ivon_jax.merging import merge, task_arithmetic
@@ -17,6 +18,7 @@ from ivon_jax.prediction import (
 )
 from ivon_jax.pruning import prune, signal_to_noise
 from ivon_jax.sampling import sample_params
+from ivon_jax.saving import load, load_metadata, save
 from ivon_jax.sensitivity import (
     LeaveOneOut,
     Selection,
@@ -40,10 +42,15 @@ __all__ = [
     "Selection",
     "Sensitivity",
     "auto_sample",
+    "diagnostics",
     "group_sensitivity",
     "ivon",
+    "kl_divergence",
+    "learning_status",
     "leave_one_out",
     "linearize",
+    "load",
+    "load_metadata",
     "mc_value_and_grad",
     "merge",
     "metrics",
@@ -57,8 +64,10 @@ __all__ = [
     "prior_of",
     "probit_log_probs",
     "prune",
+    "recipes",
     "reseed",
     "sample_params",
+    "save",
     "select_by_leave_one_out",
     "sensitivity",
     "signal_to_noise",

@@ -1,0 +1,199 @@
+"""A posterior as a safetensors file, which other frameworks can read."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ivon_jax._trees import without_nnx
+from ivon_jax.state import Posterior, gaussian
+
+PyTree = Any
+
+FORMAT = "ivon_jax.posterior.v1"
+
+
+def save(
+    path: str | os.PathLike[str], state: PyTree, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a posterior to a safetensors file.
+
+    The tensors are named `mean.<path>` and `precision.<path>`, where the path joins the keys of the
+    tree with dots, as in `mean.layer.kernel`. The file replaces an older one only when it is
+    complete. (For continuing training save the optimizer's state, with Orbax for example.)
+
+    Args:
+      path: the file, usually `*.safetensors`.
+      state: a `Posterior`, or an optax or `flax.nnx` state. Leaves that IVON does not own are
+        left out: for a whole model save `posterior(state, params)`.
+      metadata: strings to store beside it, such as the data set and the code's version.
+
+    Raises:
+      ImportError: if safetensors is not installed.
+      TypeError: if `metadata` holds anything but strings.
+      ValueError: if two leaves would have the same name, or `metadata` the reserved key.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp
+      >>> from ivon_jax import Posterior, load, save
+      >>> q = Posterior({"w": jnp.ones(2)}, {"w": jnp.full(2, 4.0)})
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(f"{folder}/q.safetensors", q, {"data": "digits"})
+      ...     load(f"{folder}/q.safetensors").precision
+      {'w': Array([4., 4.], dtype=float32)}
+    """
+    safetensors = _safetensors()
+    metadata = dict(metadata or {})
+    if not all(isinstance(x, str) for pair in metadata.items() for x in pair):
+        raise TypeError("metadata must map strings to strings, as safetensors files do.")
+    if "ivon_jax" in metadata:
+        raise ValueError("the key 'ivon_jax' of metadata is reserved for the format.")
+    q = gaussian(state)
+    tensors: dict[str, np.ndarray] = {}
+    names: dict[str, list[str]] = {}
+    for part in Posterior._fields:
+        for keys, leaf in _flat(getattr(q, part)):
+            name = ".".join([part, *keys])
+            if name in tensors:
+                raise ValueError(f"two leaves would be called {name!r}: rename one of their keys.")
+            # safetensors would write the memory of a transposed view as it lies there.
+            tensors[name] = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
+            names[name] = keys
+    metadata["ivon_jax"] = json.dumps({"format": FORMAT, "paths": names})
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        safetensors.save_file(tensors, temporary, metadata)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | os.PathLike[str], like: PyTree | None = None) -> Posterior:
+    """Reads a posterior that `save` has written.
+
+    Args:
+      path: the file.
+      like: a tree of the structure that mean and precision shall have, such as the parameters
+        (arrays or `jax.ShapeDtypeStruct`s); shapes are checked against it. By default nested
+        dictionaries whose keys are strings.
+
+    Returns:
+      The `Posterior`, in the dtypes in which it was saved.
+
+    Raises:
+      ImportError: if safetensors is not installed.
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is damaged, was not written by `save`, or does not fit `like`.
+
+    Example: see `save`.
+    """
+    safetensors = _safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+        tensors = safetensors.load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+    stored = json.loads(metadata.get("ivon_jax", "{}"))
+    if stored.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} was not written by ivon_jax.save (its metadata has no format {FORMAT!r})."
+        )
+    arrays = {name: _exact(name, tensor) for name, tensor in tensors.items()}
+    if like is not None:
+        return Posterior(*(_shaped(part, arrays, like) for part in Posterior._fields))
+    return Posterior(*(_nested(part, arrays, stored["paths"]) for part in Posterior._fields))
+
+
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The strings that were given to `save`.
+
+    Args:
+      path: the file.
+
+    Raises:
+      ImportError: if safetensors is not installed.
+    """
+    _safetensors()
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        metadata = dict(file.metadata() or {})
+    metadata.pop("ivon_jax", None)
+    return metadata
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "saving a posterior needs safetensors: pip install safetensors"
+        ) from error
+    return safetensors.numpy
+
+
+def _flat(tree: PyTree) -> list[tuple[list[str], Any]]:
+    """The keys and the value of each leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(without_nnx(tree))
+    return [([_key(entry) for entry in path], leaf) for path, leaf in leaves]
+
+
+def _key(entry: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def _exact(name: str, tensor: np.ndarray) -> jax.Array:
+    array = jnp.asarray(tensor)
+    if array.dtype != tensor.dtype:
+        raise ValueError(
+            f"{name} is {tensor.dtype}, which jax would narrow to {array.dtype}: set "
+            "jax.config.update('jax_enable_x64', True) first."
+        )
+    return array
+
+
+def _shaped(part: str, arrays: dict[str, jax.Array], like: PyTree) -> PyTree:
+    leaves, treedef = jax.tree.flatten(without_nnx(like))
+    names = [".".join([part, *keys]) for keys, _ in _flat(like)]
+    missing = [name for name in names if name not in arrays]
+    extra = [x for x in arrays if x.startswith(f"{part}.") or x == part if x not in names]
+    if missing or extra:
+        lacks = f"it lacks {missing[0]}" if missing else f"it also has {extra[0]}"
+        raise ValueError(f"the file does not fit the tree: {lacks}.")
+    for name, leaf in zip(names, leaves, strict=True):
+        if arrays[name].shape != tuple(leaf.shape):
+            raise ValueError(
+                f"{name} has shape {arrays[name].shape} in the file, but {tuple(leaf.shape)} is "
+                "expected."
+            )
+    return treedef.unflatten([arrays[name] for name in names])
+
+
+def _nested(part: str, arrays: dict[str, jax.Array], paths: dict[str, list[str]]) -> PyTree:
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        if name == part:
+            return array
+        if not name.startswith(f"{part}."):
+            continue
+        *outer, last = paths[name]
+        node = tree
+        for key in outer:
+            node = node.setdefault(key, {})
+        node[last] = array
+    return tree
