@@ -31,8 +31,7 @@ def apply_in_batches(
     apply_fn: Callable[..., PyTree], batch_size: int | None
 ) -> Callable[..., PyTree]:
     """`apply_fn(params, *inputs)` on `batch_size` examples at a time; None means all at once."""
-    if not callable(apply_fn):
-        raise TypeError(f"apply_fn must be a function of (params, *inputs); got {apply_fn!r}.")
+    check_callable(apply_fn)
     if batch_size is None:
         return apply_fn
     size = check_positive("data_batch_size", batch_size)
@@ -62,6 +61,14 @@ def apply_in_batches(
         return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), out, last)
 
     return batched
+
+
+def check_callable(apply_fn: Any) -> None:
+    """Refuses what is not a function, such as a posterior in its place."""
+    if not callable(apply_fn):
+        raise TypeError(
+            f"apply_fn must be a function of (params, *inputs); got {type(apply_fn).__name__}."
+        )
 
 
 def check_floating_output(name: str, out: Any) -> None:

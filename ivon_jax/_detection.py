@@ -69,7 +69,7 @@ def detection(in_scores: Any, out_scores: Any) -> Detection:
 
 
 def _interpolate_rate(true_rate: np.ndarray, false_rate: np.ndarray, at: float) -> float:
-    # The curve may rise vertically: of several points with one true-positive rate np.interp
-    # would take an arbitrary one, the threshold in use is the first.
-    true_rate, first = np.unique(true_rate, return_index=True)
-    return float(np.interp(at, true_rate, false_rate[first]))
+    # np.interp is arbitrary where the curve has several points of one true-positive rate.
+    after = int(np.argmax(true_rate >= at))  # the curve starts at 0
+    ends = slice(after - 1, after + 1)
+    return float(np.interp(at, true_rate[ends], false_rate[ends]))

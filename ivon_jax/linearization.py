@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._checks import check_positive
-from ivon_jax._data import check_floating_output, num_examples
+from ivon_jax._data import check_callable, check_floating_output, num_examples
 from ivon_jax._trees import wide_dtype
 from ivon_jax.sampling import PosteriorNoise
 from ivon_jax.state import gaussian
@@ -111,8 +111,7 @@ def linear_outputs(
     apply_fn: Callable[..., jax.Array], state: PyTree, params: PyTree | None, *, diagonal: bool
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """A function of one example: its K outputs f, and J V Jᵀ (K, K) or the diagonal of it (K,)."""
-    if not callable(apply_fn):
-        raise TypeError(f"apply_fn must be a function of (params, *inputs); got {apply_fn!r}.")
+    check_callable(apply_fn)
     q = PosteriorNoise(gaussian(state), params)
     variance = [1 / p for p in q.precision]
 

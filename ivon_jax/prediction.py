@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ivon_jax._axes import zeros_of
 from ivon_jax._checks import check_positive
-from ivon_jax._data import apply_in_batches, check_floating_output
+from ivon_jax._data import apply_in_batches, check_callable, check_floating_output
 from ivon_jax._trees import wide_dtype
 from ivon_jax.sampling import PosteriorNoise, threefry_key
 from ivon_jax.state import gaussian
@@ -120,6 +120,8 @@ def predict_log_probs(
       True
     """
 
+    check_callable(apply_fn)
+
     def log_probs(params: PyTree, *inputs: PyTree) -> jax.Array:
         logits = apply_fn(params, *inputs)
         check_floating_output("predict_log_probs", logits)
@@ -201,12 +203,8 @@ def predict_moments(
             means, variances = group
             mean = jnp.mean(means, axis=0)
             # Deviations, not squares: mean μ² − μ̄² would cancel for μ far from zero.
-            return (
-                jnp.full_like(mean, len(means)),
-                mean,
-                jnp.sum((means - mean) ** 2, axis=0),
-                jnp.sum(variances, axis=0),
-            )
+            squares = jnp.sum((means - mean[None]) ** 2, axis=0)
+            return jnp.full_like(mean, len(means)), mean, squares, jnp.sum(variances, axis=0)
 
         count, mean, squares, noise = _fold(at_key, keys, batch_size, zeros_of, reduce, _pool)
         return Moments(mean, (noise + squares) / count, squares / count)
@@ -331,6 +329,7 @@ def _gaussian_head(
     apply_fn: Callable[..., Any], noise_variance: float | jax.Array | None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """An `apply_fn` that returns (μ, σ²) in one shape, at least float32."""
+    check_callable(apply_fn)
 
     def head(params: PyTree, *inputs: PyTree) -> tuple[jax.Array, jax.Array]:
         out = apply_fn(params, *inputs)

@@ -1,0 +1,279 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ivon_jax import metrics
+
+sklearn_metrics = pytest.importorskip("sklearn.metrics")
+
+N, K = 200, 5
+
+
+def random_predictions(seed=0):
+    """Log-probabilities, some of them tied, certain or wrong with certainty, and labels."""
+    rng = np.random.default_rng(seed)
+    logits = np.round(3 * rng.standard_normal((N, K)))  # rounded: many ties
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    probs[:10] = np.eye(K)[rng.integers(0, K, 10)]
+    labels = rng.integers(0, K, N)
+    probs[:5] = np.eye(K)[labels[:5]]
+    with np.errstate(divide="ignore"):
+        return np.log(probs), probs, labels
+
+
+@pytest.fixture(params=["eager", "jit"])
+def call(request):
+    """The metric as it is, and under jit; both must agree with the reference."""
+    if request.param == "eager":
+        return lambda f, *args, **kw: np.asarray(f(*map(jnp.asarray, args), **kw))
+    return lambda f, *args, **kw: np.asarray(
+        jax.jit(lambda *a: f(*a, **kw))(*map(jnp.asarray, args))
+    )
+
+
+def test_nll_is_the_log_loss(call):
+    log_probs, probs, labels = random_predictions()
+    log_probs, probs, labels = log_probs[10:], probs[10:], labels[10:]
+    with jax.enable_x64(True):
+        got = call(metrics.nll, log_probs, labels)
+    np.testing.assert_allclose(got, sklearn_metrics.log_loss(labels, probs), rtol=1e-10)
+
+
+def test_nll_of_a_class_that_was_ruled_out_is_infinite():
+    log_probs = jnp.log(jnp.array([[1.0, 0.0]]))
+    assert metrics.nll(log_probs, jnp.array([1])) == jnp.inf
+    assert metrics.nll(log_probs, jnp.array([0])) == 0.0
+
+
+def test_accuracy_is_that_of_scikit_learn(call):
+    log_probs, probs, labels = random_predictions()
+    expected = sklearn_metrics.accuracy_score(labels, probs.argmax(-1))
+    np.testing.assert_allclose(call(metrics.accuracy, log_probs, labels), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, K])
+def test_top_k_accuracy_counts_ties_for_the_lower_index(k, call):
+    log_probs, probs, labels = random_predictions()
+    order = np.argsort(-probs, axis=-1, kind="stable")[:, :k]
+    expected = np.mean((order == labels[:, None]).any(-1))
+    np.testing.assert_allclose(
+        call(metrics.top_k_accuracy, log_probs, labels, k=k), expected, rtol=1e-6
+    )
+
+
+def test_top_k_accuracy_without_ties_is_that_of_scikit_learn():
+    rng = np.random.default_rng(1)
+    log_probs = jax.nn.log_softmax(jnp.asarray(rng.standard_normal((N, K)), jnp.float32))
+    labels = rng.integers(0, K, N)
+    expected = sklearn_metrics.top_k_accuracy_score(labels, log_probs, k=3)
+    np.testing.assert_allclose(metrics.top_k_accuracy(log_probs, labels, 3), expected, rtol=1e-6)
+
+
+def test_brier_is_the_mean_squared_distance_to_the_one_hot_label(call):
+    log_probs, probs, labels = random_predictions()
+    expected = np.mean(np.sum((probs - np.eye(K)[labels]) ** 2, -1))
+    np.testing.assert_allclose(call(metrics.brier, log_probs, labels), expected, rtol=1e-5)
+
+
+def test_brier_of_two_classes_is_twice_that_of_scikit_learn():
+    rng = np.random.default_rng(2)
+    p, labels = rng.uniform(size=N), rng.integers(0, 2, N)
+    got = metrics.brier(jnp.log(jnp.asarray(np.stack([1 - p, p], -1), jnp.float32)), labels)
+    np.testing.assert_allclose(got, 2 * sklearn_metrics.brier_score_loss(labels, p), rtol=1e-5)
+
+
+def bins_by_loop(probs, labels, num_bins, equal_mass):
+    """The documented rule, one prediction after another."""
+    confidence, correct = probs.max(-1), probs.argmax(-1) == labels
+    members = [[] for _ in range(num_bins)]
+    for c, hit in zip(confidence, correct, strict=True):
+        if equal_mass:
+            index = int(np.sum(confidence < c)) * num_bins // len(confidence)
+        else:
+            index = next(b for b in range(num_bins) if c <= (b + 1) / num_bins or b == num_bins - 1)
+        members[index].append((c, hit))
+    with_nan = [np.mean(m, axis=0) if m else (np.nan, np.nan) for m in members]
+    return [len(m) for m in members], *np.transpose(with_nan)
+
+
+@pytest.mark.parametrize("equal_mass", [False, True])
+@pytest.mark.parametrize("num_bins", [1, 4, 15, 300])
+def test_calibration_bins_follow_the_stated_rule(num_bins, equal_mass, call):
+    """With ties, empty bins, certain predictions and confidences on the edge of a bin."""
+    log_probs, probs, labels = random_predictions()
+    probs[20:30] = [0.5, 0.5, 0, 0, 0]
+    probs[30:40] = [0.25, 0.75, 0, 0, 0]
+    with np.errstate(divide="ignore"):
+        log_probs = np.log(probs)
+    # The function sees exp(log p); the loop must see the same numbers to be held to the edges.
+    with jax.enable_x64(True):
+        probs = np.asarray(jnp.exp(jnp.asarray(log_probs)))
+        parts = [
+            call(lambda *a, f=f: getattr(
+                metrics.calibration_bins(*a, num_bins, equal_mass=equal_mass), f
+            ), log_probs, labels)
+            for f in metrics.CalibrationBins._fields
+        ]  # fmt: skip
+        ece = call(metrics.ece, log_probs, labels, num_bins=num_bins, equal_mass=equal_mass)
+    count, confidence, accuracy = bins_by_loop(probs, labels, num_bins, equal_mass)
+    np.testing.assert_array_equal(parts[0], count)
+    np.testing.assert_allclose(parts[1], confidence, rtol=1e-12)
+    np.testing.assert_allclose(parts[2], accuracy, rtol=1e-12)
+    gaps = np.nan_to_num(np.abs(accuracy - confidence))
+    np.testing.assert_allclose(ece, np.sum(np.array(count) / N * gaps), rtol=1e-12)
+
+
+def test_bins_of_equal_mass_are_equally_full_without_ties():
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((60, 3)), jnp.float32)
+    labels = jnp.zeros(60, jnp.int32)
+    bins = metrics.calibration_bins(jax.nn.log_softmax(logits), labels, 6, equal_mass=True)
+    np.testing.assert_array_equal(bins.count, [10] * 6)
+
+
+def test_ece_does_not_depend_on_the_order_of_the_examples():
+    log_probs, _, labels = random_predictions()
+    order = np.random.default_rng(0).permutation(N)
+    for equal_mass in (False, True):
+        a = metrics.ece(jnp.asarray(log_probs), jnp.asarray(labels), equal_mass=equal_mass)
+        b = metrics.ece(
+            jnp.asarray(log_probs[order]), jnp.asarray(labels[order]), equal_mass=equal_mass
+        )
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_entropy_and_mutual_information_are_those_of_scipy(call):
+    stats = pytest.importorskip("scipy.stats")
+    _, probs, _ = random_predictions()
+    samples = np.stack([probs, np.roll(probs, 1, axis=-1), probs[:, ::-1]])
+    with np.errstate(divide="ignore"):
+        log_samples = np.log(samples)
+    with jax.enable_x64(True):
+        entropy = call(metrics.predictive_entropy, log_samples)
+        information = call(metrics.mutual_information, log_samples)
+    np.testing.assert_allclose(entropy, stats.entropy(samples, axis=-1), atol=1e-14)
+    expected = stats.entropy(samples.mean(0), axis=-1) - stats.entropy(samples, axis=-1).mean(0)
+    np.testing.assert_allclose(information, expected, atol=1e-12)
+
+
+def test_mutual_information_of_equal_samples_is_zero_and_never_negative():
+    log_probs, _, _ = random_predictions()
+    same = jnp.stack([jnp.asarray(log_probs, jnp.float32)] * 7)
+    information = metrics.mutual_information(same)
+    assert jnp.all(information >= 0) and jnp.all(information < 1e-5)
+
+
+def test_gaussian_nll_is_that_of_scipy(call):
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    mean, targets = rng.standard_normal((2, N, 2))
+    variance = rng.uniform(0.1, 3, (N, 2))
+    with jax.enable_x64(True):
+        got = call(metrics.gaussian_nll, mean, variance, targets)
+    expected = -np.mean(stats.norm.logpdf(targets, mean, np.sqrt(variance)))
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def roc_by_thresholds(in_scores, out_scores, true_rate):
+    """FPR at a TPR by trying every threshold, with linear interpolation between two of them."""
+    thresholds = np.concatenate([[-np.inf], np.unique([*in_scores, *out_scores])])
+    tpr = np.array([np.mean(in_scores <= t) for t in thresholds])
+    fpr = np.array([np.mean(out_scores <= t) for t in thresholds])
+    after = int(np.argmax(tpr >= true_rate))
+    if tpr[after] == true_rate:
+        return fpr[after]
+    share = (true_rate - tpr[after - 1]) / (tpr[after] - tpr[after - 1])
+    return fpr[after - 1] + share * (fpr[after] - fpr[after - 1])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("decimals", [1, 8])  # with and without ties
+def test_detection_agrees_with_thresholds_tried_one_by_one(seed, decimals):
+    rng = np.random.default_rng(seed)
+    in_scores = np.round(rng.standard_normal(100 + seed), decimals)
+    out_scores = np.round(1 + rng.standard_normal(83), decimals)
+    got = metrics.detection(in_scores, out_scores)
+    pairs = out_scores[:, None] - in_scores[None]
+    np.testing.assert_allclose(got.auroc, np.mean((pairs > 0) + 0.5 * (pairs == 0)), rtol=1e-12)
+    np.testing.assert_allclose(got.fpr95, roc_by_thresholds(in_scores, out_scores, 0.95))
+    is_out = np.repeat([0, 1], [len(in_scores), len(out_scores)])
+    both = np.concatenate([in_scores, out_scores])
+    assert got.aupr_out == sklearn_metrics.average_precision_score(is_out, both)
+    assert got.aupr_in == sklearn_metrics.average_precision_score(1 - is_out, -both)
+
+
+def test_detection_at_the_extremes():
+    perfect = metrics.detection(np.zeros(40), np.ones(7))
+    assert perfect == (1.0, 1.0, 1.0, 0.0)
+    wrong = metrics.detection(np.ones(40), np.zeros(7))
+    assert wrong.auroc == 0.0 and wrong.fpr95 == 1.0
+    blind = metrics.detection(np.zeros(40), np.zeros(60))
+    assert blind.auroc == 0.5
+    np.testing.assert_allclose(blind.fpr95, 0.95)
+
+
+LOGITS = jnp.array([[2.0, 1.0, -1.0], [0.0, 3.0, 0.0]])
+LABELS = jnp.array([0, 1])
+OF_LABELS = (
+    metrics.nll,
+    metrics.accuracy,
+    metrics.brier,
+    metrics.ece,
+    lambda log_probs, labels: metrics.top_k_accuracy(log_probs, labels, 2),
+)
+
+
+@pytest.mark.parametrize("metric", OF_LABELS)
+def test_logits_and_probabilities_in_the_place_of_log_probabilities_are_refused(metric):
+    for wrong in (LOGITS, jax.nn.softmax(LOGITS), jnp.full((2, 3), jnp.nan)):
+        with pytest.raises(ValueError, match="log_softmax"):
+            metric(wrong, LABELS)
+        assert jnp.isnan(jax.jit(metric)(wrong, LABELS))
+
+
+@pytest.mark.parametrize("metric", OF_LABELS)
+def test_labels_that_do_not_fit_are_refused(metric):
+    log_probs = jax.nn.log_softmax(LOGITS)
+    with pytest.raises(ValueError, match=r"must have shape \(2,\), but have \(3,\)"):
+        metric(log_probs, jnp.array([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"labels must have shape"):
+        metric(log_probs.T, LABELS)
+    with pytest.raises(TypeError, match="one-hot"):
+        metric(log_probs, jnp.eye(3)[:2])
+    with pytest.raises(ValueError, match=r"labels must be in 0 … 2; got 1 to 3"):
+        metric(log_probs, jnp.array([1, 3]))
+    assert jnp.isnan(jax.jit(metric)(log_probs, jnp.array([1, 3])))
+    with pytest.raises(ValueError, match="no examples"):
+        metric(log_probs[:0], LABELS[:0])
+
+
+def test_any_leading_shape_and_low_precision_are_accepted():
+    log_probs, _, labels = random_predictions()
+    log_probs = jnp.asarray(log_probs, jnp.float32)
+    grid = (log_probs.reshape(10, 20, K), jnp.asarray(labels).reshape(10, 20))
+    for metric in OF_LABELS:
+        flat = metric(log_probs[10:], jnp.asarray(labels)[10:])
+        narrow = metric(log_probs[10:].astype(jnp.bfloat16), jnp.asarray(labels)[10:])
+        assert narrow.dtype == jnp.float32
+        np.testing.assert_allclose(flat, narrow, atol=0.1)
+        both = metric(log_probs, jnp.asarray(labels)), metric(*grid)
+        np.testing.assert_allclose(*both, rtol=1e-6)
+
+
+def test_other_bad_input_is_refused():
+    log_probs = jax.nn.log_softmax(LOGITS)
+    with pytest.raises(ValueError, match="k=4 is above the number of classes, 3"):
+        metrics.top_k_accuracy(log_probs, LABELS, 4)
+    with pytest.raises(ValueError, match="num_bins must be an integer >= 1"):
+        metrics.ece(log_probs, LABELS, 0)
+    with pytest.raises(TypeError, match="int32 of shape"):
+        metrics.predictive_entropy(LABELS)
+    with pytest.raises(ValueError, match="samples on axis 0"):
+        metrics.mutual_information(log_probs[0])
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.gaussian_nll(jnp.zeros(3), jnp.ones(3), jnp.zeros((3, 1)))
+    with pytest.raises(ValueError, match="variance must be positive"):
+        metrics.gaussian_nll(jnp.zeros(3), jnp.zeros(3), jnp.zeros(3))
+    for bad in ([], [[1.0]], [np.nan]):
+        with pytest.raises(ValueError, match="out_scores must be a non-empty vector"):
+            metrics.detection([1.0], bad)
