@@ -65,7 +65,10 @@ def check_number(
 
 
 def is_concrete(*arrays: Any) -> bool:
-    """Whether the values can be looked at: none of the arrays is traced."""
+    """Whether the values can be looked at: none of the arrays is traced.
+
+    Ask it of what is to be looked at: under jit even a comparison of constants is traced.
+    """
     return not any(isinstance(x, jax.core.Tracer) for x in arrays)
 
 

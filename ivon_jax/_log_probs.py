@@ -26,7 +26,7 @@ def checked_log_probs(log_probs: Any) -> jax.Array:
     tolerance = 1e-3 if dtype.itemsize >= 4 else 5e-2
     log_probs = jnp.asarray(log_probs, wide_dtype(dtype))
     normalised = jnp.abs(jax.nn.logsumexp(log_probs, axis=-1, keepdims=True)) <= tolerance
-    if is_concrete(log_probs) and not bool(jnp.all(normalised)):
+    if is_concrete(normalised) and not bool(jnp.all(normalised)):
         total = np.asarray(jnp.sum(jnp.exp(log_probs), axis=-1)).ravel()
         worst = total[np.argmax(~np.asarray(normalised).ravel())]
         raise ValueError(
@@ -60,7 +60,7 @@ def checked_labels(log_probs: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
     log_probs, labels = checked_log_probs(log_probs), jnp.asarray(labels)
     num_classes = log_probs.shape[-1]
     valid = (labels >= 0) & (labels < num_classes)
-    if is_concrete(labels) and not bool(jnp.all(valid)):
+    if is_concrete(valid) and not bool(jnp.all(valid)):
         raise ValueError(
             f"labels must be in 0 … {num_classes - 1}; got {int(labels.min())} to "
             f"{int(labels.max())}."

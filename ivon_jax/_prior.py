@@ -50,7 +50,8 @@ def check_same_prior(prior: Posterior | None, state: IVONState) -> None:
 def check_precision(name: str, precision: PyTree) -> None:
     """Refuses concrete precisions that are negative or NaN."""
     for path, x in jax.tree_util.tree_leaves_with_path(precision):
-        if is_concrete(x) and not bool(jnp.all(x >= 0)):
+        proper = jnp.all(x >= 0)
+        if is_concrete(proper) and not bool(proper):
             raise ValueError(
                 f"{name} must be >= 0 (+inf: fixed); at {jax.tree_util.keystr(path) or 'the root'} "
                 f"the smallest is {float(jnp.min(x)):g}."
@@ -58,13 +59,13 @@ def check_precision(name: str, precision: PyTree) -> None:
 
 
 def _is_default(weight_decay: Number) -> bool:
-    # A float is compared by identity: who writes 1e-4 has given a weight decay. inject_hyperparams
-    # turns the default into an array.
     if isinstance(weight_decay, jax.core.Tracer):
         return True
-    if isinstance(weight_decay, jax.Array | np.ndarray):
-        return float(weight_decay) == float(np.float32(DEFAULT_WEIGHT_DECAY))
-    return weight_decay is DEFAULT_WEIGHT_DECAY
+    # By identity: who writes 1e-4 has given a weight decay. inject_hyperparams makes the default an
+    # array, which comes back with float32's rounding.
+    return weight_decay is DEFAULT_WEIGHT_DECAY or weight_decay == float(
+        np.float32(DEFAULT_WEIGHT_DECAY)
+    )
 
 
 def owned_prior(prior: Posterior, mean: PyTree) -> Posterior:
@@ -81,9 +82,10 @@ def owned_prior(prior: Posterior, mean: PyTree) -> Posterior:
         leaves, _ = slots.split(name, tree)
         check_floating(slots, name, leaves)
         slots.check_shapes(name, leaves)
-        return slots.join(
-            [copy_array(jnp.asarray(x, m.dtype)) for x, m in zip(leaves, slots.leaves, strict=True)]
-        )
+        copies = [
+            copy_array(jnp.asarray(x, m.dtype)) for x, m in zip(leaves, slots.leaves, strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(mean), copies)
 
     return Posterior(owned("prior.mean", prior.mean), owned("prior.precision", prior.precision))
 

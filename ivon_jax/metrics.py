@@ -285,7 +285,8 @@ def gaussian_nll(mean: jax.Array, variance: jax.Array, targets: jax.Array) -> ja
         )
     dtype = wide_dtype(jnp.result_type(mean))
     mean, variance, targets = (jnp.asarray(x, dtype) for x in (mean, variance, targets))
-    if is_concrete(variance) and not bool(jnp.all(variance > 0)):
+    positive = jnp.all(variance > 0)
+    if is_concrete(positive) and not bool(positive):
         raise ValueError("variance must be positive.")
     variance = jnp.where(variance > 0, variance, jnp.nan)
     return 0.5 * jnp.mean(jnp.log(2 * jnp.pi * variance) + (targets - mean) ** 2 / variance)

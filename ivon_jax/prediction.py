@@ -119,7 +119,6 @@ def predict_log_probs(
       >>> bool(jnp.allclose(jnp.exp(log_probs).sum(-1), 1.0))
       True
     """
-
     check_callable(apply_fn)
 
     def log_probs(params: PyTree, *inputs: PyTree) -> jax.Array:

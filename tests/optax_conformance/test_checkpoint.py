@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from ivon_jax import auto_sample, ivon, posterior, sample_params
+from ivon_jax import Posterior, auto_sample, ivon, posterior, sample_params
 
 # Not installed where the oldest supported versions are tested.
 serialization = pytest.importorskip("flax.serialization")
@@ -52,6 +52,10 @@ RUNS = {
         lambda _: ivon(_cooling, ess=50.0, mask={"b": False, "w": True}), explicit=True
     ),
     "partition": Run(_partitioned, explicit=True),
+    "prior": Run(
+        lambda _: ivon(0.1, ess=50.0, prior=Posterior(PARAMS, jax.tree.map(jnp.abs, PARAMS))),
+        explicit=True,
+    ),
     "auto": Run(lambda seed: auto_sample(_injected(0), seed), explicit=False),
     # Four steps of a window of three: the checkpoint falls into the middle of a window.
     "auto_window": Run(

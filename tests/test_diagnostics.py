@@ -1,0 +1,165 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ivon_jax import (
+    Posterior,
+    diagnostics,
+    ivon,
+    kl_divergence,
+    learning_status,
+    posterior,
+    prior_of,
+    sample_params,
+)
+
+SETTINGS = {"learning_rate": 0.2, "ess": 50.0, "hess_init": 0.5, "weight_decay": 0.2, "b2": 0.9}
+PARAMS = {"b": jnp.array([0.5]), "w": jnp.array([[1.0, -2.0], [3.0, 4.0]])}
+
+
+def trained(settings, steps=3, params=PARAMS, scale=1.0):
+    tx = ivon(**settings)
+    state = tx.init(params)
+    for i in range(steps):
+        grads = jax.tree.map(lambda p, i=i: scale * jnp.cos(p + i), params)
+        hess = jax.tree.map(lambda p, i=i: jnp.sin(p * (i + 1)), params)
+        _, state = tx.update(grads, state, hess=hess)
+    return state
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]).astype(np.float64)
+
+
+def quantile(values, p):
+    return np.sort(values)[(len(values) - 1) * p // 100]
+
+
+def test_every_number_is_what_it_says():
+    state = trained(SETTINGS)
+    numbers = jax.jit(lambda s: diagnostics(s, SETTINGS, num_examples=25, loss=2.0))(state)
+    h, q = flat(state.hess), posterior(state)
+    sigma, ratio = flat(q.precision) ** -0.5, np.abs(flat(q.mean)) * flat(q.precision) ** 0.5
+    for p in (1, 25, 50, 75, 99):
+        np.testing.assert_allclose(numbers[f"hess/p{p}"], quantile(h, p), rtol=1e-6)
+        # Ranks are counted from the top of the precision: (n−1) − ⌊(n−1)p/100⌋.
+        np.testing.assert_allclose(numbers[f"sigma/p{p}"], quantile(sigma, p), rtol=1e-6)
+        np.testing.assert_allclose(numbers[f"signal_to_noise/p{p}"], quantile(ratio, p), rtol=1e-6)
+    assert numbers["step"] == 3 and numbers["num_parameters"] == 5 and numbers["ess"] == 50
+    np.testing.assert_allclose(numbers["hess/negative"], np.mean(h < 0))
+    np.testing.assert_allclose(numbers["hess/moved"], np.mean(np.abs(h - 0.5) > 0.05))
+    np.testing.assert_allclose(numbers["temperature"], 0.5)
+    np.testing.assert_allclose(numbers["kl"], kl_divergence(q, prior_of(state)), rtol=1e-6)
+    np.testing.assert_allclose(numbers["elbo"], -50 * 2.0 - numbers["kl"], rtol=1e-6)
+    np.testing.assert_allclose(numbers["elbo/per_example"], numbers["elbo"] / 50, rtol=1e-6)
+    assert numbers["kl/flat"] == 0 and numbers["update/clipped"] == 0
+    assert {x.dtype for x in numbers.values()} == {jnp.dtype(jnp.float32)}
+    assert {x.shape for x in numbers.values()} == {()}
+
+
+@pytest.mark.parametrize("debias", [True, False])
+def test_the_share_of_clipped_elements_is_that_of_the_next_step_at_this_momentum(debias):
+    settings = {**SETTINGS, "clip_radius": 1.0, "debias": debias}
+    state = trained(settings)
+    g = flat(state.momentum) / (1 - 0.9**3 if debias else 1)
+    u = (g + 0.2 * flat(state.mean)) / (flat(state.hess) + 0.2)
+    share = np.mean(np.abs(u) >= 1.0)
+    assert 0 < share < 1
+    np.testing.assert_allclose(diagnostics(state, settings)["update/clipped"], share, rtol=1e-6)
+
+
+def test_kl_is_the_closed_form_and_the_monte_carlo_estimate():
+    rng = np.random.default_rng(0)
+    m, m0 = rng.standard_normal((2, 6))
+    p, p0 = rng.uniform(0.5, 3, (2, 6))
+    with jax.enable_x64(True):
+        q, prior = (Posterior(jnp.asarray(a), jnp.asarray(b)) for a, b in ((m, p), (m0, p0)))
+        got = float(kl_divergence(q, prior))
+    theta = m + rng.standard_normal((200_000, 6)) / np.sqrt(p)
+    log_ratio = 0.5 * (
+        np.log(p / p0) - p * (theta - m) ** 2 + p0 * (theta - m0) ** 2
+    ).sum(-1)  # fmt: skip
+    assert abs(log_ratio.mean() - got) < 5 * log_ratio.std() / np.sqrt(len(theta))
+    np.testing.assert_allclose(
+        got, 0.5 * np.sum(p0 / p + p0 * (m - m0) ** 2 - 1 - np.log(p0 / p)), rtol=1e-12
+    )
+
+
+def test_flat_and_fixed_elements_are_left_out_of_the_kl():
+    q = Posterior(jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([1.0, 1.0, jnp.inf, jnp.inf]))
+    prior = Posterior(jnp.zeros(4), jnp.array([1.0, 0.0, 1.0, jnp.inf]))
+    np.testing.assert_allclose(kl_divergence(q, prior), 0.5)
+    only_prior_fixed = Posterior(jnp.zeros(4), jnp.array([jnp.inf, 0.0, 1.0, 1.0]))
+    assert kl_divergence(q, only_prior_fixed) == jnp.inf
+    state = ivon(0.1, 10, mask={"b": False, "w": True}).init(PARAMS)
+    np.testing.assert_allclose(diagnostics(state, {})["kl/flat"], 0.2)
+    with pytest.raises(ValueError, match=r"prior.mean holds dict at the root"):
+        kl_divergence(q, Posterior({"w": jnp.zeros(4)}, {"w": jnp.ones(4)}))
+
+
+def test_a_general_prior_is_the_one_that_counts():
+    prior = posterior(trained(SETTINGS))
+    settings = {k: v for k, v in SETTINGS.items() if k != "weight_decay"} | {"prior": prior}
+    state = ivon(**settings).init(prior.mean)
+    numbers = diagnostics(state, settings)
+    np.testing.assert_allclose(numbers["kl"], kl_divergence(posterior(state), prior), rtol=1e-5)
+    fixed = Posterior(prior.mean, jax.tree.map(lambda p: jnp.full_like(p, jnp.inf), prior.mean))
+    numbers = diagnostics(ivon(0.1, 10, prior=fixed).init(PARAMS), {"hess_init": 1.0})
+    assert numbers["kl"] == 0 and numbers["update/clipped"] == 0 and numbers["sigma/p50"] == 0
+
+
+def test_several_states_are_counted_together():
+    settings = {"ess": 10.0}
+    tx = optax.partition(
+        {"a": ivon(0.1, **settings), "b": ivon(0.2, **settings)}, {"b": "a", "w": "b"}
+    )
+    numbers = diagnostics(tx.init(PARAMS), settings)
+    assert numbers["num_parameters"] == 5 and numbers["hess/p50"] == 1.0
+
+
+def test_the_status_says_what_is_wrong():
+    assert learning_status(ivon(**SETTINGS).init(PARAMS), SETTINGS).startswith("no: no step")
+    good = learning_status(trained(SETTINGS), SETTINGS)
+    assert good.startswith("yes: after 3 steps") and "\n" not in good
+    slow = {**SETTINGS, "b2": 0.99999}
+    status = learning_status(trained(slow), slow)
+    assert status.startswith("no: h stays near its start") and "Lower b2" in status
+    assert "0.003 % of the way" in status
+    clipped = {**SETTINGS, "clip_radius": 1e-3}
+    status = learning_status(trained(clipped), clipped)
+    assert "steps are clipped" in status and status.startswith("no")
+    broken = trained(SETTINGS, scale=np.nan)
+    assert learning_status(broken, SETTINGS).startswith("broken: 5 elements")
+
+
+def test_settings_are_those_of_ivon():
+    state = trained(SETTINGS)
+    with pytest.raises(TypeError, match="unknown: beta1"):
+        diagnostics(state, {"beta1": 0.9})
+    with pytest.raises(ValueError, match="found no IVONState"):
+        diagnostics(posterior(state), SETTINGS)
+    with pytest.raises(ValueError, match="num_examples must be > 0"):
+        diagnostics(state, SETTINGS, num_examples=0)
+
+
+def test_on_a_real_run_h_moves_and_the_elbo_rises():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((50, 3)), jnp.float32)
+    y = x @ jnp.array([1.0, -2.0, 0.5])
+    loss = lambda w: 0.5 * jnp.mean((x @ w - y) ** 2)  # noqa: E731
+    tx = ivon(**SETTINGS)
+
+    @jax.jit
+    def step(key, state):
+        sample, noise = sample_params(key, state)
+        value, grads = jax.value_and_grad(loss)(sample)
+        return tx.update(grads, state, noise=noise)[1], value
+
+    state, elbos = tx.init(jnp.zeros(3)), []
+    for key in jax.random.split(jax.random.key(0), 60):
+        before = state
+        state, value = step(key, state)
+        elbos.append(float(diagnostics(before, SETTINGS, loss=value)["elbo"]))
+    assert np.mean(elbos[-10:]) > np.mean(elbos[:3]) + 10
+    assert learning_status(state, SETTINGS).startswith("yes")

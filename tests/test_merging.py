@@ -1,0 +1,85 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ivon_jax import Posterior, ivon, merge, posterior, task_arithmetic
+
+INF = jnp.inf
+
+
+def q(mean, precision):
+    return Posterior({"w": jnp.asarray(mean)}, {"w": jnp.asarray(precision, jnp.float32)})
+
+
+A, B = q([0.0, 2.0], [1.0, 4.0]), q([4.0, 2.0], [3.0, 4.0])
+
+
+def test_posteriors_of_different_ess_are_weighed_by_their_precisions():
+    a = posterior(ivon(0.1, ess=10, weight_decay=0.0).init(jnp.zeros(1)))
+    b = posterior(ivon(0.1, ess=30, weight_decay=0.0).init(jnp.full(1, 4.0)))
+    np.testing.assert_allclose(merge([a, b]).mean, [3.0])
+
+
+def test_one_model_merges_to_itself():
+    for got in (merge([A]), merge([A], base=q([1.0, 1.0], [0.5, 0.5]))):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), got, A)
+
+
+def test_fixed_elements_stay_where_all_models_agree():
+    fixed = q([1.0, 2.0], [INF, 4.0])
+    got = merge([fixed, q([1.0, 6.0], [INF, 4.0])])
+    np.testing.assert_array_equal(got.mean["w"], [1.0, 4.0])
+    np.testing.assert_array_equal(got.precision["w"], [INF, 8.0])
+    with_integers = Posterior({"n": jnp.arange(2)}, {"n": jnp.full(2, INF)})
+    assert merge([with_integers] * 2).mean["n"].dtype == jnp.int32
+
+
+@pytest.mark.parametrize(
+    "other", [q([1.5, 2.0], [INF, 4.0]), q([1.0, 2.0], [2.0, 4.0])], ids=["value", "precision"]
+)
+def test_fixed_elements_that_differ_are_refused(other):
+    fixed = q([1.0, 2.0], [INF, 4.0])
+    for models, base in (([fixed, other], None), ([fixed], other)):
+        with pytest.raises(ValueError, match=r"fixed, but at \['w'\]"):
+            merge(models, base=base)
+        traced = jax.jit(lambda m, b: merge(m, base=b))(models, base)
+        assert np.isnan(traced.mean["w"][0]) and np.isfinite(traced.mean["w"][1])
+
+
+def test_removing_more_than_there_is_is_refused():
+    with pytest.raises(ValueError, match=r"not positive at \['w'\]: smallest -2"):
+        merge([A, B], weights=[1.0, -1.0])
+    traced = jax.jit(lambda a, b: merge([a, b], weights=[1.0, -1.0]))(A, B)
+    assert np.isnan(traced.mean["w"]).all() and np.isnan(traced.precision["w"]).all()
+
+
+def test_low_precision_weights_are_merged_in_float32():
+    narrow = Posterior(jnp.array([1.0, 3.0], jnp.bfloat16), jnp.array([1.0, 1e-4]))
+    other = Posterior(jnp.array([2.0, 5.0], jnp.bfloat16), jnp.array([3.0, 1e-4]))
+    got = merge([narrow, other])
+    assert got.mean.dtype == jnp.bfloat16 and got.precision.dtype == jnp.float32
+    np.testing.assert_array_equal(got.mean.astype(jnp.float32), [1.75, 4.0])
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(TypeError, match="non-empty sequence of Posterior"):
+        merge([])
+    with pytest.raises(TypeError, match="non-empty sequence of Posterior"):
+        merge([A.mean])
+    with pytest.raises(TypeError, match="base must be a Posterior"):
+        merge([A], base=A.mean)
+    with pytest.raises(ValueError, match="2 models, 1 weights"):
+        merge([A, B], weights=[1.0])
+    with pytest.raises(ValueError, match="each of weights"):
+        merge([A, B], weights=[1.0, np.nan])
+    with pytest.raises(ValueError, match=r"posteriors\[1\].mean .* lacks \['w'\]"):
+        merge([A, Posterior({"v": jnp.ones(2)}, {"v": jnp.ones(2)})])
+    with pytest.raises(ValueError, match=r"posteriors\[1\].mean has shape \(3,\)"):
+        merge([A, q(jnp.ones(3), jnp.ones(3))])
+    with pytest.raises(ValueError, match=r"base.precision must be >= 0 .* the smallest is -1"):
+        merge([A], base=q([0.0, 0.0], [1.0, -1.0]))
+    with pytest.raises(ValueError, match=r"posteriors\[0\].precision must be >= 0"):
+        merge([q([0.0, 0.0], [1.0, np.nan])])
+    with pytest.raises(ValueError, match="structure"):
+        task_arithmetic([A.mean], {"v": jnp.ones(2)})

@@ -1,0 +1,57 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ivon_jax import ivon, recipes
+
+ALL = {name: x for name, x in vars(recipes).items() if isinstance(x, recipes.Recipe)}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_recipe_is_a_set_of_keywords_of_ivon(name):
+    recipe = ALL[name]
+    params = {"bias": jnp.ones(2), "kernel": jnp.ones((2, 2))}
+    tx = ivon(**recipe.settings)
+    state = tx.init(params)
+    _, new = tx.update(params, state, params, hess=params)
+    assert new.ess == np.float32(recipe.settings["ess"])
+    assert recipe.source.startswith("arXiv") and recipe.length and recipe.batch_size > 0
+
+
+def test_the_largest_step_of_gpt2_is_the_rate_that_adamw_uses():
+    """α(h₀+δ)ξ, a published property of the three settings: 3e-4, 2e-4 and 1.5e-4."""
+    for recipe, expected in (
+        (recipes.GPT2_125M, 3e-4),
+        (recipes.GPT2_355M, 2e-4),
+        (recipes.GPT2_773M, 1.5e-4),
+    ):
+        s = recipe.settings
+        step = s["learning_rate"] * (s["hess_init"] + s["weight_decay"]) * s["clip_radius"]
+        np.testing.assert_allclose(step, expected, rtol=2e-3)
+        state = ivon(**s).init({"bias": jnp.ones(2), "kernel": jnp.ones((2, 2))})
+        np.testing.assert_allclose(state.weight_decay, [0.0, 1e-6])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_schedules_start_low_reach_the_peak_and_end_at_zero(name):
+    recipe, steps = ALL[name], 1000
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedules need it
+        rate = np.array([recipe.schedule(steps)(t) for t in range(steps + 1)])
+    peak = recipe.settings["learning_rate"]
+    warmup = round(recipe.warmup * steps)
+    np.testing.assert_allclose(rate[warmup], peak, rtol=1e-6)
+    assert rate[0] == (0 if warmup else pytest.approx(peak))
+    assert np.all(np.diff(rate[: warmup + 1]) > 0) and np.all(np.diff(rate[warmup:]) < 0)
+    np.testing.assert_allclose(rate[-1], 0.0, atol=1e-6 * peak)
+    with jax.numpy_dtype_promotion("standard"):
+        assert np.isfinite(recipe.schedule(1)(0))
+    with pytest.raises(ValueError, match="num_steps must be an integer"):
+        recipe.schedule(0)
+
+
+def test_the_mask_of_matrices_reads_any_tree():
+    tree = {"a": [jnp.ones(()), jnp.ones((1, 1, 1))]}
+    assert recipes.matrices(tree) == {"a": [False, True]}
+    assert isinstance(optax.adamw(1e-3, mask=recipes.matrices), optax.GradientTransformation)
