@@ -4,10 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
-from image_metrics import entropy, mean_and_error, measure, reliability_bins
+import reporting
+from image_metrics import entropy, measure
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from reporting import cell, mean_and_error
+
+from ivon_jax import metrics
 
 COLORS = {"SGD": "#0072B2", "AdamW": "#E69F00", "IVON, mean": "#7FBFA4", "IVON": "#00785A"}
 SET_COLORS = {"test": "#666666", "letters": "#CC3311", "patches": "#AA66CC"}
@@ -27,7 +32,7 @@ class Column:
     def metrics(self, labels: np.ndarray) -> dict[str, list[float]]:
         """Every metric as a list over seeds."""
         measured = [measure(log_probs, labels) for log_probs in self.log_probs]
-        return {name: [metrics[name] for metrics in measured] for name in measured[0]}
+        return {name: [values[name] for values in measured] for name in measured[0]}
 
 
 # --- Table ----------------------------------------------------------------------------------------
@@ -47,20 +52,11 @@ def format_table(columns: Sequence[Column], labels: np.ndarray) -> str:
     measured = [column.metrics(labels) for column in columns]
     rows = [["", *(column.label for column in columns)]]
     for name, (label, factor, decimals) in ROWS.items():
-        cells = [_cell(np.multiply(metrics[name], factor), decimals) for metrics in measured]
+        cells = [cell(np.multiply(values[name], factor), decimals) for values in measured]
         rows.append([label, *cells])
-    times = [_cell(np.asarray(column.seconds), 4) for column in columns]
+    times = [cell(column.seconds, 4) for column in columns]
     rows.append(["seconds per epoch", *times])
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def _cell(values: np.ndarray, decimals: int) -> str:
-    mean, error = mean_and_error(values)
-    return f"{mean:.{decimals}f}" + (f" ± {error:.{decimals}f}" if len(values) > 1 else "")
+    return reporting.format_table(rows)
 
 
 # --- Figure ---------------------------------------------------------------------------------------
@@ -89,10 +85,13 @@ def _draw_reliability(ax: Axes, columns: Sequence[Column], labels: np.ndarray) -
     ax.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":", label="perfect")
     for column in columns:
         pooled = np.concatenate([log_probs["test"] for log_probs in column.log_probs])
-        bins = reliability_bins(pooled, np.tile(labels, len(column.log_probs)))
-        shown = bins.count >= MIN_BIN_COUNT
-        confidence, accuracy = bins.confidence[shown], bins.accuracy[shown]
-        error = np.sqrt(accuracy * (1 - accuracy) / bins.count[shown])
+        true = jnp.asarray(np.tile(labels, len(column.log_probs)))
+        count, confidence, accuracy = map(
+            np.asarray, metrics.calibration_bins(jnp.asarray(pooled), true)
+        )
+        shown = count >= MIN_BIN_COUNT
+        count, confidence, accuracy = count[shown], confidence[shown], accuracy[shown]
+        error = np.sqrt(accuracy * (1 - accuracy) / count)
         ax.errorbar(
             confidence,
             accuracy,

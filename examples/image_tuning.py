@@ -8,8 +8,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from datasets import stratified_split
-from image_metrics import accuracy, mean_and_error, nll
 from image_training import average, make_model, make_predictor, make_trainer, predictions, train
+from reporting import mean_and_error
+
+from ivon_jax import metrics
 
 # 48 settings each. SGD and AdamW spend them on two hyperparameters, IVON on four, hence more
 # coarsely; its b2 is fixed at 0.999, the usual value for runs as short as these. A temperature of
@@ -80,9 +82,10 @@ def try_settings(
             train_data = (jnp.asarray(train_part[0]), jnp.asarray(train_part[1]))
             trained = train(trainer, values, train_data, seed)
             point, samples = predictions(method, trained, predictor, jnp.asarray(held_out), seed)
-            log_probs = np.asarray(point if samples is None else average(samples))
-            result.nll.append(nll(log_probs, held_out_labels))
-            result.accuracy.append(accuracy(log_probs, held_out_labels))
+            log_probs = point if samples is None else average(samples)
+            true = jnp.asarray(held_out_labels)
+            result.nll.append(float(metrics.nll(log_probs, true)))
+            result.accuracy.append(float(metrics.accuracy(log_probs, true)))
             on_run()
         tried.append(result)
     return tried

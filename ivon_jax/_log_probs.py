@@ -25,7 +25,8 @@ def checked_log_probs(log_probs: Any) -> jax.Array:
         )
     tolerance = 1e-3 if dtype.itemsize >= 4 else 5e-2
     log_probs = jnp.asarray(log_probs, wide_dtype(dtype))
-    normalised = jnp.abs(jax.nn.logsumexp(log_probs, axis=-1, keepdims=True)) <= tolerance
+    # NaN, as from a run that has diverged, is no mistake of the caller's and stays NaN.
+    normalised = ~(jnp.abs(jax.nn.logsumexp(log_probs, axis=-1, keepdims=True)) > tolerance)
     if is_concrete(normalised) and not bool(jnp.all(normalised)):
         total = np.asarray(jnp.sum(jnp.exp(log_probs), axis=-1)).ravel()
         worst = total[np.argmax(~np.asarray(normalised).ravel())]

@@ -63,9 +63,8 @@ def _is_default(weight_decay: Number) -> bool:
         return True
     # By identity: who writes 1e-4 has given a weight decay. inject_hyperparams makes the default an
     # array, which comes back with float32's rounding.
-    return weight_decay is DEFAULT_WEIGHT_DECAY or weight_decay == float(
-        np.float32(DEFAULT_WEIGHT_DECAY)
-    )
+    rounded = float(np.float32(DEFAULT_WEIGHT_DECAY))
+    return weight_decay is DEFAULT_WEIGHT_DECAY or bool(weight_decay == rounded)
 
 
 def owned_prior(prior: Posterior, mean: PyTree) -> Posterior:

@@ -3,7 +3,7 @@
 All but `detection` are pure and run under jit. Class probabilities come as log-probabilities
 of shape (..., K), labels as integers of shape (...); results are means over all examples.
 Log-probabilities that are not normalised are refused; under jit, where values are unknown,
-the metric is then NaN.
+the metric is then NaN, as it is for predictions that are NaN.
 """
 
 from typing import NamedTuple

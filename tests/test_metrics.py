@@ -225,10 +225,15 @@ OF_LABELS = (
 
 @pytest.mark.parametrize("metric", OF_LABELS)
 def test_logits_and_probabilities_in_the_place_of_log_probabilities_are_refused(metric):
-    for wrong in (LOGITS, jax.nn.softmax(LOGITS), jnp.full((2, 3), jnp.nan)):
+    for wrong in (LOGITS, jax.nn.softmax(LOGITS), jnp.full((2, 3), -jnp.inf)):
         with pytest.raises(ValueError, match="log_softmax"):
             metric(wrong, LABELS)
         assert jnp.isnan(jax.jit(metric)(wrong, LABELS))
+
+
+@pytest.mark.parametrize("metric", OF_LABELS)
+def test_predictions_of_a_diverged_run_are_nan(metric):
+    assert jnp.isnan(metric(jnp.full((2, 3), jnp.nan), LABELS))
 
 
 @pytest.mark.parametrize("metric", OF_LABELS)
