@@ -133,6 +133,17 @@ def check_exactly_one(noise: PyTree | None, hess: PyTree | None) -> None:
         )
 
 
+def check_precision(name: str, precision: PyTree) -> None:
+    """Refuses concrete precisions that are negative or NaN."""
+    for path, x in jax.tree_util.tree_leaves_with_path(precision):
+        proper = jnp.all(x >= 0)
+        if is_concrete(proper) and not bool(proper):
+            raise ValueError(
+                f"{name} must be >= 0 (+inf: fixed); at {jax.tree_util.keystr(path) or 'the root'} "
+                f"the smallest is {float(jnp.min(x)):g}."
+            )
+
+
 def check_floating(slots: Slots, name: str, leaves: list[jax.Array]) -> None:
     """Refuses owned leaves that are not real floating arrays, with their path."""
     for path, x in zip(slots.paths, leaves, strict=True):

@@ -7,7 +7,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from ivon_jax._checks import Number, check_floating, is_concrete
+from ivon_jax._checks import Number, check_floating, check_precision
 from ivon_jax._trees import Slots, copy_array
 from ivon_jax.state import IVONState, Posterior
 
@@ -45,17 +45,6 @@ def check_same_prior(prior: Posterior | None, state: IVONState) -> None:
             "transformation's init returned. For a new prior call init again, with the parameters "
             "at posterior_mean(state)."
         )
-
-
-def check_precision(name: str, precision: PyTree) -> None:
-    """Refuses concrete precisions that are negative or NaN."""
-    for path, x in jax.tree_util.tree_leaves_with_path(precision):
-        proper = jnp.all(x >= 0)
-        if is_concrete(proper) and not bool(proper):
-            raise ValueError(
-                f"{name} must be >= 0 (+inf: fixed); at {jax.tree_util.keystr(path) or 'the root'} "
-                f"the smallest is {float(jnp.min(x)):g}."
-            )
 
 
 def _is_default(weight_decay: Number) -> bool:

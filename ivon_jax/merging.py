@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._checks import Number, check_floating, check_number, is_concrete
-from ivon_jax._prior import check_precision
+from ivon_jax._checks import Number, check_floating, check_number, check_precision, is_concrete
 from ivon_jax._trees import Slots, wide_dtype
 from ivon_jax.state import Posterior
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ivon_jax._checks import check_precision
 from ivon_jax._trees import Slots, get_field, has_fields, is_masked, wide_dtype, without_nnx
 
 PyTree = Any
@@ -149,8 +150,13 @@ def gaussian_mean(state: PyTree) -> PyTree:
 
 
 def gaussian(state: PyTree) -> Posterior:
-    """Mean and precision, as in `gaussian_mean`."""
+    """Mean and precision, as in `gaussian_mean`.
+
+    Raises:
+      ValueError: if a `Posterior` has a precision that is known and negative or NaN.
+    """
     if isinstance(state, Posterior):
+        check_precision("precision", state.precision)
         return without_nnx(state)
     parts = find_states(state)
     precisions = [Slots(part.mean).join(precision_leaves(part)) for part in parts]

@@ -196,3 +196,11 @@ def test_all_of_it_runs_under_jit_and_vmap():
     jax.tree.map(np.testing.assert_array_equal, q.mean, stacked)
     samples, _ = jax.vmap(sample_params)(jax.random.split(jax.random.key(0), 2), states)
     assert samples["w"].shape == (2, 2)
+
+
+@pytest.mark.parametrize("precision", [-1.0, np.nan])
+def test_a_posterior_made_by_hand_needs_precisions_that_are_not_negative(precision):
+    q = Posterior({"w": jnp.zeros(2)}, {"w": jnp.array([1.0, precision])})
+    for use in (posterior, lambda q: sample_params(jax.random.key(0), q)):
+        with pytest.raises(ValueError, match=r"precision must be >= 0 .*\['w'\]"):
+            use(q)
