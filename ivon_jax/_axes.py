@@ -19,8 +19,12 @@ def varying_axes(aval: Any) -> frozenset[str]:
 
 def zeros_of(aval: Any) -> jax.Array:
     """Zeros of exactly this type, so that they can start a scan that carries it."""
-    zeros = jnp.zeros(aval.shape, aval.dtype)
-    axes = tuple(sorted(varying_axes(aval)))
+    return varying_over(jnp.zeros(aval.shape, aval.dtype), varying_axes(aval))
+
+
+def varying_over(zeros: jax.Array, names: frozenset[str]) -> jax.Array:
+    """An array that varies over these mesh axes as well, for jax's bookkeeping."""
+    axes = tuple(sorted(names - varying_axes(jax.typeof(zeros))))
     if not axes:
         return zeros
     if hasattr(jax.lax, "pcast"):  # its older name is pvary

@@ -52,7 +52,7 @@ def check_number(
     below = below or (open_low and stored == 0)
     above = number >= high or math.isinf(stored)
     if math.isnan(number) or below or (above and not (allow_inf and number == math.inf)):
-        left = f"> {low:g}" if open_low else f">= {low:g}"
+        left = f"> {low:g}" if open_low else f">= {low:g}" if low > -math.inf else "a number"
         right = (
             ""
             if allow_inf

@@ -26,16 +26,17 @@ def checked_log_probs(log_probs: Any) -> jax.Array:
     tolerance = 1e-3 if dtype.itemsize >= 4 else 5e-2
     log_probs = jnp.asarray(log_probs, wide_dtype(dtype))
     # NaN, as from a run that has diverged, is no mistake of the caller's and stays NaN.
-    normalised = ~(jnp.abs(jax.nn.logsumexp(log_probs, axis=-1, keepdims=True)) > tolerance)
+    total = jax.nn.logsumexp(log_probs, axis=-1, keepdims=True)
+    normalised = ~(jnp.abs(total) > tolerance)
     if is_concrete(normalised) and not bool(jnp.all(normalised)):
-        total = np.asarray(jnp.sum(jnp.exp(log_probs), axis=-1)).ravel()
-        worst = total[np.argmax(~np.asarray(normalised).ravel())]
+        sums = np.asarray(jnp.exp(total)).ravel()
+        worst = sums[np.argmax(~np.asarray(normalised).ravel())]
         raise ValueError(
             "log_probs must be log-probabilities, whose exponentials sum to 1 over the last axis; "
             f"here a sum is {worst:.6g}. Pass jax.nn.log_softmax(logits), or jnp.log(probabilities)"
             "; for samples average with jax.nn.logsumexp(·, axis=0) - log S."
         )
-    return jnp.where(normalised, log_probs, jnp.nan)
+    return jnp.where(normalised & ~jnp.isnan(total), log_probs, jnp.nan)
 
 
 def checked_labels(log_probs: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
@@ -58,7 +59,8 @@ def checked_labels(log_probs: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
         )
     if not jnp.size(labels):
         raise ValueError("there are no examples to average over.")
-    log_probs, labels = checked_log_probs(log_probs), jnp.asarray(labels)
+    # int32 holds every class, and compares with what argmax returns under strict promotion.
+    log_probs, labels = checked_log_probs(log_probs), jnp.asarray(labels).astype(jnp.int32)
     num_classes = log_probs.shape[-1]
     valid = (labels >= 0) & (labels < num_classes)
     if is_concrete(valid) and not bool(jnp.all(valid)):

@@ -24,7 +24,7 @@ def lower_quantiles(leaves: list[jax.Array], ranks: jax.Array) -> jax.Array:
         return jnp.sum(below, axis=tuple(range(x.ndim))).astype(jnp.float32)
 
     def num_at_most(bounds: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.stack([count(x, bounds) for x in leaves]), axis=0)
+        return sum((count(x, bounds) for x in leaves), jnp.zeros(bounds.shape, jnp.float32))
 
     def halve(_: int, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = interval

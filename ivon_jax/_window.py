@@ -65,9 +65,10 @@ def _hess_estimate(
     state: IVONState, products: list[jax.Array], draws: jax.Array
 ) -> list[jax.Array]:
     """ĥ = λ(h+δ) ⊙ Σ(n⊙ĝ)/draws; without a draw h itself, which leaves h where it is."""
+    precisions = precision_leaves(state)
+    if state.prior:  # a fixed element has neither noise nor curvature, not ∞·0
+        precisions = [jnp.where(jnp.isinf(p), 0, p) for p in precisions]
     return [
         jnp.where(draws > 0, p * x / jnp.maximum(draws, 1).astype(x.dtype), h)
-        for p, x, h in zip(
-            precision_leaves(state), products, jax.tree.leaves(state.hess), strict=True
-        )
+        for p, x, h in zip(precisions, products, jax.tree.leaves(state.hess), strict=True)
     ]

@@ -1,25 +1,35 @@
 """What a posterior looks like in numbers, and whether it is learning."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._checks import Number, check_number
+from ivon_jax._checks import Number, check_number, check_scalar, is_concrete
 from ivon_jax._order import lower_quantiles
 from ivon_jax._trees import Slots
 from ivon_jax.optimizer import ivon
-from ivon_jax.posterior import posterior, prior_of
-from ivon_jax.pruning import signal_to_noise
-from ivon_jax.state import IVONState, Posterior, decay_leaves, find_states
+from ivon_jax.pruning import ratio_leaves
+from ivon_jax.state import (
+    IVONState,
+    Posterior,
+    decay_leaves,
+    find_states,
+    gaussian,
+    precision_leaves,
+    prior_gaussian,
+)
 
 PyTree = Any
 
 PERCENTILES = (1, 25, 50, 75, 99)
 MOVED = 0.1
 """An element of h has moved when it differs from h₀ by more than this share of h₀."""
+
+EXPLODED = 1e3
+"""A median of h above this multiple of h₀ is taken for divergence."""
 
 _DEFAULTS = {
     name: parameter.default
@@ -48,9 +58,10 @@ def diagnostics(
       loss: the training loss, a mean per example averaged over posterior samples, for the ELBO.
 
     Returns:
-      A dictionary of float32 scalars:
+      A dictionary of float32 scalars. Elements that a general prior fixes count in `fixed` only:
 
       * `step`, `num_parameters`, `ess`;
+      * `fixed`, `nonfinite`: share of elements that are fixed, or whose mean or h is not finite;
       * `hess/p1` … `hess/p99`, `sigma/p1` …, `signal_to_noise/p1` …: percentiles of h, of σ and
         of |m|/σ (the element of rank ⌊(n−1)p/100⌋);
       * `hess/negative`: share of elements with h < 0 (their posterior is wider than the prior);
@@ -64,7 +75,8 @@ def diagnostics(
 
     Raises:
       TypeError: if `settings` has a key that is no argument of `ivon`.
-      ValueError: if `state` contains no `IVONState`.
+      ValueError: if `state` contains no `IVONState`, or several with different `ess`: look at
+        each by itself then.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,33 +89,54 @@ def diagnostics(
     """
     hess_init, clip_radius, b1, debias = _settings(settings)
     parts = find_states(state)
+    _check_one_ess(parts)
+    means = [m for part in parts for m in jax.tree.leaves(part.mean)]
     hess = [h for part in parts for h in jax.tree.leaves(part.hess)]
+    precisions = [p for part in parts for p in precision_leaves(part)]
     steps = [u for part in parts for u in _preconditioned(part, b1, debias)]
-    q, prior = posterior(state), prior_of(state)
-    precision, ratios = jax.tree.leaves(q.precision), jax.tree.leaves(signal_to_noise(q))
+    deltas = [d for part in parts for d in decay_leaves(part)]
+    free = [~jnp.isinf(p) for p in precisions]
+    ess = parts[0].ess
+
+    def share(flags: Iterable[jax.Array]) -> jax.Array:
+        return _total([x & f for x, f in zip(flags, free, strict=True)]) / jnp.maximum(
+            _total(free), 1
+        )
+
+    def percentiles(name: str, leaves: list[jax.Array], *, from_top: bool = False) -> dict:
+        # At +inf, where the ranking of the free elements does not reach.
+        leaves = [jnp.where(f, x, jnp.inf) for x, f in zip(leaves, free, strict=True)]
+        return _percentiles(name, leaves, _total(free), from_top)
+
+    sigma = percentiles("sigma", precisions, from_top=True)
+    kl = _kl_divergence(gaussian(state), prior_gaussian(state)).astype(jnp.float32)
+    number = sum(x.size for x in hess)
+    broken = [~jnp.isfinite(m) | ~jnp.isfinite(h) for m, h in zip(means, hess, strict=True)]
     numbers = {
         "step": jnp.max(jnp.stack([part.count for part in parts])),
-        "num_parameters": sum(x.size for x in hess),
-        "ess": parts[0].ess,
-        **_percentiles("hess", hess),
+        "num_parameters": number,
+        "ess": ess,
+        "fixed": 1 - _total(free) / max(number, 1),
+        "nonfinite": _total(broken) / max(number, 1),
+        **percentiles("hess", hess),
         # σ falls as the precision rises: its percentiles are those from the other end.
-        **{
-            name: jax.lax.rsqrt(x)
-            for name, x in _percentiles("sigma", precision, from_top=True).items()
-        },
-        **_percentiles("signal_to_noise", ratios),
-        "hess/negative": _share([h < 0 for h in hess]),
-        "hess/moved": _share([jnp.abs(h - hess_init) > MOVED * hess_init for h in hess]),
-        "update/clipped": _share([jnp.abs(u) >= clip_radius for u in steps]),
-        "kl": kl_divergence(q, prior),
-        "kl/flat": _share([p == 0 for p in jax.tree.leaves(prior.precision)]),
+        **{name: jax.lax.rsqrt(x) for name, x in sigma.items()},
+        **percentiles("signal_to_noise", ratio_leaves(means, precisions)),
+        "hess/negative": share(h < 0 for h in hess),
+        "hess/moved": share(_differs(h, hess_init) for h in hess),
+        "update/clipped": share(jnp.abs(u) >= jnp.asarray(clip_radius, u.dtype) for u in steps),
+        "kl": kl,
+        "kl/flat": share(
+            jnp.broadcast_to(d == 0, h.shape) for d, h in zip(deltas, hess, strict=True)
+        ),
     }
     if num_examples is not None:
         count = check_number("num_examples", num_examples, low=0.0, open_low=True)
-        numbers["temperature"] = count / parts[0].ess
+        numbers["temperature"] = count / ess
     if loss is not None:
-        numbers["elbo"] = -parts[0].ess * jnp.asarray(loss, jnp.float32) - numbers["kl"]
-        numbers["elbo/per_example"] = numbers["elbo"] / parts[0].ess
+        check_scalar("loss", loss)
+        numbers["elbo"] = -ess * jnp.asarray(loss, jnp.float32) - kl
+        numbers["elbo/per_example"] = numbers["elbo"] / ess
     return {name: jnp.asarray(x, jnp.float32) for name, x in numbers.items()}
 
 
@@ -114,11 +147,11 @@ def kl_divergence(q: Posterior, prior: Posterior) -> jax.Array:
     (σ = 0) are left out.
 
     Args:
-      q: a posterior.
+      q: a posterior, or a state.
       prior: a Gaussian over the same tree, such as `prior_of(state)`.
 
     Returns:
-      A scalar; +inf where the prior fixes an element that q does not.
+      A scalar; +inf where the prior fixes an element at another value, or one that is free in q.
 
     Raises:
       ValueError: if the trees do not fit.
@@ -130,6 +163,10 @@ def kl_divergence(q: Posterior, prior: Posterior) -> jax.Array:
       >>> print(kl_divergence(q, Posterior(jnp.zeros(1), jnp.ones(1))))
       0.5
     """
+    return _kl_divergence(gaussian(q), gaussian(prior))
+
+
+def _kl_divergence(q: Posterior, prior: Posterior) -> jax.Array:
     slots = Slots(q.mean)
     trees = {
         "q.precision": q.precision,
@@ -143,13 +180,14 @@ def kl_divergence(q: Posterior, prior: Posterior) -> jax.Array:
         leaves.append(split)
     total = jnp.zeros([])
     for m, p, m0, p0 in zip(slots.leaves, *leaves, strict=True):
-        counted = (p0 > 0) & jnp.isfinite(p)
-        ratio = jnp.where(counted, p0 / p, 1)
-        shift = jnp.where(counted, m.astype(p.dtype) - m0.astype(p.dtype), 0)
-        terms = ratio - 1 - jnp.log(ratio) + jnp.where(counted, p0, 0) * shift**2
-        # inf − inf where only the prior is fixed
-        terms = jnp.where(counted & jnp.isinf(p0), jnp.inf, terms)
-        total = total + 0.5 * jnp.sum(terms).astype(total.dtype)
+        p0, shift = p0.astype(p.dtype), m.astype(p.dtype) - m0.astype(p.dtype)
+        fixed, only_prior = jnp.isinf(p), jnp.isinf(p0) & ~jnp.isinf(p)
+        # Not p0 > 0, so that a NaN is counted and seen.
+        counted = (p0 != 0) & ~fixed & ~only_prior
+        ratio, square = jnp.where(counted, p0 / p, 1), jnp.where(counted, p0, 0) * shift**2
+        terms = ratio - 1 - jnp.log(ratio) + jnp.where(counted, square, 0)
+        impossible = only_prior | (fixed & jnp.isinf(p0) & (shift != 0))
+        total = total + 0.5 * jnp.sum(jnp.where(impossible, jnp.inf, terms)).astype(total.dtype)
     return total
 
 
@@ -170,33 +208,25 @@ def learning_status(state: PyTree, settings: Mapping[str, Any]) -> str:
       >>> learning_status(ivon(0.1, **settings).init(jnp.ones(3)), settings)
       'no: no step has been taken.'
     """
-    # The median does not see single values that are not finite.
-    bad = sum(
-        int(jnp.sum(~jnp.isfinite(x)))
-        for part in find_states(state)
-        for x in jax.tree.leaves((part.mean, part.hess))
-    )
-    if bad:
-        return (
-            f"broken: {bad} elements of mean and hess are not finite. Start again with a smaller "
-            "learning rate, a larger hess_init or a clip_radius."
-        )
     numbers = {name: float(x) for name, x in diagnostics(state, settings).items()}
+    if numbers["nonfinite"]:
+        return (
+            f"broken: {numbers['nonfinite'] * numbers['num_parameters']:.0f} elements of mean or "
+            "hess are not finite. Start again with a smaller learning rate, a larger hess_init or "
+            "a clip_radius."
+        )
     if not numbers["step"]:
         return "no: no step has been taken."
-    b2 = float({**_DEFAULTS, **settings}["b2"])
-    hess_init, *_ = _settings(settings)
-    median = numbers["hess/p50"] / float(hess_init)
+    if numbers["fixed"] == 1 or not numbers["num_parameters"]:
+        return "no: there is no free element to learn."
+    b2, hess_init = float({**_DEFAULTS, **settings}["b2"]), float(_settings(settings)[0])
+    median = numbers["hess/p50"] / hess_init
     found = (
         f"after {numbers['step']:.0f} steps {100 * numbers['hess/moved']:.0f} % of h has moved by "
         f"more than {100 * MOVED:.0f} % of h₀ (median h/h₀ {median:.3g})"
     )
-    clipped = numbers["update/clipped"]
-    if clipped > 0.5:
-        return (
-            f"no: {100 * clipped:.0f} % of the steps are clipped; {found}. Raise hess_init or "
-            "clip_radius, or the curvature hardly matters."
-        )
+    if median > EXPLODED:
+        return f"no: h has exploded: {found}. Raise hess_init, or lower the learning rate."
     if numbers["hess/moved"] < 0.05:
         memory = 1 - b2 ** numbers["step"]
         return (
@@ -204,7 +234,10 @@ def learning_status(state: PyTree, settings: Mapping[str, Any]) -> str:
             f"{100 * memory:.2g} % of the way. Lower b2 or hess_init, raise the learning rate, or "
             "train longer."
         )
-    return f"yes: {found}; median |m|/σ is {numbers['signal_to_noise/p50']:.3g}."
+    return (
+        f"yes: {found}; median |m|/σ is {numbers['signal_to_noise/p50']:.3g}, and "
+        f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped."
+    )
 
 
 def _settings(settings: Mapping[str, Any]) -> tuple[Number, Number, Number, bool]:
@@ -215,6 +248,15 @@ def _settings(settings: Mapping[str, Any]) -> tuple[Number, Number, Number, bool
         )
     known = {**_DEFAULTS, **settings}
     return known["hess_init"], known["clip_radius"], known["b1"], known["debias"]
+
+
+def _check_one_ess(parts: list[IVONState]) -> None:
+    ess = jnp.stack([part.ess for part in parts])
+    if is_concrete(ess) and bool(jnp.any(ess != ess[0])):
+        raise ValueError(
+            f"the state holds several IVON states with different ess ({', '.join(map(str, ess))}), "
+            "which one set of numbers would mix: call diagnostics for each."
+        )
 
 
 def _preconditioned(state: IVONState, b1: Number, debias: bool) -> list[jax.Array]:
@@ -231,26 +273,26 @@ def _preconditioned(state: IVONState, b1: Number, debias: bool) -> list[jax.Arra
         delta, g = delta.astype(m.dtype), g.astype(m.dtype)
         if debias:
             g = g / (1 - jnp.asarray(b1, m.dtype) ** jnp.maximum(state.count, 1).astype(m.dtype))
-        u = (g + delta * (m - m0)) / (h + delta)
-        return jnp.where(jnp.isinf(delta) | (state.count == 0), 0, u)
+        still = jnp.isinf(delta) | (state.count == 0)
+        delta = jnp.where(jnp.isinf(delta), 0, delta)
+        return jnp.where(still, 0, (g + delta * (m - m0)) / (h + delta))
 
     return [step(*leaf) for leaf in leaves]
 
 
 def _percentiles(
-    name: str, leaves: list[jax.Array], *, from_top: bool = False
+    name: str, leaves: list[jax.Array], count: jax.Array, from_top: bool
 ) -> dict[str, jax.Array]:
-    total = sum(x.size for x in leaves)
-    if not total:
-        return {}
-    ranks = jnp.array([(total - 1) * p // 100 for p in PERCENTILES], jnp.float32)
-    if from_top:
-        ranks = total - 1 - ranks
-    values = lower_quantiles(leaves, ranks)
+    """Elements of the ranks ⌊(n−1)p/100⌋ among the `count` smallest; those from the top of them."""
+    ranks = jnp.floor((count - 1) * jnp.array(PERCENTILES, jnp.float32) / 100)
+    values = lower_quantiles(leaves, count - 1 - ranks if from_top else ranks)
     return {f"{name}/p{p}": value for p, value in zip(PERCENTILES, values, strict=True)}
 
 
-def _share(flags: list[jax.Array]) -> jax.Array:
-    total = sum(x.size for x in flags)
-    counts = [jnp.sum(x).astype(jnp.float32) for x in flags]
-    return jnp.sum(jnp.stack(counts)) / total if total else jnp.zeros([])
+def _differs(h: jax.Array, hess_init: Number) -> jax.Array:
+    start = jnp.asarray(hess_init, h.dtype)
+    return jnp.abs(h - start) > MOVED * start
+
+
+def _total(flags: list[jax.Array]) -> jax.Array:
+    return sum((jnp.sum(x).astype(jnp.float32) for x in flags), jnp.zeros([], jnp.float32))

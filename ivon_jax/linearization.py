@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ivon_jax._axes import varying_axes, varying_over
 from ivon_jax._checks import check_positive
 from ivon_jax._data import check_callable, check_floating_output, num_examples
 from ivon_jax._trees import wide_dtype
@@ -97,11 +98,13 @@ def probit_log_probs(mean: jax.Array, covariance: jax.Array) -> jax.Array:
       0.72
     """
     shape = jnp.shape(mean)
-    if not shape or jnp.shape(covariance) not in (shape, (*shape, shape[-1])):
+    if not shape or shape[-1] < 2 or jnp.shape(covariance) not in (shape, (*shape, shape[-1])):
         raise ValueError(
-            f"mean has shape {shape}: covariance must have that shape (variances) or its last axis "
-            f"twice; got {jnp.shape(covariance)}."
+            "mean must have K >= 2 classes on its last axis, and covariance its shape (variances) "
+            f"or its last axis twice; got shapes {shape} and {jnp.shape(covariance)}."
         )
+    dtype = wide_dtype(jnp.result_type(mean))
+    mean, covariance = jnp.asarray(mean, dtype), jnp.asarray(covariance, dtype)
     if jnp.ndim(covariance) > len(shape):
         covariance = jnp.diagonal(covariance, axis1=-2, axis2=-1)
     return jax.nn.log_softmax(mean / jnp.sqrt(1 + (jnp.pi / 8) * covariance), axis=-1)
@@ -116,7 +119,10 @@ def linear_outputs(
     variance = [1 / p for p in q.precision]
 
     def at_example(*example: PyTree) -> tuple[jax.Array, jax.Array]:
-        batch = jax.tree.map(lambda x: jnp.asarray(x)[None], example)
+        batch = jax.tree.map(lambda x: x[None], example)
+        # Under shard_map the derivative by a replicated array would be summed over the devices.
+        axes = frozenset().union(*(varying_axes(jax.typeof(x)) for x in jax.tree.leaves(example)))
+        origin = [varying_over(jnp.zeros_like(p), axes) for p in q.precision]
 
         def outputs(displacement: list[jax.Array]) -> jax.Array:
             out = apply_fn(q.displaced(displacement), *batch)
@@ -128,9 +134,10 @@ def linear_outputs(
                 )
             return out[0].astype(wide_dtype(out.dtype))
 
-        out, pull_back = jax.vjp(outputs, [jnp.zeros_like(p) for p in q.precision])
+        out, pull_back = jax.vjp(outputs, origin)
         size = out.size
         basis = jnp.eye(size, dtype=out.dtype).reshape(size, *out.shape)
+        basis = varying_over(basis, varying_axes(jax.typeof(out)))
 
         def row(cotangent: jax.Array) -> list[jax.Array]:
             return pull_back(cotangent)[0]
@@ -139,9 +146,10 @@ def linear_outputs(
         pairs = [(j, v.ravel()) for j, v in zip(jacobian, variance, strict=True)]
         if diagonal:
             parts = [jnp.sum(j * j * v[None], axis=1) for j, v in pairs]
-            return out, jnp.asarray(sum(parts), out.dtype)
-        # By default a TPU or GPU would multiply with fewer bits than float32 has.
-        parts = [jnp.matmul(j * v[None], j.T, precision="highest") for j, v in pairs]
-        return out, jnp.asarray(sum(parts), out.dtype)
+        else:
+            # By default a TPU or GPU would multiply with fewer bits than float32 has.
+            parts = [jnp.matmul(j * v[None], j.T, precision="highest") for j, v in pairs]
+        zero = jnp.zeros(size if diagonal else (size, size), out.dtype)
+        return out, sum((part.astype(out.dtype) for part in parts), zero)
 
     return at_example

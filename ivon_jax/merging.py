@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._checks import Number, check_floating, check_number, check_precision, is_concrete
-from ivon_jax._trees import Slots, wide_dtype
-from ivon_jax.state import Posterior
+from ivon_jax._trees import Slots, wide_dtype, without_nnx
+from ivon_jax.state import Posterior, gaussian
 
 PyTree = Any
 
@@ -39,17 +39,19 @@ def merge(
     * Without `base` (H₀ = 0): θ = θ₀ + Σ_t (P_t / Σ_k P_k)(θ_t − θ₀), the precision-weighted mean,
       in which θ₀ cancels. It counts the prior once per model.
     * Removing a task from a merged model: `merge([merged, task], weights=[1, -1], base=base)`.
-    * Federated averaging: the clients' posteriors, each started from the server's, which is
-      `base`; weights other than 1 count a client's data more or less than once.
+    * Federated averaging: the posteriors of clients, each trained with the server's as its prior
+      (`ivon(prior=server)`), which is `base`; weights other than 1 count a client's data more or
+      less than once.
     * Fisher averaging is `base=None` with Fisher informations as precisions; `task_arithmetic` has
       its own function.
 
     Args:
-      posteriors: the models' posteriors, as from `posterior(state)`. Different λ may be
-        mixed: precisions λ(h+δ) are compared, not h.
+      posteriors: the models' posteriors (or optax states), as from `posterior(state)`. Different λ
+        may be mixed: precisions λ(h+δ) are compared, not h.
       weights: α_t, one number per model (1 by default); negative ones remove.
-      base: the base model and its precision H₀ = λδ, such as `prior_of(state)` with the base's
-        weights as mean.
+      base: the prior of every task, N(θ₀, 1/H₀). For models that were fine-tuned with a plain
+        weight decay, whose prior has mean 0, the base model's weights with the precision
+        H₀ = λδ of `prior_of(state)` are the approximation of the paper below.
 
     Returns:
       The merged `Posterior`, in the dtypes of the first. Elements whose precision is infinite
@@ -68,13 +70,13 @@ def merge(
       >>> merge([a, b])
       Posterior(mean=Array([3.], dtype=float32), precision=Array([4.], dtype=float32))
     """
-    posteriors = list(posteriors)
-    if not posteriors or not all(isinstance(q, Posterior) for q in posteriors):
-        raise TypeError("posteriors must be a non-empty sequence of Posterior(mean, precision).")
+    if isinstance(posteriors, Posterior) or not len(posteriors):
+        raise TypeError("posteriors must be a non-empty sequence, with one entry per model.")
+    posteriors = [gaussian(q) for q in posteriors]
     alphas = _checked_weights(weights, len(posteriors))
     slots = Slots(posteriors[0].mean)
     models = [_leaves(slots, f"posteriors[{i}]", q) for i, q in enumerate(posteriors)]
-    bases = [(0.0, 0.0)] * len(slots.leaves) if base is None else _leaves(slots, "base", base)
+    bases = [None] * len(slots.leaves) if base is None else _leaves(slots, "base", base)
     merged = [
         _merge_leaf(path, like, base_leaf, leaf, alphas)
         for path, like, base_leaf, *leaf in zip(
@@ -109,13 +111,18 @@ def task_arithmetic(
     """
 
     def unit(tree: PyTree) -> Posterior:
-        return Posterior(tree, jax.tree.map(lambda x: jnp.ones_like(x, _wide(x)), tree))
+        tree = without_nnx(tree)
+        return Posterior(tree, jax.tree.map(_unit_precision, tree))
 
-    return merge([unit(p) for p in params], weights=weights, base=unit(base)).mean
+    merged = merge([unit(p) for p in params], weights=weights, base=unit(base)).mean
+    return jax.tree.unflatten(jax.tree.structure(base), jax.tree.leaves(merged))
 
 
-def _wide(x: Any) -> Any:
-    return wide_dtype(jnp.result_type(x))
+def _unit_precision(x: Any) -> jax.Array:
+    """One; +inf, which is fixed, for leaves that are not floating."""
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        return jnp.full(jnp.shape(x), jnp.inf, jnp.float32)
+    return jnp.ones(jnp.shape(x), wide_dtype(jnp.result_type(x)))
 
 
 def _leaves(slots: Slots, name: str, q: Posterior) -> list[tuple[jax.Array, jax.Array]]:
@@ -144,19 +151,20 @@ def _checked_weights(weights: Sequence[Number] | None, num_models: int) -> list[
 def _merge_leaf(
     path: str,
     like: jax.Array,
-    base: tuple[Any, Any],
+    base: tuple[jax.Array, jax.Array] | None,
     models: Sequence[tuple[jax.Array, jax.Array]],
     weights: Sequence[Number],
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and precision of one leaf; where precisions are infinite, the common value."""
     dtype = models[0][1].dtype
-    known_base = not isinstance(base[0], float)
-    everything = [*models, base] if known_base else models
+    everything = list(models) if base is None else [*models, base]
     floating = jnp.issubdtype(like.dtype, jnp.floating)  # other leaves can only be fixed
     fixed = [jnp.isinf(precision) | (not floating) for _, precision in everything]
     all_fixed = jnp.all(jnp.stack(fixed), axis=0)
     any_fixed = jnp.any(jnp.stack(fixed), axis=0)
-    same = jnp.all(jnp.stack([mean == like for mean, _ in everything]), axis=0)
+    # As numbers of the mean's own kind: a base in bfloat16 may be compared with a float32 mean.
+    same = jnp.stack([mean.astype(like.dtype) == like for mean, _ in everything])
+    same = jnp.all(same, axis=0)
     agree = ~any_fixed | (all_fixed & same)
     if is_concrete(agree) and not bool(jnp.all(agree)):
         raise ValueError(
@@ -173,7 +181,8 @@ def _merge_leaf(
     def finite(precision: Any) -> jax.Array:
         return jnp.where(jnp.isinf(real(precision)), 0, real(precision))
 
-    base_mean, base_precision = real(base[0]), finite(base[1])
+    zero = jnp.zeros(like.shape, dtype)
+    base_mean, base_precision = (zero, zero) if base is None else (real(base[0]), finite(base[1]))
     alphas = [real(w) for w in weights]
     total = base_precision + sum(
         a * (finite(p) - base_precision) for a, (_, p) in zip(alphas, models, strict=True)
@@ -185,8 +194,9 @@ def _merge_leaf(
     if is_concrete(proper) and not bool(jnp.all(proper)):
         raise ValueError(
             f"the merged precision is not positive at {path or 'the root'}: smallest "
-            f"{float(jnp.min(total)):g}. More is removed than the models contain: use weights "
-            "nearer to zero, or a base with a smaller precision."
+            f"{float(jnp.min(total)):g}. Where it is zero no model knows anything (add a small "
+            "constant, or give base=); where it is negative more is removed than the models "
+            "contain (use weights nearer to zero, or a base with a smaller precision)."
         )
     valid = agree & proper
     mean = jnp.where(all_fixed, real(like), base_mean + pull / jnp.where(proper, total, 1))

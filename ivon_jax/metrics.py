@@ -72,7 +72,7 @@ def accuracy(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
       0.5
     """
     log_probs, labels = checked_labels(log_probs, labels)
-    return _valid_mean(jnp.argmax(log_probs, axis=-1) == labels, log_probs)
+    return _valid_mean(_predicted(log_probs) == labels, log_probs)
 
 
 def top_k_accuracy(log_probs: jax.Array, labels: jax.Array, k: int) -> jax.Array:
@@ -94,7 +94,7 @@ def top_k_accuracy(log_probs: jax.Array, labels: jax.Array, k: int) -> jax.Array
     if check_positive("k", k) > log_probs.shape[-1]:
         raise ValueError(f"k={k} is above the number of classes, {log_probs.shape[-1]}.")
     _, classes = jax.lax.top_k(log_probs, k)
-    return _valid_mean(jnp.any(classes == labels[..., None], axis=-1), log_probs)
+    return _valid_mean(jnp.any(classes.astype(jnp.int32) == labels[..., None], axis=-1), log_probs)
 
 
 def brier(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
@@ -156,11 +156,12 @@ def calibration_bins(
     log_probs, labels = checked_labels(log_probs, labels)
     num_bins = check_positive("num_bins", num_bins)
     confidence = jnp.exp(jnp.max(log_probs, axis=-1)).ravel()
-    correct = (jnp.argmax(log_probs, axis=-1) == labels).ravel()
+    correct = (_predicted(log_probs) == labels).ravel()
     if equal_mass:
         rank = jnp.searchsorted(jnp.sort(confidence), confidence, side="left")
-        # In floating point rank·B may exceed an integer's range for large data.
-        index = jnp.floor(rank.astype(confidence.dtype) * (num_bins / confidence.size))
+        # ⌊rB/n⌋ ≥ b where r ≥ ⌈bn/B⌉: in integers, because rB may overflow and B/n rounds.
+        edges = [-(-b * confidence.size // num_bins) for b in range(1, num_bins)]
+        index = jnp.searchsorted(jnp.array(edges, rank.dtype), rank, side="right")
     else:
         index = jnp.ceil(confidence * num_bins) - 1
     index = jnp.clip(index, 0, num_bins - 1).astype(jnp.int32)
@@ -231,7 +232,9 @@ def mutual_information(sample_log_probs: jax.Array) -> jax.Array:
         followed by `jax.nn.log_softmax`.
 
     Returns:
-      Shape (...), at least 0: the uncertainty that more data could remove.
+      Shape (...), at least 0: the uncertainty that more data could remove. (Where the stack of
+      samples is too large, H[mean_s p_s] comes from `predict_log_probs`, and mean_s H[p_s] from
+      `predict_samples` of a function that returns the entropy of the network's output.)
 
     Raises:
       ValueError: if there is no sample axis.
@@ -283,6 +286,8 @@ def gaussian_nll(mean: jax.Array, variance: jax.Array, targets: jax.Array) -> ja
             "mean, variance and targets must have one shape (a broadcast of (n,) against (n, 1) "
             f"would be n² errors); got {shapes[0]}, {shapes[1]} and {shapes[2]}."
         )
+    if not jnp.issubdtype(jnp.result_type(mean), jnp.floating):
+        raise TypeError(f"mean must be floating; got {jnp.result_type(mean)}.")
     dtype = wide_dtype(jnp.result_type(mean))
     mean, variance, targets = (jnp.asarray(x, dtype) for x in (mean, variance, targets))
     positive = jnp.all(variance > 0)
@@ -290,6 +295,10 @@ def gaussian_nll(mean: jax.Array, variance: jax.Array, targets: jax.Array) -> ja
         raise ValueError("variance must be positive.")
     variance = jnp.where(variance > 0, variance, jnp.nan)
     return 0.5 * jnp.mean(jnp.log(2 * jnp.pi * variance) + (targets - mean) ** 2 / variance)
+
+
+def _predicted(log_probs: jax.Array) -> jax.Array:
+    return jnp.argmax(log_probs, axis=-1).astype(jnp.int32)
 
 
 def _valid_mean(correct: jax.Array, log_probs: jax.Array) -> jax.Array:

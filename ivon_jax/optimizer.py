@@ -99,7 +99,8 @@ def ivon(
       prior: a general Gaussian prior N(m₀, 1/s₀) in the place of `weight_decay` and `mask`, such
         as yesterday's `posterior(state)`: δ becomes s₀/λ element by element, δm becomes δ(m−m₀),
         and the factor of α is h₀ plus the smallest δ of each leaf. Where s₀ is infinite the
-        parameter stays fixed at m₀; where it is zero the prior is flat.
+        parameter stays fixed at m₀; where it is zero the prior is flat. It is copied into the
+        state by `init`, and `update` reads it there.
 
     Returns:
       A transformation whose `update(grads, state, params=None, *, noise=None, hess=None)`
@@ -208,8 +209,8 @@ def ivon(
             return jnp.asarray(x, m.dtype)
 
         h0, delta = real(hess_init), real(delta)
-        fixed = None if m0 is None else jnp.isinf(delta)
-        if fixed is not None:
+        fixed = jnp.isinf(delta)  # by a general prior
+        if m0 is not None:
             old_delta, delta = jnp.where(fixed, 0, old_delta), jnp.where(fixed, 0, delta)
         g_new = real(b1) * real(g) + real(one_minus_b1) * grad
         d = real(one_minus_b2) * (hess - h)
@@ -223,8 +224,8 @@ def ivon(
             u = jnp.clip(u, -real(clip_radius), real(clip_radius))
         alpha = real(lr) * (h0 + real(rate_delta)) if rescale_lr else real(lr)
         m_new = m - alpha * u
-        if fixed is not None:
-            m_new, h_new = jnp.where(fixed, m, m_new), jnp.where(fixed, h, h_new)
+        if m0 is not None:
+            m_new, h_new = jnp.where(fixed, m0, m_new), jnp.where(fixed, h, h_new)
         return m_new, h_new, g_new.astype(g.dtype)
 
     def update(

@@ -9,7 +9,6 @@ from ivon_jax._checks import Number, check_floating, check_number
 from ivon_jax._trees import Slots, copy_array, get_field, set_fields
 from ivon_jax.auto_sample import is_auto_sample_state
 from ivon_jax.state import (
-    IVONState,
     Posterior,
     check_single,
     decay_leaves,
@@ -18,6 +17,7 @@ from ivon_jax.state import (
     gaussian,
     gaussian_mean,
     is_ivon_state,
+    prior_gaussian,
     wide_zeros,
 )
 
@@ -50,15 +50,19 @@ def posterior(state: PyTree, params: PyTree | None = None, temperature: Number =
     """
     temperature = check_number("temperature", temperature, low=0.0, open_low=True)
     q = gaussian(state)
-    slots = Slots(q.mean)
-    mean = [copy_array(m) for m in slots.leaves]
-    precision = [
-        p / jnp.asarray(temperature, p.dtype) for p in slots.split("the precision", q.precision)[0]
-    ]
+    mean = jax.tree.map(copy_array, q.mean)
+    precision = jax.tree.map(lambda p: p / jnp.asarray(temperature, p.dtype), q.precision)
+    return _completed(Posterior(mean, precision), params)
+
+
+def _completed(q: Posterior, params: PyTree | None) -> Posterior:
+    """With the leaves that IVON does not own, fixed at their values, if `params` are given."""
     if params is None:
-        return Posterior(slots.join(mean), slots.join(precision))
+        return q
+    slots = Slots(q.mean)
+    precision, _ = slots.split("the precision", q.precision)
     return Posterior(
-        fill_unowned(slots, mean, params, copy_array),
+        fill_unowned(slots, slots.leaves, params, copy_array),
         fill_unowned(slots, precision, params, lambda x: wide_zeros(x) + jnp.inf),
     )
 
@@ -90,11 +94,12 @@ def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:
     return fill_unowned(slots, mean, params, copy_array)
 
 
-def prior_of(state: PyTree) -> Posterior:
+def prior_of(state: PyTree, params: PyTree | None = None) -> Posterior:
     """The prior under which the state was trained: N(0, 1/(λδ)), or the one that `ivon` was given.
 
     Args:
       state: as in `posterior`.
+      params: as in `posterior`.
 
     Returns:
       Mean zero and precision λδ, unless `ivon` was given another prior; zero precision where
@@ -109,14 +114,7 @@ def prior_of(state: PyTree) -> Posterior:
       >>> prior_of(ivon(0.1, ess=100, weight_decay=0.5).init(jnp.ones(2))).precision
       Array([50., 50.], dtype=float32)
     """
-
-    # The prior is the state's Gaussian at m = m₀ and h = 0: λ(0+δ).
-    def without_data(part: IVONState) -> IVONState:
-        zeros = jax.tree.map(jnp.zeros_like, part.mean)
-        mean = jax.tree.map(copy_array, part.prior.mean) if part.prior else zeros
-        return part._replace(mean=mean, hess=zeros)
-
-    return gaussian([without_data(part) for part in find_states(state)])
+    return _completed(jax.tree.map(copy_array, prior_gaussian(state)), params)
 
 
 def with_mean(state: PyTree, params: PyTree) -> PyTree:
@@ -132,7 +130,7 @@ def with_mean(state: PyTree, params: PyTree) -> PyTree:
       params: the new parameters, of the structure that `init` was given.
 
     Returns:
-      The state with copies of `params` as its mean.
+      The state with copies of `params` as its mean; elements that a general prior fixes stay.
 
     Raises:
       ValueError: if `state` contains no `IVONState`, or `params` does not fit it.
@@ -168,6 +166,16 @@ def _moved(state: PyTree, params: PyTree) -> PyTree:
     slots.check_shapes("params", owned)
     check_floating(slots, "params", owned)
     leaves = [copy_array(jnp.asarray(p, m.dtype)) for p, m in zip(owned, slots.leaves, strict=True)]
+    (part,) = find_states(state)
+    if part.prior:  # what it fixes cannot be moved
+        centers, precisions = (
+            jax.tree.leaves(part.prior.mean),
+            jax.tree.leaves(part.prior.precision),
+        )
+        leaves = [
+            jnp.where(jnp.isinf(s0), m0, m)
+            for m, m0, s0 in zip(leaves, centers, precisions, strict=True)
+        ]
     return set_fields(
         state,
         mean=jax.tree.unflatten(jax.tree.structure(mean), leaves),
@@ -180,7 +188,10 @@ def with_ess(state: PyTree, ess: Number) -> PyTree:
     """The state under another effective sample size, with its posterior unchanged.
 
     λ(h+δ) is kept by h ← (λ/λ')(h+δ) − δ', where δ' = δ, or s₀/λ' under a general prior. (The
-    prior precision λδ becomes λ'δ.) Continue with an optimizer that has the new `ess`.
+    prior precision λδ becomes λ'δ.) Continue with an optimizer that has the new `ess`; under
+    `optax.inject_hyperparams` set it in `hyperparams` as well, or the next step takes the old one.
+    In floating point h+δ keeps its digits only while it is not much smaller than δ, that is
+    while λ' is not larger than λ by many orders of magnitude.
 
     Args:
       state: any nested state that contains one or several `IVONState`.
@@ -207,16 +218,16 @@ def with_ess(state: PyTree, ess: Number) -> PyTree:
             return node
         (part,) = find_states(node)
         check_single(part)
-        ratio = part.ess / ess
-        moved = part._replace(
-            ess=jnp.full_like(part.ess, ess),
-            weight_decay=part.weight_decay * ratio if part.prior else part.weight_decay,
-        )
-        hess = [
+        new_ess = jnp.full_like(part.ess, ess)
+        scaled = part.weight_decay * (part.ess / new_ess)
+        moved = part._replace(ess=new_ess, weight_decay=scaled if part.prior else part.weight_decay)
+
+        def rescale_leaf(h: jax.Array, delta: jax.Array) -> jax.Array:
+            ratio, delta = part.ess.astype(h.dtype) / new_ess.astype(h.dtype), delta.astype(h.dtype)
             # Under a general prior (λ/λ')δ − δ' is zero, or inf − inf where a leaf is fixed.
-            h * ratio.astype(h.dtype) + (0 if part.prior else (d * (ratio - 1)).astype(h.dtype))
-            for h, d in zip(jax.tree.leaves(part.hess), decay_leaves(part), strict=True)
-        ]
+            return h * ratio if part.prior else h * ratio + delta * (ratio - 1)
+
+        hess = list(map(rescale_leaf, jax.tree.leaves(part.hess), decay_leaves(part)))
         treedef = jax.tree.structure(get_field(node, "hess"))
         return set_fields(
             node,

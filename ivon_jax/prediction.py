@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._axes import zeros_of
+from ivon_jax._axes import varying_axes, zeros_of
 from ivon_jax._checks import check_positive
-from ivon_jax._data import apply_in_batches, check_callable, check_floating_output
-from ivon_jax._trees import wide_dtype
+from ivon_jax._data import apply_in_batches
+from ivon_jax._heads import class_log_probs, gaussian_head
 from ivon_jax.sampling import PosteriorNoise, threefry_key
 from ivon_jax.state import gaussian
 
@@ -119,14 +119,7 @@ def predict_log_probs(
       >>> bool(jnp.allclose(jnp.exp(log_probs).sum(-1), 1.0))
       True
     """
-    check_callable(apply_fn)
-
-    def log_probs(params: PyTree, *inputs: PyTree) -> jax.Array:
-        logits = apply_fn(params, *inputs)
-        check_floating_output("predict_log_probs", logits)
-        return jax.nn.log_softmax(logits.astype(wide_dtype(logits.dtype)), axis=-1)
-
-    draws = _Draws(log_probs, num_samples, batch_size, data_batch_size)
+    draws = _Draws(class_log_probs(apply_fn), num_samples, batch_size, data_batch_size)
 
     def averaged(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
@@ -190,7 +183,7 @@ def predict_moments(
       [1.01 1.01]
     """
     draws = _Draws(
-        _gaussian_head(apply_fn, noise_variance), num_samples, batch_size, data_batch_size
+        gaussian_head(apply_fn, noise_variance), num_samples, batch_size, data_batch_size
     )
 
     def moments(
@@ -241,7 +234,7 @@ def predict_draws(
       (8, 2)
     """
     heads = predict_samples(
-        _gaussian_head(apply_fn, noise_variance),
+        gaussian_head(apply_fn, noise_variance),
         num_samples,
         batch_size=batch_size,
         data_batch_size=data_batch_size,
@@ -253,6 +246,9 @@ def predict_draws(
         means, variances = heads(key, state, *inputs, params=params)
         # Samples use the keys split from this one; the fold leads to another stream.
         noise_key = jax.random.fold_in(threefry_key(key), num_samples)
+        # Under shard_map each device has examples of its own, which need noise of their own.
+        for axis in sorted(varying_axes(jax.typeof(means))):
+            noise_key = jax.random.fold_in(noise_key, jax.lax.axis_index(axis))
         with jax.threefry_partitionable(True):
             noise = jax.random.normal(noise_key, means.shape, means.dtype)
         return means + jnp.sqrt(variances) * noise
@@ -322,26 +318,3 @@ def _pool(a: Any, b: Any) -> Any:
         squares_a + squares_b + shift**2 * (n_a * n_b / count),
         noise_a + noise_b,
     )
-
-
-def _gaussian_head(
-    apply_fn: Callable[..., Any], noise_variance: float | jax.Array | None
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """An `apply_fn` that returns (μ, σ²) in one shape, at least float32."""
-    check_callable(apply_fn)
-
-    def head(params: PyTree, *inputs: PyTree) -> tuple[jax.Array, jax.Array]:
-        out = apply_fn(params, *inputs)
-        if isinstance(out, tuple | list) == (noise_variance is not None):
-            raise ValueError(
-                "apply_fn must return a pair (mean, variance), or the mean alone with "
-                f"noise_variance given; got {type(out).__name__} with noise_variance="
-                f"{noise_variance}."
-            )
-        mean, variance = (out, noise_variance) if noise_variance is not None else out
-        check_floating_output("a Gaussian head", mean)
-        mean = mean.astype(wide_dtype(mean.dtype))
-        variance = jnp.broadcast_to(jnp.asarray(variance, mean.dtype), mean.shape)
-        return mean, jnp.where(variance >= 0, variance, jnp.nan)
-
-    return head

@@ -30,7 +30,8 @@ def signal_to_noise(state: PyTree) -> PyTree:
     """
     q = gaussian(state)
     slots = Slots(q.mean)
-    return slots.join(_ratios(slots, q))
+    precisions, _ = slots.split("the precision", q.precision)
+    return slots.join(ratio_leaves(slots.leaves, precisions))
 
 
 def prune(
@@ -48,7 +49,8 @@ def prune(
 
     Returns:
       The `Posterior` with mean 0 and precision +inf at pruned weights (prediction, sampling and
-      `ivon(prior=...)` all leave such weights at zero), and a tree of bools: what was kept.
+      `ivon(prior=...)` all leave such weights at zero), and a tree of bools: False where this
+      call has pruned.
 
     Raises:
       ValueError: if not exactly one of `fraction` and `threshold` is given, or it is out of range.
@@ -65,7 +67,7 @@ def prune(
     q = gaussian(state)
     slots = Slots(q.mean)
     precisions, _ = slots.split("the precision", q.precision)
-    ratios = _ratios(slots, q)
+    ratios = ratio_leaves(slots.leaves, precisions)
     if threshold is not None:
         bound = check_number("threshold", threshold, low=0.0, allow_inf=True)
         drop = [x < jnp.asarray(bound, x.dtype) for x in ratios]
@@ -84,10 +86,10 @@ def prune(
     return pruned, slots.join([~d for d in drop])
 
 
-def _ratios(slots: Slots, q: Posterior) -> list[jax.Array]:
-    precisions, _ = slots.split("the precision", q.precision)
+def ratio_leaves(means: list[jax.Array], precisions: list[jax.Array]) -> list[jax.Array]:
+    """|m|/σ of each leaf, +inf where it is fixed."""
     return [
         # Zero times infinity would be NaN for a weight that is fixed at zero.
         jnp.where(jnp.isinf(p), jnp.inf, jnp.abs(m.astype(p.dtype)) * jnp.sqrt(p))
-        for m, p in zip(slots.leaves, precisions, strict=True)
+        for m, p in zip(means, precisions, strict=True)
     ]

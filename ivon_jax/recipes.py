@@ -6,6 +6,7 @@ Large Deep Networks, ICML 2024, `arXiv:2402.17641 <https://arxiv.org/abs/2402.17
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ IVON_PAPER = "arXiv:2402.17641"
 LORA_PAPERS = "arXiv:2411.04421, arXiv:2506.14280"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recipe:
     """A published run.
 
@@ -48,6 +49,9 @@ class Recipe:
     source: str
     note: str = ""
 
+    def __post_init__(self):
+        object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
+
     def schedule(self, num_steps: int) -> optax.Schedule:
         """The learning rate over a run of `num_steps` steps: linear warmup, then decay to 0.
 
@@ -74,6 +78,8 @@ class Recipe:
 
 def matrices(params: PyTree) -> PyTree:
     """A mask of the leaves with two or more axes: decay matrices, not vectors.
+
+    (Where layers are stacked for a scan, vectors have two axes too: write a mask by name then.)
 
     Example:
       >>> import jax.numpy as jnp

@@ -71,6 +71,7 @@ def save(
     os.close(handle)
     try:
         safetensors.save_file(tensors, temporary, metadata)
+        os.chmod(temporary, _file_mode(target))
         os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -134,6 +135,15 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     return metadata
 
 
+def _file_mode(target: Path) -> int:
+    """The mode of the file that is replaced, or what open() would give; mkstemp's is private."""
+    if target.exists():
+        return target.stat().st_mode & 0o777
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
 def _safetensors() -> Any:
     try:
         import safetensors.numpy
@@ -176,9 +186,9 @@ def _shaped(part: str, arrays: dict[str, jax.Array], like: PyTree) -> PyTree:
         lacks = f"it lacks {missing[0]}" if missing else f"it also has {extra[0]}"
         raise ValueError(f"the file does not fit the tree: {lacks}.")
     for name, leaf in zip(names, leaves, strict=True):
-        if arrays[name].shape != tuple(leaf.shape):
+        if arrays[name].shape != jnp.shape(leaf):
             raise ValueError(
-                f"{name} has shape {arrays[name].shape} in the file, but {tuple(leaf.shape)} is "
+                f"{name} has shape {arrays[name].shape} in the file, but {jnp.shape(leaf)} is "
                 "expected."
             )
     return treedef.unflatten([arrays[name] for name in names])

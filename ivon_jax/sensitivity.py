@@ -98,7 +98,7 @@ def group_sensitivity(scores: jax.Array, groups: jax.Array, num_groups: int) -> 
 
     Raises:
       TypeError: if `groups` are not integers.
-      ValueError: if the shapes differ, or a group is out of range.
+      ValueError: if the shapes differ, or a group is out of range (all sums are NaN under jit).
 
     Example:
       >>> import jax.numpy as jnp
@@ -114,10 +114,12 @@ def group_sensitivity(scores: jax.Array, groups: jax.Array, num_groups: int) -> 
             f"scores and groups must be vectors of one length; got shapes {jnp.shape(scores)} and "
             f"{jnp.shape(groups)}."
         )
+    scores, groups = jnp.asarray(scores), jnp.asarray(groups).astype(jnp.int32)
     valid = (groups >= 0) & (groups < num_groups)
     if is_concrete(valid) and not bool(jnp.all(valid)):
         raise ValueError(f"groups must be in 0 … {num_groups - 1}.")
-    return jax.ops.segment_sum(scores, groups, num_groups)
+    total = jax.ops.segment_sum(scores, groups, num_groups)
+    return jnp.where(jnp.all(valid), total, jnp.nan)
 
 
 class LeaveOneOut(NamedTuple):
@@ -185,11 +187,11 @@ class Selection(NamedTuple):
     """What a sequence of leave-one-out NLLs says.
 
     Attributes:
-      best: index of the smallest one.
+      best: index of the smallest one, None if there is no finite one yet.
       stop: whether none of the last `patience` has been better than all before them.
     """
 
-    best: int
+    best: int | None
     stop: bool
 
 
@@ -207,9 +209,6 @@ def select_by_leave_one_out(nlls: Sequence[Any], patience: int | None = None) ->
     Returns:
       A `Selection` of Python values; `stop` is False without `patience`.
 
-    Raises:
-      ValueError: if there is no finite number.
-
     Example:
       >>> from ivon_jax import select_by_leave_one_out
       >>> select_by_leave_one_out([0.9, 0.5, 0.6, 0.7], patience=2)
@@ -220,7 +219,7 @@ def select_by_leave_one_out(nlls: Sequence[Any], patience: int | None = None) ->
     values = [float(x) for x in nlls]
     finite = [i for i, x in enumerate(values) if math.isfinite(x)]
     if not finite:
-        raise ValueError("nlls must hold at least one finite number.")
+        return Selection(None, False)
     best = min(finite, key=lambda i: values[i])
     return Selection(best, patience is not None and len(values) - 1 - best >= patience)
 

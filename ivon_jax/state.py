@@ -163,6 +163,18 @@ def gaussian(state: PyTree) -> Posterior:
     return Posterior(gaussian_mean(state), functools.reduce(_merge, precisions))
 
 
+def prior_gaussian(state: PyTree) -> Posterior:
+    """The prior of all IVON states in `state`, as in `gaussian`."""
+    parts = find_states(state)
+    zeros = [jax.tree.map(jnp.zeros_like, part.mean) for part in parts]
+    priors = [
+        part.prior or Posterior(zero, Slots(zero).join(precision_leaves(part._replace(hess=zero))))
+        for part, zero in zip(parts, zeros, strict=True)
+    ]
+    means, precisions = zip(*priors, strict=True)
+    return Posterior(functools.reduce(_merge, means), functools.reduce(_merge, precisions))
+
+
 def _merge(a: PyTree, b: PyTree) -> PyTree:
     """Fills the `MaskedNode`s of `a` from `b`, as `optax.partition` has split them."""
     if is_masked(a):

@@ -89,7 +89,7 @@ def test_kl_is_the_closed_form_and_the_monte_carlo_estimate():
 
 def test_flat_and_fixed_elements_are_left_out_of_the_kl():
     q = Posterior(jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([1.0, 1.0, jnp.inf, jnp.inf]))
-    prior = Posterior(jnp.zeros(4), jnp.array([1.0, 0.0, 1.0, jnp.inf]))
+    prior = Posterior(jnp.array([0.0, 0.0, 0.0, 4.0]), jnp.array([1.0, 0.0, 1.0, jnp.inf]))
     np.testing.assert_allclose(kl_divergence(q, prior), 0.5)
     only_prior_fixed = Posterior(jnp.zeros(4), jnp.array([jnp.inf, 0.0, 1.0, 1.0]))
     assert kl_divergence(q, only_prior_fixed) == jnp.inf
@@ -107,7 +107,7 @@ def test_a_general_prior_is_the_one_that_counts():
     np.testing.assert_allclose(numbers["kl"], kl_divergence(posterior(state), prior), rtol=1e-5)
     fixed = Posterior(prior.mean, jax.tree.map(lambda p: jnp.full_like(p, jnp.inf), prior.mean))
     numbers = diagnostics(ivon(0.1, 10, prior=fixed).init(PARAMS), {"hess_init": 1.0})
-    assert numbers["kl"] == 0 and numbers["update/clipped"] == 0 and numbers["sigma/p50"] == 0
+    assert numbers["kl"] == 0 and numbers["update/clipped"] == 0 and numbers["fixed"] == 1
 
 
 def test_several_states_are_counted_together():
@@ -128,10 +128,57 @@ def test_the_status_says_what_is_wrong():
     assert status.startswith("no: h stays near its start") and "Lower b2" in status
     assert "0.003 % of the way" in status
     clipped = {**SETTINGS, "clip_radius": 1e-3}
-    status = learning_status(trained(clipped), clipped)
-    assert "steps are clipped" in status and status.startswith("no")
+    assert "100 % of the steps are clipped" in learning_status(trained(clipped), clipped)
     broken = trained(SETTINGS, scale=np.nan)
     assert learning_status(broken, SETTINGS).startswith("broken: 5 elements")
+    exploded = trained(SETTINGS)
+    exploded = exploded._replace(hess=jax.tree.map(lambda h: h + 1e4, exploded.hess))
+    assert learning_status(exploded, SETTINGS).startswith("no: h has exploded")
+    nothing = ivon(0.1, 10).init({})
+    assert learning_status(nothing._replace(count=1), {}).startswith("no: there is no free element")
+
+
+def test_fixed_elements_are_not_counted():
+    """97 fixed elements, and 3 whose h has moved."""
+    precision = jnp.full(100, jnp.inf).at[:3].set(1.0)
+    settings = {"ess": 10.0, "prior": Posterior(jnp.zeros(100), precision)}
+    state = ivon(0.1, **settings).init(jnp.ones(100))
+    state = state._replace(count=jnp.int32(5), hess=state.hess.at[:3].set(jnp.arange(3.0) + 4))
+    numbers = diagnostics(state, settings)
+    np.testing.assert_allclose(numbers["fixed"], 0.97, rtol=1e-6)
+    np.testing.assert_allclose([numbers["hess/p1"], numbers["hess/p99"]], [4.0, 5.0])
+    np.testing.assert_allclose(numbers["sigma/p99"], 1 / np.sqrt(51.0), rtol=1e-6)
+    assert numbers["hess/moved"] == 1 and np.isfinite(numbers["signal_to_noise/p99"])
+    assert learning_status(state, settings).startswith("yes")
+
+
+def test_a_diverged_run_is_reported_and_does_not_raise():
+    state = trained(SETTINGS)
+    state = state._replace(hess={**state.hess, "b": jnp.array([jnp.nan])})
+    for call in (diagnostics, jax.jit(lambda s, _: diagnostics(s, SETTINGS))):
+        numbers = call(state, SETTINGS)
+        np.testing.assert_allclose(numbers["nonfinite"], 0.2)
+        assert np.isnan(numbers["kl"])
+
+
+def test_what_has_no_divergence_is_told_from_what_has_an_infinite_one():
+    q = Posterior(jnp.array([1.0]), jnp.array([jnp.inf]))
+    assert kl_divergence(q, q) == 0
+    assert kl_divergence(q, Posterior(jnp.array([2.0]), jnp.array([jnp.inf]))) == jnp.inf
+    nan = Posterior(jnp.ones(2), jnp.array([1.0, jnp.nan]))
+    good = Posterior(jnp.ones(2), jnp.ones(2))
+    assert np.isnan(jax.jit(kl_divergence)(nan, good))
+    assert np.isnan(jax.jit(kl_divergence)(good, nan))
+    with pytest.raises(ValueError, match="precision must be >= 0"):
+        kl_divergence(good, Posterior(jnp.ones(2), -jnp.ones(2)))
+
+
+def test_float64_states_and_bad_losses():
+    with jax.enable_x64(True):
+        state = trained(SETTINGS, params={"w": jnp.ones(3, jnp.float64)})
+        assert np.isfinite(diagnostics(state, SETTINGS, loss=1.0)["elbo"])
+    with pytest.raises(ValueError, match="loss must be a scalar"):
+        diagnostics(trained(SETTINGS), SETTINGS, loss=jnp.ones(2))
 
 
 def test_settings_are_those_of_ivon():
@@ -140,6 +187,9 @@ def test_settings_are_those_of_ivon():
         diagnostics(state, {"beta1": 0.9})
     with pytest.raises(ValueError, match="found no IVONState"):
         diagnostics(posterior(state), SETTINGS)
+    two = [ivon(0.1, ess).init({str(ess): jnp.ones(2)}) for ess in (10.0, 20.0)]
+    with pytest.raises(ValueError, match="several IVON states with different ess"):
+        diagnostics(two, {})
     with pytest.raises(ValueError, match="num_examples must be > 0"):
         diagnostics(state, SETTINGS, num_examples=0)
 

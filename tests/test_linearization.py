@@ -138,5 +138,6 @@ def test_bad_input_is_refused():
         linearize(network, batch_size=0)
     with pytest.raises(ValueError, match="equally many"):
         linearize(network)(q(), jnp.float32(1.0))
-    with pytest.raises(ValueError, match=r"mean has shape \(3,\)"):
-        probit_log_probs(jnp.zeros(3), jnp.zeros((2, 2)))
+    for shapes in (((3,), (2, 2)), ((4, 1), (4, 1)), ((), ())):
+        with pytest.raises(ValueError, match="K >= 2 classes"):
+            probit_log_probs(*map(jnp.zeros, shapes))

@@ -31,6 +31,12 @@ def test_fixed_elements_stay_where_all_models_agree():
     got = merge([fixed, q([1.0, 6.0], [INF, 4.0])])
     np.testing.assert_array_equal(got.mean["w"], [1.0, 4.0])
     np.testing.assert_array_equal(got.precision["w"], [INF, 8.0])
+    state = ivon(0.1, 10).init({"w": jnp.ones(2)})
+    np.testing.assert_allclose(merge([state, state]).precision["w"], 20.002, rtol=1e-6)
+    trees = [{"n": jnp.arange(2), "w": jnp.full(2, x)} for x in (1.0, 3.0)]
+    arithmetic = task_arithmetic(trees[1:], trees[0], weights=[0.5])
+    np.testing.assert_array_equal(arithmetic["w"], [2.0, 2.0])
+    assert arithmetic["n"].dtype == jnp.int32
     with_integers = Posterior({"n": jnp.arange(2)}, {"n": jnp.full(2, INF)})
     assert merge([with_integers] * 2).mean["n"].dtype == jnp.int32
 
@@ -50,6 +56,8 @@ def test_fixed_elements_that_differ_are_refused(other):
 def test_removing_more_than_there_is_is_refused():
     with pytest.raises(ValueError, match=r"not positive at \['w'\]: smallest -2"):
         merge([A, B], weights=[1.0, -1.0])
+    with pytest.raises(ValueError, match=r"smallest 0. Where it is zero no model knows anything"):
+        merge([q([0.0, 1.0], [0.0, 1.0])] * 2)
     traced = jax.jit(lambda a, b: merge([a, b], weights=[1.0, -1.0]))(A, B)
     assert np.isnan(traced.mean["w"]).all() and np.isnan(traced.precision["w"]).all()
 
@@ -63,9 +71,10 @@ def test_low_precision_weights_are_merged_in_float32():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(TypeError, match="non-empty sequence of Posterior"):
-        merge([])
-    with pytest.raises(TypeError, match="non-empty sequence of Posterior"):
+    for wrong in ([], A):
+        with pytest.raises(TypeError, match="non-empty sequence, with one entry per model"):
+            merge(wrong)
+    with pytest.raises(ValueError, match="found no IVONState"):
         merge([A.mean])
     with pytest.raises(TypeError, match="base must be a Posterior"):
         merge([A], base=A.mean)
@@ -79,7 +88,7 @@ def test_bad_input_is_refused():
         merge([A, q(jnp.ones(3), jnp.ones(3))])
     with pytest.raises(ValueError, match=r"base.precision must be >= 0 .* the smallest is -1"):
         merge([A], base=q([0.0, 0.0], [1.0, -1.0]))
-    with pytest.raises(ValueError, match=r"posteriors\[0\].precision must be >= 0"):
+    with pytest.raises(ValueError, match="precision must be >= 0"):
         merge([q([0.0, 0.0], [1.0, np.nan])])
     with pytest.raises(ValueError, match="structure"):
         task_arithmetic([A.mean], {"v": jnp.ones(2)})

@@ -234,6 +234,27 @@ def test_logits_and_probabilities_in_the_place_of_log_probabilities_are_refused(
 @pytest.mark.parametrize("metric", OF_LABELS)
 def test_predictions_of_a_diverged_run_are_nan(metric):
     assert jnp.isnan(metric(jnp.full((2, 3), jnp.nan), LABELS))
+    assert jnp.isnan(metric(jnp.array([[-0.7, jnp.nan], [jnp.log(0.5), jnp.log(0.5)]]), LABELS))
+
+
+@pytest.mark.parametrize("metric", OF_LABELS)
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.int32])
+def test_labels_of_any_integer_type(metric, dtype):
+    log_probs = jax.nn.log_softmax(jnp.zeros((300, 256)).at[:, 3].set(1.0))
+    labels = jnp.arange(300, dtype=jnp.int32) % (256 if dtype == jnp.uint8 else 128)
+    got = metric(log_probs, labels.astype(dtype))
+    np.testing.assert_array_equal(got, metric(log_probs, labels))
+    with jax.enable_x64(True):
+        assert jnp.isfinite(metric(log_probs.astype(jnp.float64), labels))
+
+
+@pytest.mark.parametrize(("n", "num_bins"), [(1992, 20), (997, 333)])
+def test_the_edges_of_bins_of_equal_mass_do_not_round(n, num_bins):
+    confidence = jnp.linspace(0.5, 1.0, n, endpoint=False)
+    log_probs = jnp.log(jnp.stack([confidence, 1 - confidence], -1))
+    bins = metrics.calibration_bins(log_probs, jnp.zeros(n, jnp.int32), num_bins, equal_mass=True)
+    expected = np.bincount(np.arange(n) * num_bins // n, minlength=num_bins)
+    np.testing.assert_array_equal(bins.count, expected)
 
 
 @pytest.mark.parametrize("metric", OF_LABELS)
@@ -277,6 +298,8 @@ def test_other_bad_input_is_refused():
         metrics.mutual_information(log_probs[0])
     with pytest.raises(ValueError, match="one shape"):
         metrics.gaussian_nll(jnp.zeros(3), jnp.ones(3), jnp.zeros((3, 1)))
+    with pytest.raises(TypeError, match="mean must be floating; got int32"):
+        metrics.gaussian_nll(jnp.zeros(3, jnp.int32), jnp.ones(3), jnp.zeros(3))
     with pytest.raises(ValueError, match="variance must be positive"):
         metrics.gaussian_nll(jnp.zeros(3), jnp.zeros(3), jnp.zeros(3))
     for bad in ([], [[1.0]], [np.nan]):

@@ -200,5 +200,12 @@ def test_outputs_that_do_not_fit_are_refused():
         predict_samples(lambda p, x: apply(p, x).T, 2, data_batch_size=5)(KEY, Q, X)
     with pytest.raises(ValueError, match=r"equally many; got shapes \(10, 4\), \(9, 4\)"):
         predict_samples(lambda p, x, y: x @ p["w"], 2, data_batch_size=5)(KEY, Q, X, X[1:])
+    for binary in (lambda p, x: x @ p["w"][:, 0], lambda p, x: x @ p["w"][:, :1]):
+        with pytest.raises(ValueError, match="one logit f return"):
+            predict_log_probs(binary, 2)(KEY, Q, X)
+    with pytest.raises(ValueError, match=r"shape of the mean, \(10, 3\), .* got \(3,\)"):
+        predict_moments(lambda p, x: (apply(p, x), jnp.ones(3)), 2)(KEY, Q, X)
+    with pytest.raises(ValueError, match="noise_variance must be >= 0"):
+        predict_draws(apply, 2, noise_variance=-1.0)
     negative = predict_moments(lambda p, x: (apply(p, x), -jnp.ones((10, 3))), 2)(KEY, Q, X)
     assert np.all(np.isnan(negative.variance))

@@ -8,6 +8,7 @@ from ivon_jax import (
     Posterior,
     auto_sample,
     ivon,
+    kl_divergence,
     mc_value_and_grad,
     posterior,
     posterior_mean,
@@ -195,6 +196,29 @@ def with_ess_of(optimizer):
     nnx = pytest.importorskip("flax.nnx")
     graph, state = nnx.split(optimizer)
     return nnx.merge(graph, with_ess(state, 5.0))
+
+
+def test_what_the_prior_fixes_cannot_be_moved():
+    prior = Posterior(jnp.array([5.0, 0.0]), jnp.array([jnp.inf, 1.0]))
+    tx = ivon(0.1, 10, prior=prior)
+    moved = with_mean(tx.init(jnp.zeros(2)), jnp.array([7.0, 7.0]))
+    np.testing.assert_array_equal(moved.mean, [5.0, 7.0])
+    edited = moved._replace(mean=jnp.array([7.0, 7.0]))
+    _, state = tx.update(jnp.zeros(2), edited, hess=jnp.ones(2))
+    assert state.mean[0] == 5.0
+
+
+def test_the_prior_of_a_partitioned_optimizer_can_be_completed():
+    tx = optax.partition(
+        {"ivon": ivon(0.1, 10, weight_decay=0.5), "none": optax.set_to_zero()},
+        {"b": "none", "w": "ivon"},
+    )
+    state = tx.init(PARAMS)
+    full = prior_of(state, PARAMS)
+    assert np.isinf(full.precision["b"]) and np.all(full.precision["w"] == 5.0)
+    assert np.isfinite(kl_divergence(posterior(state, PARAMS), full))
+    general = ivon(0.1, 3.0, prior=normal(0.1, 0.7)).init(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, prior_of(general), normal(0.1, 0.7))
 
 
 def test_with_ess_and_with_mean_compose_with_auto_sample():

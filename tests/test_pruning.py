@@ -60,6 +60,10 @@ def test_fixed_weights_are_neither_counted_nor_pruned():
     assert prune(integers, fraction=0.9)[0].mean["n"].dtype == jnp.int32
 
 
+def test_a_model_without_weights_stays_empty():
+    assert prune(Posterior({}, {}), fraction=0.5) == (Posterior({}, {}), {})
+
+
 def test_ties_go_together():
     q = Posterior(jnp.array([1.0, 1.0, 1.0, 2.0]), jnp.ones(4))
     np.testing.assert_array_equal(prune(q, fraction=0.25)[1], [False, False, False, True])

@@ -17,6 +17,8 @@ def test_every_recipe_is_a_set_of_keywords_of_ivon(name):
     state = tx.init(params)
     _, new = tx.update(params, state, params, hess=params)
     assert new.ess == np.float32(recipe.settings["ess"])
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        recipe.settings["ess"] = 1.0
     assert recipe.source.startswith("arXiv") and recipe.length and recipe.batch_size > 0
 
 

@@ -82,6 +82,15 @@ def test_fixed_leaves_of_any_dtype_and_a_state_itself(tmp_path):
     assert_same(load(tmp_path / "root.safetensors", like=jnp.zeros(3)), root)
 
 
+def test_the_file_is_as_readable_as_any_other(tmp_path):
+    (tmp_path / "plain").write_text("")
+    save(tmp_path / "q", q_of(PARAMS))
+    assert (tmp_path / "q").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "q").chmod(0o640)
+    save(tmp_path / "q", q_of(PARAMS))
+    assert (tmp_path / "q").stat().st_mode & 0o777 == 0o640
+
+
 def test_float64_is_kept_or_refused(tmp_path):
     with jax.enable_x64(True):
         q = q_of({"w": jnp.full(2, 1 / 3)})
