@@ -100,7 +100,8 @@ def ivon(
         as yesterday's `posterior(state)`: δ becomes s₀/λ element by element, δm becomes δ(m−m₀),
         and the factor of α is h₀ plus the smallest δ of each leaf. Where s₀ is infinite the
         parameter stays fixed at m₀; where it is zero the prior is flat. It is copied into the
-        state by `init`, and `update` reads it there.
+        state by `init`, and `update` reads it there. A prior much sharper than the new data
+        (s₀ ≫ λh₀ throughout) makes that factor large: use `rescale_lr=False` then.
 
     Returns:
       A transformation whose `update(grads, state, params=None, *, noise=None, hess=None)`
