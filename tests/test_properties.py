@@ -46,7 +46,8 @@ def test_the_precision_stays_positive_above_the_floor_and_at_least_half(hyper, s
     for x in steps:
         old = state.hess + hyper["weight_decay"]
         # The new precision is old·(1+x+x²/2): from a large one a smaller |x| overflows.
-        x = jnp.clip(x, -jnp.sqrt(1e37 / old), jnp.sqrt(1e37 / old))
+        bound = jnp.minimum(jnp.sqrt(1e37 / old), 1e37 * (1 - hyper["b2"]) / old)  # nor may ĥ
+        x = jnp.clip(x, -bound, bound)
         hess = state.hess + x * old / (1 - hyper["b2"])
         state = step(hyper, state, jnp.zeros(SIZE), hess)
         new = state.hess + hyper["weight_decay"]

@@ -103,6 +103,7 @@ def test_a_posterior_too_wide_is_counted_and_left_out_of_second_order():
 FAST = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
+@pytest.mark.slow
 def test_script_runs(tmp_path):
     options = ("--epochs", 15, "--seeds", 2, "--prior-epochs", 2)
     command = [sys.executable, "-W", "error", EXAMPLES / "leave_one_out.py", *map(str, options)]

@@ -197,6 +197,7 @@ def test_a_coverage_keeps_a_share_rounded_up(coverage, kept):
 # --- The script -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_script_prints_a_table_and_writes_a_figure(tmp_path):
     options = ("--seeds", 1, "--steps", 10, "--pretrain-steps", 2, "--samples", 2)
     command = [sys.executable, "-W", "error", EXAMPLES / "lora_finetune.py", *map(str, options)]

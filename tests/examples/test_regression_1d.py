@@ -230,6 +230,7 @@ def run(folder, *command):
     )
 
 
+@pytest.mark.slow
 def test_the_script_prints_a_table_and_writes_a_figure(tmp_path):
     settings = ("--seeds", 2, "--steps", 20, "--draws", 20)
     done = run(tmp_path, EXAMPLES / "regression_1d.py", *settings)

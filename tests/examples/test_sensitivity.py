@@ -144,6 +144,7 @@ def test_wrong_labels_are_another_class_in_the_given_share():
 FAST = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
+@pytest.mark.slow
 def test_script_runs(tmp_path):
     options = ("--epochs", 2, "--seeds", 2, "--retrained-seeds", 1, "--examples", 3)
     options = (*options, "--steps", 5)
