@@ -140,7 +140,7 @@ def diagnostics(
     return {name: jnp.asarray(x, jnp.float32) for name, x in numbers.items()}
 
 
-def kl_divergence(q: Posterior, prior: Posterior) -> jax.Array:
+def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
     """KL(q‖prior) = ½Σ[s₀σ² + s₀(m−m₀)² − 1 − log(s₀σ²)] of two diagonal Gaussians, in nats.
 
     Elements with a flat prior (s₀ = 0), which have no divergence, and those that are fixed in q

@@ -72,7 +72,7 @@ def merge(
     """
     if isinstance(posteriors, Posterior) or not len(posteriors):
         raise TypeError("posteriors must be a non-empty sequence, with one entry per model.")
-    posteriors = [gaussian(q) for q in posteriors]
+    posteriors = [q if isinstance(q, Posterior) else gaussian(q) for q in posteriors]
     alphas = _checked_weights(weights, len(posteriors))
     slots = Slots(posteriors[0].mean)
     models = [_leaves(slots, f"posteriors[{i}]", q) for i, q in enumerate(posteriors)]

@@ -158,7 +158,9 @@ def leave_one_out(
     Returns:
       `f(state, *inputs, targets, params=None) -> LeaveOneOut`. With `second_order` an
       example is NaN whose removal would leave no proper posterior (the leverage of v_i H_i is
-      1 or more): the posterior is then too wide for the estimate.
+      1 or more): the posterior is then too wide for the estimate. A learned diagonal V can be that
+      wide for single examples, and the mean over examples is NaN with them: with IVON's V the
+      first order is the safer choice.
 
     Example:
       >>> import jax.numpy as jnp

@@ -88,7 +88,7 @@ def test_bad_input_is_refused():
         merge([A, q(jnp.ones(3), jnp.ones(3))])
     with pytest.raises(ValueError, match=r"base.precision must be >= 0 .* the smallest is -1"):
         merge([A], base=q([0.0, 0.0], [1.0, -1.0]))
-    with pytest.raises(ValueError, match="precision must be >= 0"):
+    with pytest.raises(ValueError, match=r"posteriors\[0\].precision must be >= 0"):
         merge([q([0.0, 0.0], [1.0, np.nan])])
     with pytest.raises(ValueError, match="structure"):
         task_arithmetic([A.mean], {"v": jnp.ones(2)})
