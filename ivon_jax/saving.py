@@ -36,6 +36,7 @@ def save(
 
     Raises:
       ImportError: if safetensors is not installed.
+      FileNotFoundError: if the folder does not exist.
       TypeError: if `metadata` holds anything but strings.
       ValueError: if two leaves would have the same name, or `metadata` the reserved key.
 
@@ -67,6 +68,8 @@ def save(
             names[name] = keys
     metadata["ivon_jax"] = json.dumps({"format": FORMAT, "paths": names})
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot save {target}: there is no folder {target.parent}.")
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)
     try:

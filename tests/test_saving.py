@@ -149,6 +149,8 @@ def test_bad_names_and_metadata_are_refused(tmp_path):
     clash = {"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)}
     with pytest.raises(ValueError, match=r"two leaves would be called 'mean.a.b'"):
         save(tmp_path / "q", q_of(clash))
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        save(tmp_path / "none" / "q", q_of(PARAMS))
     with pytest.raises(TypeError, match="strings to strings"):
         save(tmp_path / "q", q_of(PARAMS), {"epochs": 3})
     with pytest.raises(ValueError, match="reserved"):
