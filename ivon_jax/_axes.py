@@ -1,9 +1,10 @@
-"""What is known, while tracing under `shard_map`, of the mesh axes an array varies over."""
+"""What is known, while tracing, of the mesh axes an array varies over or is split over."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def varying_axes(aval: Any) -> frozenset[str]:
@@ -19,7 +20,9 @@ def varying_axes(aval: Any) -> frozenset[str]:
 
 def zeros_of(aval: Any) -> jax.Array:
     """Zeros of exactly this type, so that they can start a scan that carries it."""
-    return varying_over(jnp.zeros(aval.shape, aval.dtype), varying_axes(aval))
+    return varying_over(
+        jnp.zeros(aval.shape, aval.dtype, device=_explicit(aval)), varying_axes(aval)
+    )
 
 
 def varying_over(zeros: jax.Array, names: frozenset[str]) -> jax.Array:
@@ -30,3 +33,37 @@ def varying_over(zeros: jax.Array, names: frozenset[str]) -> jax.Array:
     if hasattr(jax.lax, "pcast"):  # its older name is pvary
         return jax.lax.pcast(zeros, axes, to="varying")
     return jax.lax.pvary(zeros, axes)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def split_over(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """The array with its leading axis split over these axes of the mesh in `jax.set_mesh`.
+
+    Raises:
+      ValueError: if no mesh is set, or if it does not have these axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(names) <= set(mesh.axis_names):
+        raise ValueError(
+            f"spmd_axis_name={names} must name axes of the mesh, but the current one has the axes "
+            f"{tuple(mesh.axis_names)}: call this inside `with jax.set_mesh(mesh):`."
+        )
+    if mesh.axis_types[mesh.axis_names.index(names[0])] == AxisType.Explicit:
+        return jax.sharding.reshard(x, PartitionSpec(names, *jax.typeof(x).sharding.spec[1:]))
+    rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(names, *rest))
+
+
+def whole_first_axis(x: jax.Array) -> jax.Array:
+    """The array with its leading axis on every device, where jax wants to be told (Explicit)."""
+    sharding = _explicit(jax.typeof(x))
+    if sharding is None or sharding.spec[0] is None:
+        return x
+    return jax.sharding.reshard(x, PartitionSpec(None, *sharding.spec[1:]))
+
+
+def _explicit(aval: Any) -> NamedSharding | None:
+    """The sharding that is part of the type, on a mesh with Explicit axes."""
+    sharding = aval.sharding
+    if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
+        return sharding
+    return None

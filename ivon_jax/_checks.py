@@ -151,6 +151,13 @@ def check_floating(slots: Slots, name: str, leaves: list[jax.Array]) -> None:
             raise TypeError(f"{name} must be real and floating; got {x.dtype} at {path}.")
 
 
+def check_axis_name(name: str, value: Any) -> None:
+    """Refuses what cannot name mesh or mapped axes."""
+    names = value if isinstance(value, tuple) else (value,)
+    if value is not None and not all(isinstance(n, str) for n in names):
+        raise TypeError(f"{name} must be the name of an axis, or a tuple of names; got {value!r}.")
+
+
 def check_varying(grads: list[jax.Array], axis_name: str | tuple[str, ...] | None) -> None:
     """Refuses gradients that `shard_map` has already summed over the axis."""
     if axis_name is None:
@@ -164,5 +171,7 @@ def check_varying(grads: list[jax.Array], axis_name: str | tuple[str, ...] | Non
                 "shard_map the gradient with respect to a replicated sample is already summed, "
                 "and a further mean leaves it too large by the axis size. Draw one sample per "
                 "device (fold the axis index into the key), or average the loss yourself and "
-                "leave axis_name out."
+                "leave axis_name out. If mc_value_and_grad has this axis_name, the gradients are "
+                "averaged: leave it out of ivon. If auto_sample does the drawing, mark its first "
+                f"parameters with jax.lax.pcast(params, {name!r}, to='varying')."
             )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ivon_jax._axes import varying_axes, varying_over
 from ivon_jax._checks import check_positive
 from ivon_jax._trees import Slots, copy_array, get_field, has_fields, set_fields, wide_dtype
 from ivon_jax._window import Draw
@@ -177,7 +178,12 @@ def reseed(state: PyTree, key: jax.Array | int) -> PyTree:
             )
         # The leaf may sit in a flax.nnx Variable, which is kept.
         new_key = jax.tree.map(lambda _, data=data: copy_array(data), get_field(leaves[i], "key"))
-        leaves[i] = set_fields(leaves[i], key=new_key)
+        # Under shard_map the key of the next draw varies over the axes of the new one.
+        axes = varying_axes(jax.typeof(data))
+        draw_key = jax.tree.map(
+            lambda x, axes=axes: varying_over(x, axes), get_field(leaves[i], "draw_key")
+        )
+        leaves[i] = set_fields(leaves[i], key=new_key, draw_key=draw_key)
     return treedef.unflatten(leaves)
 
 

@@ -1,5 +1,6 @@
 """Monte Carlo estimates of the loss, its gradient and its diagonal Hessian under q."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ivon_jax._axes import zeros_of
-from ivon_jax._checks import Number, check_number, check_positive
+from ivon_jax._arguments import argnums, arguments, batch_slices, check_argnums, check_keys
+from ivon_jax._axes import split_over, whole_first_axis, zeros_of
+from ivon_jax._checks import Number, check_axis_name, check_number, check_positive
 from ivon_jax._trees import wide_dtype
-from ivon_jax.sampling import PosteriorNoise, key_words, threefry_key
+from ivon_jax.sampling import PosteriorNoise, threefry_key
 from ivon_jax.state import gaussian
 
 PyTree = Any
@@ -35,6 +37,7 @@ def mc_value_and_grad(
     estimator: str = "reparam",
     estimator_scale: Number = 1.0,
     axis_name: str | tuple[str, ...] | None = None,
+    spmd_axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., tuple[Any, PyTree, PyTree]]:
     r"""Averages value, gradient and an estimate ĥ of the Hessian diagonal over the posterior.
 
@@ -74,6 +77,9 @@ def mc_value_and_grad(
       estimator_scale: c of "gradsq".
       axis_name: mapped axis (or axes) whose index is folded into the keys, and over which
         the results (not aux) are averaged.
+      spmd_axis_name: under `jit` over a mesh, the mesh axis (or axes) over which the samples that
+        are evaluated at a time are split, as in `jax.vmap`. With `batch_size` the size of that
+        axis, each of its groups of devices evaluates a sample of its own, at the price of one.
 
     Returns:
       `f(key, state, *args, params=None) -> (value, grads, hess)`, with `state` and `params` as
@@ -84,8 +90,8 @@ def mc_value_and_grad(
     Raises:
       ValueError: if an option is out of its range or options exclude each other; when called,
         if a batch cannot be split evenly.
-      TypeError: if `fun` is not callable; when called, if an argument named in `rng_argnums` is
-        not a key.
+      TypeError: if `fun` is not callable or an axis has no name; when called, if an argument
+        named in `rng_argnums` is not a key.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -113,15 +119,17 @@ def mc_value_and_grad(
         raise ValueError(f"estimator_scale is used by 'gradsq' only, not by {estimator!r}.")
     if batch_argnums is not None and not split_batch:
         raise ValueError("batch_argnums is used with split_batch=True only.")
-    rngs = _argnums("rng_argnums", rng_argnums)
-    batches = None if batch_argnums is None else _argnums("batch_argnums", batch_argnums)
+    check_axis_name("axis_name", axis_name)
+    check_axis_name("spmd_axis_name", spmd_axis_name)
+    rngs = argnums("rng_argnums", rng_argnums)
+    batches = None if batch_argnums is None else argnums("batch_argnums", batch_argnums)
     if set(rngs) & set(batches or ()):
         raise ValueError("an argument cannot be in both rng_argnums and batch_argnums.")
 
     def value_and_grad(
         key: jax.Array, state: PyTree, *args: Any, params: PyTree | None = None
     ) -> tuple[Any, PyTree, PyTree]:
-        _check_argnums(len(args), rngs + (batches or ()))
+        check_argnums(len(args), rngs + (batches or ()))
         q = PosteriorNoise(gaussian(state), params)
         floating = _Floating(q.mean())
         key, first = threefry_key(key), jnp.int32(0)
@@ -130,13 +138,17 @@ def mc_value_and_grad(
             key, first = jax.random.fold_in(key, index), index * num_samples
         with jax.threefry_partitionable(True):
             keys = jax.random.split(key, num_samples // 2 if antithetic else num_samples)
-        arguments = _argument_slicer(args, num_samples, split_batch, batches, rngs, first)
+        keys = jnp.repeat(keys, 2) if antithetic else keys
+        slices = batch_slices(args, num_samples, split_batch, batches, rngs)
+        check_keys(args, rngs)
 
-        def at_sample(s: jax.Array) -> tuple[_Estimates, Any]:
-            noise = q.draw(keys[s // 2 if antithetic else s])
+        def at_sample(
+            s: jax.Array, sample_key: jax.Array, sliced: dict[int, Any]
+        ) -> tuple[_Estimates, Any]:
+            noise = q.draw(sample_key)
             if antithetic:
                 noise = [jnp.where(s % 2 == 0, n, -n) for n in noise]
-            here = arguments(s)
+            here = arguments(args, sliced, rngs, first + s)
             value, aux, grads = _value_and_grad(fun, has_aux, floating, q.displaced(noise), here)
             if grad_transform is not None:
                 grads = _transformed(grad_transform, floating, grads)
@@ -152,7 +164,10 @@ def mc_value_and_grad(
                 statistic = _hutchinson(fun, has_aux, floating, q, probe_key, here)
             return (value.astype(wide_dtype(value.dtype)), grads, statistic), aux
 
-        estimates, aux = _mean_over_samples(at_sample, num_samples, batch_size)
+        samples = (jnp.arange(num_samples, dtype=jnp.int32), keys, slices)
+        estimates, aux = _mean_over_samples(
+            at_sample, samples, num_samples, batch_size, spmd_axis_name
+        )
         if axis_name is not None:
             estimates = jax.lax.pmean(estimates, axis_name)
         value, grads, hess = estimates
@@ -242,101 +257,44 @@ def _hutchinson(
 
 
 def _mean_over_samples(
-    at_sample: Callable[[jax.Array], tuple[_Estimates, Any]],
+    at_sample: Callable[..., tuple[_Estimates, Any]],
+    samples: tuple[Any, ...],
     num_samples: int,
     batch_size: int | None,
+    spmd_axis_name: str | tuple[str, ...] | None,
 ) -> tuple[_Estimates, Any]:
-    """The mean of the estimates over samples 0 … S−1, and aux stacked on axis 0."""
+    """The mean of the estimates over the samples, and aux stacked on axis 0."""
     size = min(batch_size or 1, num_samples)
+    axes = (spmd_axis_name,) if isinstance(spmd_axis_name, str) else spmd_axis_name
+    stacked_at_sample = jax.vmap(at_sample, spmd_axis_name=axes)
 
-    def group(samples: jax.Array) -> tuple[_Estimates, Any]:
-        if len(samples) == 1:
-            estimates, aux = at_sample(samples[0])
+    def group(members: tuple[Any, ...]) -> tuple[_Estimates, Any]:
+        if len(members[0]) == 1:
+            estimates, aux = at_sample(*jax.tree.map(lambda x: x[0], members))
             return estimates, jax.tree.map(lambda x: jnp.asarray(x)[None], aux)
-        estimates, aux = jax.vmap(at_sample)(samples)
+        if axes is not None:
+            members = jax.tree.map(functools.partial(split_over, names=axes), members)
+        estimates, aux = stacked_at_sample(*members)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), estimates), aux
 
-    def add(total: _Estimates, samples: jax.Array) -> tuple[_Estimates, Any]:
-        estimates, aux = group(samples)
+    def add(total: _Estimates, members: tuple[Any, ...]) -> tuple[_Estimates, Any]:
+        estimates, aux = group(members)
         return jax.tree.map(jnp.add, total, estimates), aux
 
-    indices = jnp.arange(num_samples, dtype=jnp.int32)
     groups, rest = divmod(num_samples, size)
     if groups == 1 and not rest:
-        total, aux = group(indices)
+        total, aux = group(samples)
     else:
-        zeros = jax.tree.map(zeros_of, jax.eval_shape(group, indices[:size])[0])
-        total, aux = jax.lax.scan(add, zeros, indices[: groups * size].reshape(groups, size))
+        samples = jax.tree.map(whole_first_axis, samples)
+        zeros = jax.tree.map(
+            zeros_of, jax.eval_shape(group, jax.tree.map(lambda x: x[:size], samples))[0]
+        )
+        grouped = jax.tree.map(
+            lambda x: x[: groups * size].reshape(groups, size, *x.shape[1:]), samples
+        )
+        total, aux = jax.lax.scan(add, zeros, grouped)
         aux = jax.tree.map(lambda x: x.reshape(groups * size, *x.shape[2:]), aux)
         if rest:
-            total, last = add(total, indices[groups * size :])
+            total, last = add(total, jax.tree.map(lambda x: x[groups * size :], samples))
             aux = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), aux, last)
     return jax.tree.map(lambda x: x / num_samples, total), aux
-
-
-def _argument_slicer(
-    args: tuple[Any, ...],
-    num_samples: int,
-    split_batch: bool,
-    batch_argnums: tuple[int, ...] | None,
-    rng_argnums: tuple[int, ...],
-    first: jax.Array,
-) -> Callable[[jax.Array], list[Any]]:
-    """A function of the sample's index that returns its positional arguments of `fun`."""
-    if not split_batch:
-        batch_argnums = ()
-    elif batch_argnums is None:
-        batch_argnums = tuple(i for i in range(1, len(args) + 1) if i not in rng_argnums)
-    slices = {i: _split(i, args[i - 1], num_samples) for i in batch_argnums}
-    for i in rng_argnums:
-        try:
-            key_words(args[i - 1])
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"argument {i} of fun is named in rng_argnums but is not a single PRNG key "
-                "(arguments are counted as in jax.grad: the parameters are argument 0)."
-            ) from error
-
-    def arguments(s: jax.Array) -> list[Any]:
-        new = list(args)
-        for i, stacked in slices.items():
-            new[i - 1] = jax.tree.map(lambda x: x[s], stacked)
-        for i in rng_argnums:
-            new[i - 1] = jax.random.fold_in(args[i - 1], first + s)
-        return new
-
-    return arguments
-
-
-def _split(argnum: int, arg: PyTree, num_samples: int) -> PyTree:
-    def split(path: Any, x: Any) -> jax.Array:
-        shape = jnp.shape(x)
-        if not shape or shape[0] % num_samples:
-            raise ValueError(
-                f"split_batch: argument {argnum} of fun has shape {shape}"
-                f"{' at ' + jax.tree_util.keystr(path) if path else ''}, whose leading axis cannot "
-                f"be split into {num_samples} equal slices. Name the arguments to split in "
-                "batch_argnums."
-            )
-        return jnp.reshape(x, (num_samples, shape[0] // num_samples, *shape[1:]))
-
-    return jax.tree_util.tree_map_with_path(split, arg)
-
-
-def _argnums(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    numbers = (value,) if isinstance(value, int) else tuple(value)
-    if not all(isinstance(i, int) and i >= 1 for i in numbers):
-        raise ValueError(
-            f"{name} counts the arguments of fun as in jax.grad, where the parameters are "
-            f"argument 0; expected integers >= 1, got {value!r}."
-        )
-    return numbers
-
-
-def _check_argnums(num_args: int, argnums: tuple[int, ...]) -> None:
-    for i in argnums:
-        if i > num_args:
-            raise ValueError(
-                f"rng_argnums or batch_argnums names argument {i}, but fun was called with the "
-                f"parameters and {num_args} further arguments."
-            )

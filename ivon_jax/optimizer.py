@@ -11,6 +11,7 @@ import optax
 
 from ivon_jax._checks import (
     Number,
+    check_axis_name,
     check_exactly_one,
     check_floating,
     check_momentum_dtype,
@@ -145,6 +146,7 @@ def ivon(
     weight_decay = check_number("weight_decay", weight_decay, low=0.0)
     clip_radius = check_number("clip_radius", clip_radius, low=0.0, open_low=True, allow_inf=True)
     momentum_dtype = check_momentum_dtype(momentum_dtype)
+    check_axis_name("axis_name", axis_name)
     if prior is not None:
         check_prior(prior, weight_decay, mask)
     # In double precision for Python numbers: in float32 1 - 0.99999 is off by 0.14 %.

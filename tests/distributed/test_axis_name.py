@@ -123,6 +123,12 @@ def test_an_axis_that_is_not_mapped_is_an_error():
         tx.update(PARAMS, tx.init(PARAMS), noise=PARAMS)
 
 
+@pytest.mark.parametrize("value", [3, ["d"], ("d", None)])
+def test_what_is_no_name_of_an_axis_is_refused_at_construction(value):
+    with pytest.raises(TypeError, match="axis_name must be the name of an axis"):
+        ivon(0.1, **SETTINGS, axis_name=value)
+
+
 def test_axis_name_works_under_chain_and_inject_hyperparams():
     for tx in (
         optax.chain(optax.identity(), ivon(0.1, **SETTINGS, axis_name="d")),

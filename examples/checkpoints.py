@@ -1,0 +1,250 @@
+"""Checkpoints of a training run: asynchronous, atomic, verified, and continued by that run only.
+
+Orbax writes each into a temporary folder, which gets its name when all is in it, so that a killed
+process leaves no half a checkpoint under that name. What Orbax does not notice is a byte that has
+changed since: a file of SHA-256 digests is written along and checked before anything is read.
+"""
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+PyTree = Any
+
+DIGESTS = "digests.json"
+NOTHING, ALL_DAMAGED = -1, -2  # what process 0 tells the others in place of a step
+
+
+class Checkpoints:
+    """The checkpoints of one run in a folder of their own; all processes call the same methods.
+
+    What killed processes left unfinished in the folder is removed, so that only one run at a time
+    may use it.
+
+    Args:
+      directory: a folder that all processes see, on a file system that renames atomically.
+      run: what a run must agree in to continue a checkpoint (model, optimizer, data), as JSON.
+      keep: how many checkpoints to keep, the newest ones.
+    """
+
+    def __init__(self, directory: Path, run: dict[str, Any], keep: int = 3):
+        self.directory = directory.absolute()
+        self.run = as_read(run)
+        self._current: int | None = None  # the step that was saved or restored last
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, state: PyTree, position: dict[str, Any]) -> None:
+        """Saves in the background; a step that was just saved or restored is not saved again.
+
+        Args:
+          step: number of the checkpoint, above all that are in the folder.
+          state: arrays; they may be donated or changed as soon as this returns.
+          position: how far the run is (the place in the data, for example), as JSON.
+
+        Raises:
+          RuntimeError: this save or the one before it failed. Earlier checkpoints are kept.
+          ValueError: the folder has a checkpoint that is newer, which has not been restored.
+        """
+        self.wait()
+        if step == self._current:
+            return
+        newest = self._manager.latest_step()
+        if newest is not None and newest >= step:
+            raise ValueError(
+                f"{self.directory} has a checkpoint of step {newest}, so that none of step {step} "
+                "can be added: continue from it or choose another folder"
+            )
+        about = {"run": self.run, "arrays": shapes(state), "position": as_read(position)}
+        items = {"state": ocp.args.StandardSave(state), "about": ocp.args.JsonSave(about)}
+        self._current = step
+        with self._explained_errors():  # `force`: whether to save has been decided
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def restore(self, like: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
+        """The newest intact checkpoint, or None if there is none; damaged newer ones are set aside.
+
+        Args:
+          like: the state as arrays or `jax.ShapeDtypeStruct`; the shardings are those to restore
+            to, whatever devices and processes the checkpoint was written by.
+
+        Returns:
+          Step, state and position, as they were saved.
+
+        Raises:
+          RuntimeError: there are checkpoints, but all of them are damaged.
+          ValueError: the checkpoint is of another `run` or holds other arrays than `like`.
+        """
+        self.wait()
+        step = self._newest_intact()
+        if step is None:
+            return None
+        args = ocp.args.Composite(about=ocp.args.JsonRestore())
+        about = self._manager.restore(step, args=args)["about"]
+        self._check_the_run(step, about, shapes(like))
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        state = self._manager.restore(step, args=args)["state"]
+        self._current = step
+        return step, state, about["position"]
+
+    def wait(self) -> None:
+        """Waits until nothing is being saved; raises RuntimeError if the last save failed."""
+        with self._explained_errors():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits like `wait`, and ends Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _explained_errors(self) -> Iterator[None]:
+        """Turns what goes wrong in a save into an error that says what is left."""
+        try:
+            yield
+        except Exception as error:
+            step, self._current = self._current, None
+            if jax.process_index() == 0:
+                for folder in self._unfinished(step):
+                    shutil.rmtree(folder, ignore_errors=True)  # on a full disk the space is needed
+            self._manager.reload()  # Orbax has struck off the one that was to make room
+            left = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
+            raise RuntimeError(
+                f"The checkpoint of step {step} could not be written to {self.directory}: "
+                f"{first_line(error)}. Steps of the checkpoints that are kept there: {left}"
+            ) from None  # Orbax has logged the pages of its traceback
+
+    def _unfinished(self, step: int | None) -> list[Path]:
+        """The folder that Orbax writes a step to before it renames it (a list of at most one)."""
+        return list(self.directory.glob(f"{step}{ocp.utils.TMP_DIR_SUFFIX}*"))
+
+    def _write_digests(self) -> None:
+        """Orbax calls this on process 0 when all is written but the folder not yet renamed."""
+        (folder,) = self._unfinished(self._current)
+        # Not the files beside these folders: Orbax still changes them, and reads none of them.
+        files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
+        digests = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+        (folder / DIGESTS).write_text(json.dumps(digests, indent=1))
+
+    def _newest_intact(self) -> int | None:
+        """The step to restore, on which all processes agree; None if there are no checkpoints."""
+        damaged: dict[int, str] = {}
+        chosen = self._choose(damaged) if jax.process_index() == 0 else NOTHING
+        if jax.process_count() > 1:
+            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+        self._manager.reload()
+        if chosen == ALL_DAMAGED:
+            reasons = [f"\n  step {step}: {reason}" for step, reason in damaged.items()]
+            raise RuntimeError(
+                f"All checkpoints in {self.directory} are damaged:{''.join(reasons)}\nTo begin "
+                "anew, delete this folder or choose another one."
+            )
+        return None if chosen == NOTHING else chosen
+
+    def _choose(self, damaged: dict[int, str]) -> int:
+        """The newest intact step; sets newer ones aside and adds them to `damaged` with reasons."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            reason = damage(self.directory / str(step))
+            if reason is None:
+                for bad in damaged:
+                    self._set_aside(bad, damaged[bad], step)
+                return step
+            damaged[step] = reason
+        # None is set aside, lest the next start finds an empty folder and begins at zero.
+        return ALL_DAMAGED if damaged else NOTHING
+
+    def _set_aside(self, step: int, reason: str, instead: int) -> None:
+        """Renames a damaged checkpoint, so that its step can be saved again, and says so."""
+        aside = self.directory / f"{step}.corrupt"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.directory / str(step)).rename(aside)
+        warnings.warn(
+            f"The checkpoint of step {step} in {self.directory} is damaged ({reason}) and that of "
+            f"step {instead} is used instead. The damaged one is now called {aside.name}; it is "
+            "not used any more and may be deleted.",
+            stacklevel=5,
+        )
+
+    def _check_the_run(self, step: int, about: dict[str, Any], arrays: dict[str, str]) -> None:
+        """Raises ValueError if the checkpoint is not one of this run."""
+        # Of arrays a few say enough: in another model all may differ.
+        unlike = differences(about["run"], self.run) or differences(about["arrays"], arrays)[:4]
+        if unlike:
+            raise ValueError(
+                f"{self.directory / str(step)} is a checkpoint of another model, optimizer or "
+                f"data set: {'; '.join(unlike)}. Continue it with the options that it was "
+                "written with, or choose another folder."
+            )
+
+
+def as_read(value: Any) -> Any:
+    """What a value is after it has been written as JSON and read: tuples are lists, for example."""
+    return json.loads(json.dumps(value))
+
+
+def shapes(tree: PyTree) -> dict[str, str]:
+    """Type and shape of each array."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """In which entries two trees of JSON differ, and how."""
+    a, b = entries(there), entries(here)
+    differ = [name for name in sorted(a | b) if a.get(name) != b.get(name)]
+    return [f"{n} is {a.get(n, 'absent')} there and {b.get(n, 'absent')} here" for n in differ]
+
+
+def entries(tree: dict[str, Any]) -> dict[str, str]:
+    """The leaves of nested dictionaries as JSON, under names such as `model.width`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not isinstance(x, dict))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): json.dumps(x) for path, x in leaves
+    }
+
+
+def damage(folder: Path) -> str | None:
+    """Why a checkpoint is not what was written, or None if it is."""
+    try:
+        digests = json.loads((folder / DIGESTS).read_bytes())
+        changed = [name for name, digest in digests.items() if sha256(folder / name) != digest]
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(folder)} is missing"
+    except ValueError:
+        return f"{DIGESTS} itself is unreadable"
+    except OSError as error:
+        return first_line(error)
+    return f"{', '.join(changed)} changed since it was written" if changed else None
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error; those of TensorStore go on for pages."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,117 @@
+"""Tokens for `gpt2.py`: bytes of text, or the uint16 files that nanoGPT's preparation writes.
+
+The batch of a step is a function of (seed, step) alone: the position in the data is the step's
+number, on any number of processes.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+BYTES = 256
+
+
+class Corpus(NamedTuple):
+    """Tokens for training and validation, in memory or mapped from a file."""
+
+    name: str
+    train: np.ndarray
+    validation: np.ndarray
+    vocabulary: int
+
+    def check_length(self, window: int) -> None:
+        """Refuses parts that are shorter than a window."""
+        for part, tokens in (("train", self.train), ("validation", self.validation)):
+            if len(tokens) < window:
+                raise ValueError(
+                    f"the {part} part of {self.name} has {len(tokens)} tokens, fewer than one "
+                    f"window of {window}: give more text, or a smaller context."
+                )
+
+
+def load_corpus(path: Path | None, vocabulary: int | None = None) -> Corpus:
+    """A text file, a folder with train.bin and val.bin, or by default Python's standard library.
+
+    Args:
+      path: the file or folder.
+      vocabulary: number of token ids; 256 for text and 50304 for token files if not given.
+    """
+    if path is None:
+        return _split("Python's standard library", standard_library(), vocabulary)
+    if path.is_dir():
+        train, validation = (_token_file(path / name) for name in ("train.bin", "val.bin"))
+        return Corpus(path.name, train, validation, vocabulary or 50304)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is neither a text file nor a folder with train.bin")
+    if path.suffix == ".bin":
+        return _split(path.name, _token_file(path), vocabulary or 50304)
+    return _split(path.name, np.memmap(path, np.uint8, "r"), vocabulary)
+
+
+def standard_library() -> np.ndarray:
+    """The source of the top-level modules, in alphabetical order, as bytes."""
+    files = sorted(Path(os.__file__).parent.glob("*.py"))
+    return np.frombuffer(b"\n".join(path.read_bytes() for path in files), np.uint8)
+
+
+def _token_file(path: Path) -> np.ndarray:
+    if not path.is_file() or not path.stat().st_size or path.stat().st_size % 2:
+        raise FileNotFoundError(
+            f"{path} is not a flat file of uint16 tokens, as nanoGPT's prepare.py writes them"
+        )
+    return np.memmap(path, np.uint16, "r")
+
+
+def _split(name: str, tokens: np.ndarray, vocabulary: int | None) -> Corpus:
+    """The last tenth is for validation."""
+    train = len(tokens) * 9 // 10
+    return Corpus(name, tokens[:train], tokens[train:], vocabulary or BYTES)
+
+
+def training_batch(
+    corpus: Corpus, seed: int, step: int, shape: tuple[int, int, int], sharding: NamedSharding
+) -> jax.Array:
+    """Windows at random places: (micro-batches, sequences, context + 1), each device its own rows.
+
+    Args:
+      corpus: the corpus.
+      seed: of the whole run.
+      step: number of the step.
+      shape: of the batch, over all processes.
+      sharding: of the batch.
+    """
+    last = len(corpus.train) - shape[2]
+    starts = np.random.default_rng((seed, step)).integers(0, last + 1, shape[:2])
+    return _windows(corpus, corpus.train, starts, shape, sharding)
+
+
+def validation_batches(
+    corpus: Corpus, count: int, shape: tuple[int, int], sharding: NamedSharding
+) -> list[jax.Array]:
+    """Up to `count` batches of windows, evenly spread over the validation part."""
+    last = len(corpus.validation) - shape[1]
+    starts = np.linspace(0, last, count * shape[0]).astype(int).reshape(count, shape[0])
+    return [_windows(corpus, corpus.validation, row, shape, sharding) for row in starts]
+
+
+def _windows(
+    corpus: Corpus,
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    shape: tuple[int, ...],
+    sharding: NamedSharding,
+) -> jax.Array:
+    def rows(index: Any) -> np.ndarray:
+        windows = tokens[starts[index[:-1]][..., None] + np.arange(shape[-1])].astype(np.int32)
+        if windows.max() >= corpus.vocabulary:
+            raise ValueError(
+                f"{corpus.name} holds token {windows.max()}, but the vocabulary has "
+                f"{corpus.vocabulary}: pass a larger --vocabulary, or the right file."
+            )
+        return windows[..., index[-1]]
+
+    return jax.make_array_from_callback(shape, sharding, rows)

@@ -1,0 +1,19 @@
+"""What the examples compute does not depend on how well it is compiled: compile quickly."""
+
+import os
+
+import jax
+import pytest
+
+OPTION = "jax_disable_most_optimizations"
+
+
+@pytest.fixture(autouse=True, scope="package")
+def quick_compilation():
+    """Here and in the processes that the tests start."""
+    before = jax.config.read(OPTION)
+    os.environ[OPTION.upper()] = "1"
+    jax.config.update(OPTION, True)
+    yield
+    jax.config.update(OPTION, before)
+    del os.environ[OPTION.upper()]

@@ -1,0 +1,349 @@
+"""The GPT-2 example: network, data, one step on meshes, and the script as a user runs it."""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flax", reason='the examples need: pip install -e ".[examples]"')
+pytest.importorskip("orbax.checkpoint", reason='the examples need: pip install -e ".[examples]"')
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+
+import gpt2_data
+import gpt2_model
+import gpt2_report
+import gpt2_training
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gpt2_model import Config, Layout
+from gpt2_training import Settings
+from hlo_collectives import Collective, collectives
+from jax.sharding import AxisType
+
+SMALL = Config(width=16, depth=2, heads=2, context=8, vocabulary=32, dtype="float32")
+CORPUS = gpt2_data.Corpus("numbers", np.arange(1000) % 32, np.arange(100) % 32, 32)
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    """Optax's schedules and AdamW mix integers and floats."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def layout(*shape, kind=AxisType.Auto):
+    return Layout(jax.make_mesh(shape, gpt2_model.MESH_AXES, axis_types=(kind,) * 3))
+
+
+ONE = layout(1, 1, 1)
+
+
+# --- The network ----------------------------------------------------------------------------------
+
+
+def test_the_small_preset_has_the_parameters_of_gpt2():
+    config = dataclasses.replace(gpt2_model.PRESETS["small"], vocabulary=50257)
+    params = jax.tree.leaves(gpt2_model.abstract_params(config, ONE))
+    assert sum(np.prod(x.shape) for x in params) == 124_439_808
+
+
+@pytest.mark.parametrize("preset", gpt2_model.PRESETS)
+def test_weight_decay_acts_on_matrices_and_not_on_stacked_vectors(preset):
+    params = gpt2_model.abstract_params(gpt2_model.PRESETS[preset], ONE)
+    mask = gpt2_model.is_matrix(params)
+    matrices = [x.size for x, m in zip(*map(jax.tree.leaves, (params, mask)), strict=True) if m]
+    c = gpt2_model.PRESETS[preset]
+    blocks = 12 * c.depth * c.width**2
+    assert sum(matrices) == blocks + (c.vocabulary + c.context) * c.width
+
+
+def test_a_token_does_not_see_those_after_it():
+    params = gpt2_model.init_params(SMALL, ONE, jax.random.key(0))
+    log_likelihoods = jax.jit(gpt2_model.token_log_likelihoods(SMALL, ONE))
+    tokens = jnp.arange(9)[None] % 32
+    changed = log_likelihoods(params, tokens.at[0, 5].set(31)) - log_likelihoods(params, tokens)
+    np.testing.assert_array_equal(changed[0, :4], 0.0)
+    assert np.all(changed[0, 4:] != 0.0)
+
+
+def test_the_flops_are_those_of_the_matrix_products_of_a_step():
+    config = dataclasses.replace(SMALL, width=128, heads=2, vocabulary=512, context=64, remat=False)
+    config = dataclasses.replace(config, unroll=config.depth)
+    params = gpt2_model.abstract_params(config, ONE)
+    f = gpt2_model.token_log_likelihoods(config, ONE)
+    grad = jax.jit(jax.grad(lambda p, x: f(p, x).sum()))
+    cost = grad.lower(params, jax.ShapeDtypeStruct((2, 65), jnp.int32)).compile().cost_analysis()
+    # Beside the products there are softmax, norms and embeddings, and attention's masked half.
+    assert 1.0 < cost["flops"] / (2 * 64 * config.flops_per_token()) < 1.15
+
+
+# --- The data -------------------------------------------------------------------------------------
+
+
+def test_a_batch_depends_on_seed_and_step_only_and_not_on_the_mesh():
+    shape = (2, 8, 9)
+    meshes = [layout(*s) for s in ((1, 1, 1), (2, 2, 2), (8, 1, 1))]
+    batches = [
+        gpt2_data.training_batch(CORPUS, 3, 5, shape, x.sharding(None, "batch", None))
+        for x in meshes
+    ]
+    assert all(np.array_equal(batches[0], x) for x in batches[1:])
+    sharding = ONE.sharding()
+    other = gpt2_data.training_batch(CORPUS, 3, 6, shape, sharding)
+    assert not np.array_equal(batches[0], other)
+    steps = np.diff(np.asarray(other), axis=-1)
+    assert set(np.unique(steps)) <= {1, -31}  # each row is a window of the corpus
+
+
+def test_token_files_are_mapped_and_their_vocabulary_is_checked(tmp_path):
+    for name, count in (("train.bin", 400), ("val.bin", 100)):
+        (np.arange(count, dtype=np.uint16) * 150).tofile(tmp_path / name)
+    corpus = gpt2_data.load_corpus(tmp_path)
+    assert isinstance(corpus.train, np.memmap) and len(corpus.train) == 400
+    with pytest.raises(ValueError, match=r"token 5\d{4}.*50304.*--vocabulary"):
+        gpt2_data.training_batch(corpus, 0, 0, (1, 64, 9), ONE.sharding())
+
+
+def test_what_is_not_data_is_refused_with_a_reason(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a text file nor a folder"):
+        gpt2_data.load_corpus(tmp_path / "missing.txt")
+    with pytest.raises(FileNotFoundError, match=r"train\.bin is not a flat file of uint16"):
+        gpt2_data.load_corpus(tmp_path)
+    (tmp_path / "short.txt").write_text("a short text")
+    with pytest.raises(ValueError, match=r"short\.txt has 10 tokens, fewer than one window of 128"):
+        gpt2_data.load_corpus(tmp_path / "short.txt").check_length(128)
+
+
+# --- One step -------------------------------------------------------------------------------------
+
+
+def settings(optimizer, **changes):
+    rate = 1e-3 if optimizer == "adamw" else 1000.0
+    return Settings(optimizer, rate, 100, 1, 1e-6, **changes)
+
+
+def compiled_step(place, chosen):
+    trainer = gpt2_training.make_trainer(SMALL, place, chosen)
+    params = gpt2_model.abstract_params(SMALL, place)
+    abstract = gpt2_training.abstract_state(trainer, params, place)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    step = jax.jit(trainer.step, out_shardings=(shardings, place.sharding()))
+    return trainer, shardings, step, abstract
+
+
+def losses(place, chosen, steps=3):
+    trainer, shardings, step, _ = compiled_step(place, chosen)
+    with jax.set_mesh(place.mesh):
+        params = gpt2_model.init_params(SMALL, place, jax.random.key(0))
+        state = jax.jit(trainer.init, out_shardings=shardings)(params, jax.random.key(1))
+        found = []
+        for i in range(steps):
+            sharding = place.sharding(None, "batch", None)
+            batch = gpt2_data.training_batch(CORPUS, 0, i, (2, 8, 9), sharding)
+            state, loss = step(state, batch)
+            found.append(float(loss))
+    assert step._cache_size() == 1
+    return found
+
+
+def test_training_is_the_same_on_any_mesh_and_with_explicit_axes():
+    chosen = settings("ivon")
+    expected = losses(ONE, chosen)
+    assert expected[-1] < expected[0]
+    # A step is clipped to the sign of u, so that rounding in ĝ is not amplified: 1e-4 of a loss
+    # of order one is the rounding of sums over eight devices, a thousand times.
+    np.testing.assert_allclose(losses(layout(2, 2, 2), chosen), expected, rtol=1e-4)
+    explicit = layout(2, 2, 2, kind=AxisType.Explicit)
+    np.testing.assert_allclose(losses(explicit, chosen), expected, rtol=1e-4)
+
+
+def test_the_step_of_ivon_has_the_collectives_of_adamw_and_one_statistic_more_with_own_samples():
+    place = layout(2, 2, 2)
+
+    def counted(chosen):
+        _, _, step, abstract = compiled_step(place, chosen)
+        sharding = place.sharding(None, "batch", None)
+        batch = jax.ShapeDtypeStruct((1, 8, 9), jnp.int32, sharding=sharding)
+        with jax.set_mesh(place.mesh):
+            return step.lower(abstract, batch).compile().as_text()
+
+    adamw = collectives(counted(settings("adamw")))
+    assert adamw and collectives(counted(settings("ivon"))) == adamw
+    group = collectives(counted(settings("ivon", samples="group")))
+    assert {x.kind for x in group} == {x.kind for x in adamw}
+    gathered = [sum(n for x, n in c.items() if x.kind == "all-gather") for c in (group, adamw)]
+    assert gathered[0] <= gathered[1]
+    reduced = [
+        sum(n * x.num_bytes() for x, n in c.items() if x.kind == "all-reduce")
+        for c in (group, adamw)
+    ]
+    params = jax.tree.leaves(gpt2_model.abstract_params(SMALL, place))
+    shards = sum(np.prod(x.sharding.shard_shape(x.shape)) * 4 for x in params)
+    assert 0 < reduced[0] - reduced[1] <= 2.1 * shards
+
+
+@pytest.mark.parametrize(("optimizer", "skip"), [("adamw", 3), ("ivon", 3), ("ivon", 0)])
+def test_a_gradient_that_is_not_finite_is_skipped_on_request_and_else_visible(optimizer, skip):
+    batch = jnp.full((1, 2, 9), 3).at[0, 0, 4].set(999)  # no such token: its embedding is NaN
+    trainer, shardings, step, _ = compiled_step(ONE, settings(optimizer, skip_bad_steps=skip))
+    params = gpt2_model.init_params(SMALL, ONE, jax.random.key(0))
+    before = jax.jit(trainer.init, out_shardings=shardings)(params, jax.random.key(1))
+    state, loss = step(before, batch)
+    assert np.isnan(loss) and state.step == 1
+    means = [
+        x.params if optimizer == "adamw" else gpt2_training.posterior_mean(x.opt_state)
+        for x in (before, state)
+    ]
+    for old, new in zip(*map(jax.tree.leaves, means), strict=True):
+        if skip:
+            np.testing.assert_array_equal(new, old)
+        else:
+            assert np.all(np.isnan(new))
+
+
+# --- Collectives in HLO ---------------------------------------------------------------------------
+
+HLO = """\
+HloModule step
+
+%cond (p: (s32[], f32[4])) -> pred[] {
+  %n = s32[] constant(12)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %g = bf16[1,8]{1,0} all-gather(%x), channel_id=3, dimensions={1}
+  ROOT %again = bf16[1,8]{1,0} all-gather(%x), channel_id=3, dimensions={1}
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %loop = (s32[], f32[4]) while(%t), condition=%cond, body=%body
+  ROOT %sum = (f32[4], f32[]) all-reduce(%a, %b), channel_id=4, to_apply=%add
+}
+"""
+
+
+def test_a_collective_in_a_loop_counts_as_often_as_it_runs_and_once_per_channel():
+    found = collectives(HLO)
+    gather, reduce = Collective("all-gather", ("bf16[1,8]",)), ("f32[4]", "f32[]")
+    assert found == {gather: 12, Collective("all-reduce", reduce): 1}
+    assert gather.num_bytes() == 16
+
+
+# --- The script -----------------------------------------------------------------------------------
+
+OPTIONS = [
+    *("--steps=4", "--batch=8", "--context=16", "--eval-every=2", "--checkpoint-every=2"),
+    *("--log-every=1", "--eval-batches=1", "--eval-samples=2"),
+    *("--mesh=data=2,model=2", "--samples=group"),
+]
+
+
+def command(folder, *options):
+    warnings = ["-W", "error", "-W", "default:The checkpoint of step"]
+    return [sys.executable, *warnings, ROOT / "examples" / "gpt2.py", "--output", folder, *options]
+
+
+def environment(tmp_path, devices):
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path.parent / "jax_cache")}
+    cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | cache
+
+
+def train(tmp_path, folder, *options):
+    done = subprocess.run(
+        command(folder, *OPTIONS, *options),
+        cwd=tmp_path,
+        env=environment(tmp_path, 4),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_both_optimizers_train_and_end_in_a_table_and_a_figure(tmp_path):
+    printed = train(tmp_path, "run")
+    for row in ("AdamW", "IVON", "perplexity, averaged", "tokens per second", "FLOP utilisation"):
+        assert row in printed
+    assert (tmp_path / "run" / "gpt2.png").stat().st_size > 10_000
+    complete = gpt2_report.read_metrics(tmp_path / "run" / "ivon" / "metrics.jsonl")
+    found = [x["loss"] for x in complete if "loss" in x]
+    assert len(found) == 4 and found[-1] < found[0]
+
+    # Killed after step 2, the run goes on bitwise as if it had not been interrupted.
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "ivon" / "checkpoints" / "4")
+    assert "goes on from the checkpoint of step 2" in train(
+        tmp_path, "killed", "--optimizer", "ivon"
+    )
+    resumed = gpt2_report.read_metrics(tmp_path / "killed" / "ivon" / "metrics.jsonl")
+
+    def without_times(records):
+        dropped = ("tokens_per_second", "mfu_percent")
+        return [{k: v for k, v in x.items() if k not in dropped} for x in records]
+
+    assert without_times(resumed) == without_times(complete)
+
+
+@pytest.mark.slow
+def test_two_processes_train_bitwise_like_one_with_the_same_mesh(tmp_path):
+    train(tmp_path, "one", "--optimizer", "ivon")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    where = ["--optimizer", "ivon", "--coordinator", f"localhost:{port}", "--num-processes", "2"]
+    workers = [
+        subprocess.Popen(
+            command("two", *OPTIONS, *where, "--process-id", str(i)),
+            cwd=tmp_path,
+            env=environment(tmp_path, 2),
+        )
+        for i in range(2)
+    ]
+    try:
+        assert [w.wait(timeout=300) for w in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    metrics = [
+        [x["loss"] for x in map(json.loads, path.open()) if "loss" in x]
+        for path in (tmp_path / name / "ivon" / "metrics.jsonl" for name in ("one", "two"))
+    ]
+    assert len(metrics[0]) == 4 and metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mesh", "data=3"], "needs 3 devices, but there are 4"),
+        (["--mesh", "rows=4"], "'rows=4' is not AXIS=SIZE"),
+        (["--mesh", "data=4", "--batch", "6"], "--batch 6 cannot be split"),
+        (["--data", "missing.txt"], "missing.txt is neither a text file"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_compiled(
+    tmp_path, options, message
+):
+    done = subprocess.run(
+        command("run", *options),
+        cwd=tmp_path,
+        env=environment(tmp_path, 4),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
