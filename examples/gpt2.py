@@ -62,6 +62,8 @@ class Run:
             self.trainer.step, donate_argnums=0, out_shardings=(self.shardings, layout.sharding())
         )
 
+        self.is_finite = jax.jit(gpt2_training.is_finite, out_shardings=layout.sharding())
+
     def fresh_state(self) -> TrainState:
         """Parameters and moments before the first step, each device filling its own shards."""
         init_key, run_key = jax.random.split(jax.random.key(self.args.seed))
@@ -108,20 +110,22 @@ class Run:
                     loss = float(loss)
                     metrics.write(step=step, loss=loss, **throughput.record(step))
                     bar.set_postfix(loss=f"{loss:.3f}")
-                    self._check_finite(step, loss)
+                    if not math.isfinite(loss):
+                        self._check_finite(step, state)
                 if step % args.eval_every == 0 or step == args.steps:
                     metrics.write(step=step, **evaluate(state))
                     throughput.pause()
                 if step % args.checkpoint_every == 0 or step == args.steps:
+                    self._check_finite(step, state)  # no bad state takes a good one's place
                     checkpoints.save(step, state, {"next_batch": step})
                     throughput.pause()
 
-    def _check_finite(self, step: int, loss: float) -> None:
-        if math.isfinite(loss) or self.settings.skip_bad_steps:
+    def _check_finite(self, step: int, state: TrainState) -> None:
+        if self.is_finite(state):
             return
         raise FloatingPointError(
-            f"the training loss is {loss} at step {step}. Earlier checkpoints are kept. Start "
-            "again with a smaller --learning-rate in a new --output, or with --skip-bad-steps 5 if "
+            f"the state is not finite at step {step}. Earlier checkpoints are kept. Start again "
+            "with a smaller --learning-rate in a new --output, or with --skip-bad-steps 5 if "
             "single batches are to blame."
         )
 

@@ -190,6 +190,12 @@ def _mean_over_micro_batches(
     return jax.tree.map(lambda x: x / count, total)
 
 
+def is_finite(state: TrainState) -> Array:
+    """Whether all of the state is."""
+    floating = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floating]))
+
+
 def abstract_state(trainer: Trainer, params: PyTree, layout: Layout) -> Any:
     """Shapes, dtypes and shardings of a state: moments lie where their parameters lie.
 
