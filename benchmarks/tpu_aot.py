@@ -1,6 +1,6 @@
 """Compiles GPT-2's whole training step for TPU pods, without a TPU, and counts what it costs.
 
-    pip install -e ".[examples]" libtpu
+    pip install -e ".[examples]" "jax[tpu]"
     python benchmarks/tpu_aot.py --results aot.jsonl             # compiles what is not there yet
     python benchmarks/tpu_aot.py --results aot.jsonl --table     # prints the tables
 
@@ -13,6 +13,8 @@ cost of a layer.
 
 import argparse
 import dataclasses
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -55,6 +57,8 @@ def mesh_shape(chips: int) -> dict[str, int]:
 
 def make_layout(topology: str) -> Layout:
     """A mesh over the chips of a topology such as "v5e:4x4"."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError('compiling for TPUs needs libtpu: pip install "jax[tpu]"')
     devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
     shape = mesh_shape(len(devices))
     grid = np.array(devices).reshape(tuple(shape.values()))
@@ -102,15 +106,8 @@ def measure(preset: str, topology: str, method: str) -> dict[str, Any]:
         "bytes_accessed": costs["bytes accessed"],
         "collectives": [[x.kind, list(x.shapes), n] for x, n in sorted(found.items())],
         "seconds": time.perf_counter() - start,
-        "versions": {"jax": jax.__version__, "libtpu": libtpu_version()},
+        "versions": {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")},
     }
-
-
-def libtpu_version() -> str:
-    """Version of the installed compiler."""
-    from importlib.metadata import version
-
-    return version("libtpu")
 
 
 def read(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:

@@ -136,17 +136,16 @@ def save_loss_figure(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
             [x["step"] for x in train], [x["loss"] for x in train], color=color, alpha=0.35, lw=1
         )
         for key, style, label in (
-            ("validation_mean", "o-" if name == "adamw" else "o--", "at the mean"),
-            ("validation_averaged", "s-", "averaged"),
+            ("validation_mean", {"marker": "o", "ms": 8, "mfc": "none"}, "at the mean"),
+            ("validation_averaged", {"marker": "s", "ms": 4, "ls": "none"}, "averaged"),
         ):
             points = [x for x in records if key in x]
             if points:
                 ax.plot(
                     [x["step"] for x in points],
                     [x[key] for x in points],
-                    style,
+                    **style,
                     color=color,
-                    ms=4,
                     label=NAMES[name] if name == "adamw" else f"{NAMES[name]}, {label}",
                 )
     ax.set(xlabel="step", ylabel="loss, nats per token", title="Validation (faint: training)")
