@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ivon_jax._threefry import uniform
 from ivon_jax._trees import Slots
 from ivon_jax.state import Posterior, fill_unowned, gaussian, wide_zeros
 
@@ -70,7 +71,7 @@ def _scaled_normal(key: jax.Array, precision: jax.Array) -> jax.Array:
     # jax.random.normal is √2·erf⁻¹(u). The constant is multiplied with σ here: left to itself, XLA
     # moves it there or not, depending on shapes, and the last bit would depend on the sharding.
     above_minus_one = np.nextafter(np.array(-1, precision.dtype), np.array(0, precision.dtype))
-    u = jax.random.uniform(key, precision.shape, precision.dtype, above_minus_one, 1.0)
+    u = uniform(key, precision, above_minus_one)
     return jax.lax.erf_inv(u) * (math.sqrt(2) * jax.lax.rsqrt(precision))
 
 
