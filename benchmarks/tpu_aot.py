@@ -84,16 +84,11 @@ def compile_step(config: Config, layout: Layout, settings: Settings) -> tuple[An
     )
 
 
-def measure(preset: str, topology: str, method: str) -> dict[str, Any]:
-    """Everything that is counted for one row of the table."""
+def measure(preset: str, topology: str, method: str, costs: bool) -> dict[str, Any]:
+    """Everything that is counted for one row of the table; FLOPs and bytes only if `costs`."""
     start = time.perf_counter()
     config, layout = gpt2_model.PRESETS[preset], make_layout(topology)
     compiled, state_bytes = compile_step(config, layout, METHODS[method])
-    unrolled, _ = compile_step(dataclasses.replace(config, unroll=2), layout, METHODS[method])
-    costs = {}
-    for name in ("flops", "bytes accessed"):
-        once, twice = compiled.cost_analysis()[name], unrolled.cost_analysis()[name]
-        costs[name] = once + (config.depth - 1) * (twice - once)
     found = collectives(compiled.as_text())
     return {
         "preset": preset,
@@ -102,12 +97,25 @@ def measure(preset: str, topology: str, method: str) -> dict[str, Any]:
         "method": method,
         "state_bytes": state_bytes,
         "peak_bytes": compiled.memory_analysis().peak_memory_in_bytes,
-        "flops": costs["flops"],
-        "bytes_accessed": costs["bytes accessed"],
+        **(layer_costs(config, layout, METHODS[method], compiled) if costs else {}),
         "collectives": [[x.kind, list(x.shapes), n] for x, n in sorted(found.items())],
         "seconds": time.perf_counter() - start,
         "versions": {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")},
     }
+
+
+def layer_costs(
+    config: Config, layout: Layout, settings: Settings, compiled: Any
+) -> dict[str, float]:
+    """FLOPs and bytes accessed, with every layer counted."""
+    two = dataclasses.replace(config, unroll=2)
+    twice = compile_step(two, layout, settings)[0].cost_analysis()
+    once = compiled.cost_analysis()
+
+    def total(name: str) -> float:
+        return once[name] + (config.depth - 1) * (twice[name] - once[name])
+
+    return {"flops": total("flops"), "bytes_accessed": total("bytes accessed")}
 
 
 def read(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
@@ -140,6 +148,8 @@ def tables(rows: dict[tuple[str, str, str], dict[str, Any]]) -> str:
         mesh = "x".join(str(size) for size in row["mesh"].values())
 
         def cell(key: str, unit: float, digits: int, row: Any = row, base: Any = base) -> str:
+            if key not in row:
+                return "-"
             text = f"{row[key] / unit:.{digits}f}"
             return text if row is base else f"{text} x{row[key] / base[key]:.3f}"
 
@@ -204,6 +214,12 @@ def main() -> None:
         help="such as v5e:4x4, v5p:4x4x4, v6e:8x8",
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--costs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="FLOPs and bytes accessed as well, for which everything is compiled once more",
+    )
     parser.add_argument("--table", action="store_true", help="only print what is in --results")
     args = parser.parse_args()
     rows = read(args.results)
@@ -213,11 +229,11 @@ def main() -> None:
             print(f"{number} of {len(wanted)}: {preset}, {topology}, {method}", flush=True)
             if (preset, topology, method) in rows:
                 continue
-            row = measure(preset, topology, method)
+            row = measure(preset, topology, method, args.costs)
             rows[preset, topology, method] = row
             with args.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"  compiled twice in {row['seconds']:.0f} s", flush=True)
+            print(f"  compiled in {row['seconds']:.0f} s", flush=True)
     print(tables({key: rows[key] for key in wanted if key in rows}))
 
 

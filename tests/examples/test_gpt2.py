@@ -24,6 +24,7 @@ import gpt2_training
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from gpt2_model import Config, Layout
 from gpt2_training import Settings
 from hlo_collectives import Collective, collectives
@@ -189,6 +190,22 @@ def test_the_step_of_ivon_has_the_collectives_of_adamw_and_one_statistic_more_wi
     params = jax.tree.leaves(gpt2_model.abstract_params(SMALL, place))
     shards = sum(np.prod(x.sharding.shard_shape(x.shape)) * 4 for x in params)
     assert 0 < reduced[0] - reduced[1] <= 2.1 * shards
+
+
+def test_each_micro_batch_has_its_own_sample_and_is_clipped_before_the_mean():
+    bound = 1e-3
+    chosen = settings("ivon", ess=1e5, clip_norm=bound)
+    trainer, shardings, step, _ = compiled_step(ONE, chosen)
+    params = gpt2_model.init_params(SMALL, ONE, jax.random.key(0))
+    state = jax.jit(trainer.init, out_shardings=shardings)(params, jax.random.key(1))
+    once = gpt2_data.training_batch(CORPUS, 0, 0, (1, 8, 9), ONE.sharding())
+    norms = []
+    for batch in (once, jnp.concatenate([once, once])):
+        momentum = step(state, batch)[0].opt_state.momentum
+        norms.append(optax.tree.norm(momentum) / (1 - 0.9))
+    # Two clipped gradients at different samples are not parallel; one, or two at the same, are.
+    np.testing.assert_allclose(norms[0], bound, rtol=1e-5)
+    assert 0.1 * bound < norms[1] < 0.99 * bound
 
 
 @pytest.mark.parametrize(("optimizer", "skip"), [("adamw", 3), ("ivon", 3), ("ivon", 0)])
