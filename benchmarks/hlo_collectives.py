@@ -1,15 +1,15 @@
 """Counts the collectives of a compiled program from its HLO text, loops included."""
 
+import math
 import re
 from collections import Counter
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 
 _INSTRUCTION = re.compile(rf" = (.+?) ({'|'.join(KINDS)})(-start)?\(")
-_SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?(%[\w.\-]+)")
+_SHAPE = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|\w+_computations?)=(\{[^}]*\}|%[\w.\-]+)")
 _WHILE = re.compile(r" while\(.*condition=(%[\w.\-]+), body=(%[\w.\-]+)")
 
 
@@ -22,12 +22,12 @@ class Collective(NamedTuple):
     def num_bytes(self) -> int:
         """Size of its result on one chip."""
         total = 0
-        for dtype, dims in (_SHAPE.fullmatch(shape).groups() for shape in self.shapes):  # type: ignore[union-attr]
-            size = BYTES[dtype]
-            for dim in filter(None, dims.split(",")):
-                size *= int(dim)
-            total += size
-        return total
+        for shape in self.shapes:
+            dtype, dims = shape[:-1].split("[")
+            width = re.search(r"\d+", dtype)
+            bits = int(width[0]) if width else 8  # pred
+            total += bits * math.prod(int(dim) for dim in dims.split(",") if dim)
+        return total // 8
 
 
 def collectives(hlo: str) -> Counter[Collective]:
@@ -37,7 +37,8 @@ def collectives(hlo: str) -> Counter[Collective]:
     over several fusions: they share a channel and count once.
 
     Raises:
-      ValueError: if the number of rounds of a loop cannot be read.
+      ValueError: if the number of rounds of a loop cannot be read, or a collective stands in a
+        computation that nothing seems to call.
     """
     computations = _computations(hlo)
     calls = _times_called(computations)
@@ -52,8 +53,12 @@ def collectives(hlo: str) -> Counter[Collective]:
             if channel:
                 seen.add(channel[1])
             shapes = tuple(f"{dtype}[{dims}]" for dtype, dims in _SHAPE.findall(match[1]))
-            # An asynchronous start returns its operands as well.
-            shapes = shapes[len(shapes) // 2 :] if match[3] and match[2] != "all-reduce" else shapes
+            if match[3] and match[2] == "collective-permute":
+                shapes = shapes[1:2]  # an asynchronous start returns operand, result and contexts
+            elif match[3] and match[2] != "all-reduce":
+                shapes = shapes[len(shapes) // 2 :]  # operands and results
+            if not calls[name]:
+                raise ValueError(f"found no call of {name}, which holds a collective")
             found[Collective(match[2], shapes)] += calls[name]
     return found
 
@@ -79,17 +84,19 @@ def _times_called(computations: dict[str, list[str]]) -> Counter[str]:
         for line in computations.get(name, ()):
             loop = _WHILE.search(line)
             if loop:
-                visit(loop[2], count * _rounds(computations[loop[1]]))
+                known = re.search(r"known_trip_count\D*(\d+)", line)
+                visit(loop[2], count * (int(known[1]) if known else _rounds(computations[loop[1]])))
             else:
                 for called in _CALLED.findall(line):
-                    visit(called, count)
+                    for name_called in re.findall(r"%[\w.\-]+", called):
+                        visit(name_called, count)
 
     visit("ENTRY", 1)
     return times
 
 
 def _rounds(condition: list[str]) -> int:
-    """N of a loop whose condition is `i < N`, with i counting from 0."""
+    """N of a loop whose condition is `i < N`, with i counting from 0 as in `jax.lax.scan`."""
     numbers = set(re.findall(r"s32\[\][^=]* constant\((\d+)\)", "\n".join(condition)))
     if len(numbers) != 1:
         raise ValueError(f"found the constants {sorted(numbers)} in the condition of a loop")

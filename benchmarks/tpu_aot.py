@@ -5,19 +5,19 @@
     python benchmarks/tpu_aot.py --results aot.jsonl --table     # prints the tables
 
 The step is that of examples/gpt2.py, with AdamW, with IVON, and with IVON drawing one sample for
-each index of the mesh axis `data`. Counted, per chip: bytes of state, peak memory and collectives,
-from the program that would run; FLOPs and bytes accessed, for which the layers' loop has to be
-counted by hand, since the compiler counts its body once: two layers per round against one give the
-cost of a layer.
+each index of the mesh axis `data`. Everything is counted per chip, in the program that would run.
+FLOPs and bytes accessed are the compiler's, which counts the body of the layers' loop once: what
+IVON adds to them is exact, the ratio to AdamW's is an upper bound. Collectives count as often as
+they run.
 """
 
 import argparse
-import dataclasses
 import importlib.metadata
 import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -34,17 +34,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gpt2_model import Config, Layout
-from gpt2_training import Settings
+from gpt2_training import AdamW, Ivon, Settings
 from hlo_collectives import KINDS, Collective, collectives
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from reporting import format_table
 
-METHODS = {
-    "AdamW": Settings("adamw", 6e-4, 100_000, 2_000, 0.1),
-    "IVON": Settings("ivon", 300.0, 100_000, 2_000, 1e-6),
-    "IVON, sample per group": Settings("ivon", 300.0, 100_000, 2_000, 1e-6, samples="group"),
-}
+METHODS = ("AdamW", "IVON", "IVON, own samples")
 SEQUENCES = 4  # per index of `data` and `fsdp`: the published batch is 480 in all
 DEFAULT_TOPOLOGIES = ["v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:4x4x4"]
 
@@ -65,14 +61,18 @@ def make_layout(topology: str) -> Layout:
     return Layout(Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * 3))
 
 
-def compile_step(config: Config, layout: Layout, settings: Settings) -> tuple[Any, int]:
+def compile_step(
+    config: Config, layout: Layout, settings: Settings, micro_batches: int
+) -> tuple[Any, int]:
     """The compiled step, and the bytes of its state on one chip."""
     trainer = gpt2_training.make_trainer(config, layout, settings)
     params = gpt2_model.abstract_params(config, layout)
     state = gpt2_training.abstract_state(trainer, params, layout)
     rows = SEQUENCES * layout.mesh.shape["data"] * layout.mesh.shape["fsdp"]
     batch = jax.ShapeDtypeStruct(
-        (1, rows, config.context + 1), jnp.int32, sharding=layout.sharding(None, "batch", None)
+        (micro_batches, rows, config.context + 1),
+        jnp.int32,
+        sharding=layout.sharding(None, "batch", None),
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(trainer.step, donate_argnums=0, out_shardings=(shardings, layout.sharding()))
@@ -84,118 +84,108 @@ def compile_step(config: Config, layout: Layout, settings: Settings) -> tuple[An
     )
 
 
-def measure(preset: str, topology: str, method: str, costs: bool) -> dict[str, Any]:
-    """Everything that is counted for one row of the table; FLOPs and bytes only if `costs`."""
+def settings(method: str, layout: Layout) -> Settings:
+    """The settings of GPT-2 small: rates and lengths do not change what is counted."""
+    if method == "AdamW":
+        return AdamW(6e-4, 100_000, 2_000)
+    own = method.endswith("own samples")
+    return Ivon(300.0, 100_000, 2_000, samples=layout.mesh.shape["data"] if own else 1)
+
+
+def measure(preset: str, topology: str, method: str, micro_batches: int) -> dict[str, Any]:
+    """Everything that is counted for one row of the table."""
     start = time.perf_counter()
     config, layout = gpt2_model.PRESETS[preset], make_layout(topology)
-    compiled, state_bytes = compile_step(config, layout, METHODS[method])
+    compiled, state_bytes = compile_step(config, layout, settings(method, layout), micro_batches)
+    costs = compiled.cost_analysis()
     found = collectives(compiled.as_text())
     return {
         "preset": preset,
         "topology": topology,
         "mesh": dict(layout.mesh.shape),
+        "micro_batches": micro_batches,
         "method": method,
         "state_bytes": state_bytes,
         "peak_bytes": compiled.memory_analysis().peak_memory_in_bytes,
-        **(layer_costs(config, layout, METHODS[method], compiled) if costs else {}),
+        "flops": costs["flops"],
+        "bytes_accessed": costs["bytes accessed"],
         "collectives": [[x.kind, list(x.shapes), n] for x, n in sorted(found.items())],
         "seconds": time.perf_counter() - start,
         "versions": {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")},
     }
 
 
-def layer_costs(
-    config: Config, layout: Layout, settings: Settings, compiled: Any
-) -> dict[str, float]:
-    """FLOPs and bytes accessed, with every layer counted."""
-    two = dataclasses.replace(config, unroll=2)
-    twice = compile_step(two, layout, settings)[0].cost_analysis()
-    once = compiled.cost_analysis()
-
-    def total(name: str) -> float:
-        return once[name] + (config.depth - 1) * (twice[name] - once[name])
-
-    return {"flops": total("flops"), "bytes_accessed": total("bytes accessed")}
+Key = tuple[str, str, int, str]
+Rows = dict[Key, dict[str, Any]]
 
 
-def read(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """Rows by preset, topology and method."""
+def read(path: Path) -> Rows:
+    """Rows by preset, topology, micro-batches and method."""
     lines = path.read_text().splitlines() if path.exists() else []
     rows = map(json.loads, lines)
-    return {(row["preset"], row["topology"], row["method"]): row for row in rows}
+    return {(r["preset"], r["topology"], r["micro_batches"], r["method"]): r for r in rows}
 
 
 def counted(row: dict[str, Any]) -> Counter[Collective]:
-    """The collectives of a row."""
-    return Counter({Collective(kind, tuple(s)): n for kind, s, n in row["collectives"]})
+    """The collectives of a row, with shapes written without axes of length 1."""
+    found: Counter[Collective] = Counter()
+    for kind, shapes, n in row["collectives"]:
+        plain = (re.sub(r"(?<=[\[,])1(,|(?=\]))", "", shape) for shape in shapes)
+        found[Collective(kind, tuple(sorted(plain)))] += n
+    return found
 
 
-def kind_cell(found: Counter[Collective], kind: str) -> str:
-    """`how many (megabytes)`."""
+def total(found: Counter[Collective], kind: str) -> tuple[int, float]:
+    """How many of a kind, and their megabytes."""
     members = {x: n for x, n in found.items() if x.kind == kind}
-    total = sum(x.num_bytes() * n for x, n in members.items())
-    return f"{sum(members.values())} ({total / 1e6:.1f})" if members else "0"
+    return sum(members.values()), sum(x.num_bytes() * n for x, n in members.items()) / 1e6
 
 
-def tables(rows: dict[tuple[str, str, str], dict[str, Any]]) -> str:
-    """One table of costs per chip, and what IVON's collectives have beside AdamW's."""
-    kinds = [k for k in KINDS if any(x.kind == k for row in rows.values() for x in counted(row))]
+def tables(rows: Rows) -> str:
+    """One table of costs per chip, and how IVON's collectives differ from AdamW's."""
+    kinds = [k for k in KINDS if any(total(counted(row), k)[0] for row in rows.values())]
     header = ["preset, chips", "method", "state MB", "peak MB", "GFLOP", "GB accessed"]
     table = [[*header, *(f"{kind} (MB)" for kind in kinds)]]
     notes = []
-    for (preset, topology, method), row in rows.items():
-        base = rows.get((preset, topology, "AdamW"), row)
+    for (preset, topology, micro_batches, method), row in rows.items():
+        base = rows.get((preset, topology, micro_batches, "AdamW"), row)
         mesh = "x".join(str(size) for size in row["mesh"].values())
-
-        def cell(key: str, unit: float, digits: int, row: Any = row, base: Any = base) -> str:
-            if key not in row:
-                return "-"
-            text = f"{row[key] / unit:.{digits}f}"
-            return text if row is base else f"{text} x{row[key] / base[key]:.3f}"
-
         found = counted(row)
+        name = f"{preset}, {topology} ({mesh})" + (
+            "" if micro_batches == 1 else f", {micro_batches} micro-batches"
+        )
         table.append(
             [
-                f"{preset}, {topology} ({mesh})" if row is base else "",
+                name if row is base else "",
                 method,
-                cell("state_bytes", 1e6, 1),
-                cell("peak_bytes", 1e6, 0),
-                cell("flops", 1e9, 0),
-                cell("bytes_accessed", 1e9, 2),
-                *(kind_cell(found, kind) for kind in kinds),
+                f"{row['state_bytes'] / 1e6:.1f}",
+                cell(row, base, "peak_bytes", 1e6, 0),
+                cell(row, base, "flops", 1e9, 0),
+                cell(row, base, "bytes_accessed", 1e9, 2),
+                *("{} ({:.1f})".format(*total(found, kind)) for kind in kinds),
             ]
         )
         if row is not base:
-            notes.append(f"{preset}, {topology}, {method}: {difference(counted(base), found)}")
+            notes.append(f"{name}, {method}: {difference(counted(base), found)}")
     return format_table(table) + "\n\nCollectives against AdamW's step:\n" + "\n".join(notes)
 
 
+def cell(row: dict[str, Any], base: dict[str, Any], key: str, unit: float, digits: int) -> str:
+    """A number, and beside it how it compares with AdamW's."""
+    text = f"{row[key] / unit:.{digits}f}"
+    return text if row is base else f"{text} x{row[key] / base[key]:.3f}"
+
+
 def difference(base: Counter[Collective], found: Counter[Collective]) -> str:
-    """What a program has more and less than another, in words."""
-    base, found = drop_ones(base), drop_ones(found)
+    """What a program has more and less than another, kind by kind."""
     if base == found:
-        return "the same, in number, kind and shape"
-    gathers = {x: n for x, n in (found - base).items() if x.kind != "all-reduce"}
-    size = {
-        name: sum(x.num_bytes() * n for x, n in c.items())
-        for name, c in (("a", base), ("b", found))
-    }
-    count = sum(found.values()) - sum(base.values())
-    more = "other kinds: " + str(gathers) if gathers else "no gather or other kind"
-    return f"{count:+d} all-reduce, {(size['b'] - size['a']) / 1e6:+.1f} MB; {more}"
-
-
-def drop_ones(found: Counter[Collective]) -> Counter[Collective]:
-    """The same with shapes written without axes of length 1, in a fixed order."""
-    result: Counter[Collective] = Counter()
-    for (kind, shapes), n in found.items():
-        plain = []
-        for shape in shapes:
-            dtype, dims = shape[:-1].split("[")
-            kept = [d for d in dims.split(",") if d not in ("", "1")]
-            plain.append(f"{dtype}[{','.join(kept)}]")
-        result[Collective(kind, tuple(sorted(plain)))] += n
-    return result
+        return "the same in number, kind and shape"
+    parts = []
+    for kind in KINDS:
+        (before, old), (after, new) = total(base, kind), total(found, kind)
+        if (before, old) != (after, new):
+            parts.append(f"{after - before:+d} {kind} ({new - old:+.1f} MB)")
+    return ", ".join(parts) or "the same in number, kind and size"
 
 
 def main() -> None:
@@ -203,38 +193,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=Path("tpu_aot.jsonl"))
-    parser.add_argument(
-        "--presets", nargs="+", choices=gpt2_model.PRESETS, default=list(gpt2_model.PRESETS)
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--results", type=Path, default=Path("tpu_aot.jsonl"), help="(default: tpu_aot.jsonl)")
+    add("--presets", nargs="+", choices=gpt2_model.PRESETS, default=list(gpt2_model.PRESETS))
+    add(
         "--topologies",
         nargs="+",
         default=DEFAULT_TOPOLOGIES,
         help="such as v5e:4x4, v5p:4x4x4, v6e:8x8",
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument(
-        "--costs",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="FLOPs and bytes accessed as well, for which everything is compiled once more",
-    )
-    parser.add_argument("--table", action="store_true", help="only print what is in --results")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--micro-batches", type=int, default=1, help="per step (default: 1)")
+    add("--table", action="store_true", help="only print what is in --results")
     args = parser.parse_args()
     rows = read(args.results)
-    wanted = [(p, t, m) for p in args.presets for t in args.topologies for m in args.methods]
-    if not args.table:
-        for number, (preset, topology, method) in enumerate(wanted, 1):
-            print(f"{number} of {len(wanted)}: {preset}, {topology}, {method}", flush=True)
-            if (preset, topology, method) in rows:
-                continue
-            row = measure(preset, topology, method, args.costs)
-            rows[preset, topology, method] = row
-            with args.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"  compiled in {row['seconds']:.0f} s", flush=True)
-    print(tables({key: rows[key] for key in wanted if key in rows}))
+    wanted = [
+        (preset, topology, args.micro_batches, method)
+        for preset in args.presets
+        for topology in args.topologies
+        for method in args.methods
+    ]
+    for number, key in enumerate(wanted, 1):
+        if key in rows or args.table:
+            continue
+        preset, topology, micro_batches, method = key
+        print(f"{number} of {len(wanted)}: {preset}, {topology}, {method}", flush=True)
+        rows[key] = measure(preset, topology, method, micro_batches)
+        with args.results.open("a") as file:
+            file.write(json.dumps(rows[key]) + "\n")
+        print(f"  compiled in {rows[key]['seconds']:.0f} s", flush=True)
+    print(tables(rows if args.table else {key: rows[key] for key in wanted}))
 
 
 if __name__ == "__main__":

@@ -234,8 +234,6 @@ def damage(folder: Path) -> str | None:
         return f"{Path(error.filename).relative_to(folder)} is missing"
     except ValueError:
         return f"{DIGESTS} itself is unreadable"
-    except OSError as error:
-        return first_line(error)
     return f"{', '.join(changed)} changed since it was written" if changed else None
 
 

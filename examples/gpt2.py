@@ -1,19 +1,21 @@
 """GPT-2 with AdamW and IVON, on one core or on a mesh of many devices and processes.
 
     python examples/gpt2.py                                  # tiny, both optimizers, two cores
-    python examples/gpt2.py --preset small --optimizer ivon --data openwebtext --batch 480 \
-        --micro-batches 5 --steps 100000 --warmup 2000 --mesh data=8
+    python examples/gpt2.py --preset small --optimizer ivon --data openwebtext --steps 100000 \
+        --warmup 2000 --batch 480 --micro-batches 3 --samples 8 --mesh data=8
 
-IVON's settings are those published for GPT-2 (`ivon_jax.recipes`): every micro-batch has a sample
-of its own, whose gradient is clipped to norm 1 before the product with the noise; weight decay acts
-on matrices only. `--samples group` gives each index of the mesh axis `data` a sample of its own.
+IVON's settings are those published for GPT-2 (`ivon_jax.recipes`). Every micro-batch has posterior
+samples of its own (24 in a step above); the gradient of each is clipped to norm 1 before the
+product with its noise; weight decay acts on matrices only.
 
 The same command goes on from the newest checkpoint in `--output`, on the same mesh or another.
 examples/gpt2.md tells how to start several processes, and what happens when something breaks.
 """
 
 import math
-import time
+import os
+import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -29,11 +31,20 @@ from gpt2_model import Config, Layout
 from gpt2_training import Settings, TrainState
 from tqdm import tqdm
 
+MAX_SKIPPED = 5  # logged losses in a row that may be not finite
+
 
 def start_processes(args: Any) -> None:
-    """Joins the other processes, if there are any; before anything else in jax."""
-    if args.coordinator is not None:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    """Joins the other processes, if there are any; before anything else in jax.
+
+    Raises:
+      ValueError: if it is not told enough about them.
+    """
+    manual = (args.coordinator, args.num_processes, args.process_id)
+    if None not in manual:
+        jax.distributed.initialize(*manual)
+    elif manual != (None, None, None):
+        raise ValueError("--coordinator, --num-processes and --process-id belong together.")
     elif args.distributed:
         jax.distributed.initialize()
 
@@ -53,22 +64,22 @@ class Run:
         """Compiles nothing yet."""
         self.args, self.config, self.layout, self.settings = args, config, layout, settings
         self.corpus = corpus
-        self.folder = args.output / settings.optimizer
-        self.trainer = gpt2_training.make_trainer(config, layout, settings)
-        self.params = gpt2_model.abstract_params(config, layout)
-        self.abstract = gpt2_training.abstract_state(self.trainer, self.params, layout)
-        self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-        self.step_fn = jax.jit(
-            self.trainer.step, donate_argnums=0, out_shardings=(self.shardings, layout.sharding())
+        self.name = type(settings).__name__.lower()
+        self.folder = args.output / self.name
+        self.init_key, self.run_key, self.evaluation_key = jax.random.split(
+            jax.random.key(args.seed), 3
         )
-
+        self.trainer = gpt2_training.make_trainer(config, layout, settings, args.skip_bad_steps)
+        params = gpt2_model.abstract_params(config, layout)
+        self.abstract = gpt2_training.abstract_state(self.trainer, params, layout)
+        self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
         self.is_finite = jax.jit(gpt2_training.is_finite, out_shardings=layout.sharding())
 
     def fresh_state(self) -> TrainState:
         """Parameters and moments before the first step, each device filling its own shards."""
-        init_key, run_key = jax.random.split(jax.random.key(self.args.seed))
-        params = gpt2_model.init_params(self.config, self.layout, init_key)
-        return jax.jit(self.trainer.init, out_shardings=self.shardings)(params, run_key)
+        params = gpt2_model.init_params(self.config, self.layout, self.init_key)
+        init = jax.jit(self.trainer.init, out_shardings=self.shardings)
+        return init(params, self.run_key)
 
     def batch(self, step: int) -> jax.Array:
         """The training batch of a step."""
@@ -76,6 +87,23 @@ class Run:
         shape = (count, self.args.batch // count, self.config.context + 1)
         sharding = self.layout.sharding(None, "batch", None)
         return gpt2_data.training_batch(self.corpus, self.args.seed, step, shape, sharding)
+
+    def compiled_step(self) -> tuple[Callable[..., Any], float]:
+        """The training step, and the megabytes that it takes on each device."""
+        step = jax.jit(
+            self.trainer.step,
+            donate_argnums=0,
+            out_shardings=(self.shardings, self.layout.sharding()),
+        )
+        compiled = step.lower(self.abstract, self.batch(0)).compile()
+        memory: Any = compiled.memory_analysis()
+        total = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes
+        )
+        return compiled, total / 1e6
 
     def train(self) -> None:
         """Trains to the last step, from the newest checkpoint if there is one."""
@@ -86,47 +114,59 @@ class Run:
             found = checkpoints.restore(self.abstract)
             start, state = (0, self.fresh_state()) if found is None else found[:2]
             if found is not None:
-                say(f"{self.settings.optimizer}: goes on from the checkpoint of step {start}")
-            self._steps(start, state, checkpoints)
+                say(f"{self.name}: goes on from the checkpoint of step {start}")
+            if start < self.args.steps:
+                self._steps(start, state, checkpoints)
 
     def _steps(self, start: int, state: TrainState, checkpoints: Checkpoints) -> None:
-        args = self.args
-        metrics = gpt2_report.Metrics(
-            self.folder / "metrics.jsonl", start, writes=jax.process_index() == 0
-        )
+        args, first = self.args, jax.process_index() == 0
+        metrics = gpt2_report.Metrics(self.folder / "metrics.jsonl", start, writes=first)
         evaluate = self._evaluator()
-        throughput = _Throughput(args, self.config)
+        step_fn, megabytes = self.compiled_step()
+        metrics.write(step=start, step_memory_mb=megabytes)
+        throughput = gpt2_report.Throughput(
+            start,
+            args.batch * self.config.context,
+            self.config.flops_per_token(),
+            args.peak_flops,
+        )
         bar = tqdm(
             total=args.steps,
             initial=start,
-            desc=gpt2_report.NAMES[self.settings.optimizer],
-            disable=None if jax.process_index() == 0 else True,
+            desc=gpt2_report.NAMES[self.name],
+            disable=None if first else True,
         )
+        skipped = 0  # losses in a row that were not finite
         with bar:
             for step in range(start + 1, args.steps + 1):
-                state, loss = self.step_fn(state, self.batch(step - 1))
+                state, loss = step_fn(state, self.batch(step - 1))
                 bar.update()
-                if step % args.log_every == 0 or step == args.steps:
-                    loss = float(loss)
-                    metrics.write(step=step, loss=loss, **throughput.record(step))
-                    bar.set_postfix(loss=f"{loss:.3f}")
-                    if not math.isfinite(loss):
-                        self._check_finite(step, state)
-                if step % args.eval_every == 0 or step == args.steps:
+                logs, evaluates, saves = (
+                    step % every == 0 or step == args.steps
+                    for every in (args.log_every, args.eval_every, args.checkpoint_every)
+                )
+                if not (logs or evaluates or saves):
+                    continue
+                loss = float(loss)
+                metrics.write(step=step, loss=loss, **throughput.count(step))
+                bar.set_postfix(loss=f"{loss:.3f}")
+                skipped = 0 if math.isfinite(loss) else skipped + 1
+                if saves or skipped:  # no bad state takes a good one's place
+                    self._check_finite(step, state, skipped)
+                if evaluates:
                     metrics.write(step=step, **evaluate(state))
-                    throughput.pause()
-                if step % args.checkpoint_every == 0 or step == args.steps:
-                    self._check_finite(step, state)  # no bad state takes a good one's place
+                if saves:
                     checkpoints.save(step, state, {"next_batch": step})
-                    throughput.pause()
+                throughput.restart(step)
 
-    def _check_finite(self, step: int, state: TrainState) -> None:
-        if self.is_finite(state):
+    def _check_finite(self, step: int, state: TrainState, skipped: int) -> None:
+        if self.is_finite(state) and skipped < MAX_SKIPPED:
             return
         raise FloatingPointError(
-            f"the state is not finite at step {step}. Earlier checkpoints are kept. Start again "
-            "with a smaller --learning-rate in a new --output, or with --skip-bad-steps 5 if "
-            "single batches are to blame."
+            f"loss or state is not finite at step {step}. Earlier checkpoints are kept: the same "
+            "command with --skip-bad-steps goes on from the newest and leaves single bad batches "
+            "out. If the loss had been rising, begin again in a new --output with a smaller "
+            "--learning-rate."
         )
 
     def _evaluator(self) -> Callable[[TrainState], dict[str, float]]:
@@ -142,12 +182,11 @@ class Run:
         )
 
         def evaluate(state: TrainState) -> dict[str, float]:
-            key = jax.random.key(self.args.seed)
+            key = self.evaluation_key
             parts = [nll(jax.random.fold_in(key, i), state, x) for i, x in enumerate(batches)]
             means = jax.tree.map(lambda *xs: sum(map(float, xs)) / len(xs), *parts)
-            for name, value in means.items():
-                label = "" if self.settings.optimizer == "adamw" else f" {name}"
-                say(f"  validation loss{label}: {value:.4f}")
+            losses = ", ".join(f"{value:.4f} ({name})" for name, value in means.items())
+            say(f"  step {int(state.step)}, validation loss {losses.replace(' (mean)', '')}")
             return {f"validation_{name}": value for name, value in means.items()} | {
                 f"perplexity_{name}": math.exp(min(value, 50.0)) for name, value in means.items()
             }
@@ -155,66 +194,60 @@ class Run:
         return evaluate
 
 
-class _Throughput:
-    """Tokens per second and utilisation between two records, without compilation and pauses."""
-
-    def __init__(self, args: Any, config: Config):
-        self._tokens = args.batch * config.context
-        self._flops = config.flops_per_token()
-        self._peak = args.peak_flops
-        self._since: tuple[int, float] | None = None
-
-    def pause(self) -> None:
-        """Leaves out the time until the next record."""
-        self._since = None
-
-    def record(self, step: int) -> dict[str, float]:
-        """The rates since the last call, if there was no pause."""
-        now = time.perf_counter()
-        since, self._since = self._since, (step, now)
-        if since is None:
-            return {}
-        rate = (step - since[0]) * self._tokens / (now - since[1])
-        return {"tokens_per_second": rate, "mfu_percent": 100 * rate * self._flops / self._peak} | (
-            gpt2_report.peak_memory()
-        )
-
-
-def describe(config: Config, layout: Layout, corpus: Corpus) -> str:
-    """One line about model, devices and data."""
+def describe(args: Any, config: Config, layout: Layout, corpus: Corpus) -> str:
+    """Two lines about model, devices and data."""
     params = jax.tree.leaves(gpt2_model.abstract_params(config, layout))
     count = sum(math.prod(x.shape) for x in params)
     axes = ", ".join(f"{name}={size}" for name, size in layout.mesh.shape.items())
+    validation = args.eval_batches * args.batch // args.micro_batches * config.context
     return (
-        f"{count:,} parameters, {config.dtype}, on {jax.device_count()} "
-        f"{jax.devices()[0].device_kind} ({axes}); {corpus.name}: {len(corpus.train):,} tokens for "
-        "training."
+        f"GPT-2 {args.preset}, {count:,} parameters, {config.dtype}, on {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} ({axes})\n{corpus.name}, {len(corpus.train):,} tokens for "
+        f"training; {validation:,} others for validation, in fixed windows"
     )
 
 
-def main() -> None:
+def train(args: Any) -> None:
     """Trains with each optimizer, prints the table and draws the figure."""
-    args = gpt2_options.parser(__doc__ or "").parse_args()
     start_processes(args)
     corpus = gpt2_data.load_corpus(args.data, args.vocabulary)
+    gpt2_data.check_same_everywhere(corpus)
     layout = gpt2_options.make_layout(args)
     config = gpt2_options.model_config(args, corpus)
     gpt2_options.check_divisible(args, config, layout)
+    settings = [gpt2_options.optimizer_settings(args, name) for name in args.optimizer]
     corpus.check_length(config.context + 1)
-    say(f"GPT-2 {args.preset}, {describe(config, layout, corpus)}")
-    args.peak_flops, source = gpt2_report.peak_flops(args.peak_tflops)
-    say(f"Utilisation is relative to {args.peak_flops / 1e12:.3g} TFLOP/s, {source}.")
+    say(describe(args, config, layout, corpus))
+    args.peak_flops, source = gpt2_report.peak_flops(args.peak_tflops, config.dtype)
+    say(f"Utilisation is relative to {args.peak_flops / 1e12:.3g} TFLOP/s, {source}")
     with jax.set_mesh(layout.mesh):
-        for optimizer in args.optimizer:
-            settings = gpt2_options.optimizer_settings(args, optimizer)
-            Run(args, config, layout, settings, corpus).train()
+        for chosen in settings:
+            Run(args, config, layout, chosen, corpus).train()
     if jax.process_index() == 0:
-        runs = {
-            name: gpt2_report.read_metrics(args.output / name / "metrics.jsonl")
-            for name in args.optimizer
-        }
+        files = {name: args.output / name / "metrics.jsonl" for name in gpt2_report.NAMES}
+        runs = {name: gpt2_report.read_metrics(path) for name, path in files.items()}
+        runs = {name: records for name, records in runs.items() if records}
         print("\n" + gpt2_report.results_table(runs))
         gpt2_report.save_loss_figure(args.output / "gpt2.png", runs)
+
+
+def main() -> None:
+    """Trains; an error in one of several processes ends it at once, so that none waits for it."""
+    parser = gpt2_options.parser(__doc__ or "")
+    args = parser.parse_args()
+    try:
+        train(args)
+    except (ValueError, FileNotFoundError) as error:
+        if jax.process_count() == 1:
+            parser.exit(2, f"{parser.prog}: {error}\n")
+        print(error, file=sys.stderr, flush=True)
+        os._exit(2)
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 if __name__ == "__main__":

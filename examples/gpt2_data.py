@@ -4,12 +4,14 @@ The batch of a step is a function of (seed, step) alone: the position in the dat
 number, on any number of processes.
 """
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 BYTES = 256
@@ -44,7 +46,7 @@ def load_corpus(path: Path | None, vocabulary: int | None = None) -> Corpus:
         return _split("Python's standard library", standard_library(), vocabulary)
     if path.is_dir():
         train, validation = (_token_file(path / name) for name in ("train.bin", "val.bin"))
-        return Corpus(path.name, train, validation, vocabulary or 50304)
+        return Corpus(path.resolve().name, train, validation, vocabulary or 50304)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is neither a text file nor a folder with train.bin")
     if path.suffix == ".bin":
@@ -70,6 +72,26 @@ def _split(name: str, tokens: np.ndarray, vocabulary: int | None) -> Corpus:
     """The last tenth is for validation."""
     train = len(tokens) * 9 // 10
     return Corpus(name, tokens[:train], tokens[train:], vocabulary or BYTES)
+
+
+def fingerprint(corpus: Corpus) -> str:
+    """A digest of lengths, vocabulary, and the first and last megabyte of each part."""
+    digest = hashlib.sha256(str(corpus.vocabulary).encode())
+    for tokens in (corpus.train, corpus.validation):
+        digest.update(str((len(tokens), tokens.dtype)).encode())
+        digest.update(tokens[:500_000].tobytes() + tokens[-500_000:].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_same_everywhere(corpus: Corpus) -> None:
+    """Refuses processes that have read different data, as their batches would be mixtures."""
+    if jax.process_count() > 1:
+        own = np.frombuffer(bytes.fromhex(fingerprint(corpus)), np.uint32)
+        multihost_utils.assert_equal(
+            own,
+            f"process {jax.process_index()} has read another {corpus.name} than process 0: give "
+            "all of them the same file with --data",
+        )
 
 
 def training_batch(

@@ -2,7 +2,7 @@
 
 The mesh has three axes: `data` (batch only), `fsdp` (batch, and weights stored in shards) and
 `model` (tensor parallel: heads, hidden units, vocabulary). Where it is used, a weight is cast to
-the compute dtype and gathered over `fsdp`, so that its gradient comes back in shards.
+the compute dtype and gathered over `fsdp`. Gradients are summed in the compute dtype.
 """
 
 import math

@@ -7,26 +7,54 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from gpt2_data import Corpus
+from gpt2_data import Corpus, fingerprint
 from gpt2_model import MESH_AXES, PRESETS, Config, Layout
-from gpt2_training import ADAMW_RATES, IVON_RATES, IVON_RECIPES, Settings
+from gpt2_training import ADAMW_RATES, IVON_RECIPES, TINY_IVON_RATE, AdamW, Ivon, Settings
 from jax.sharding import AxisType
 from reporting import positive
 
+OPTIMIZER_OPTIONS = (
+    "learning_rate",
+    "weight_decay",
+    "ess",
+    "hess_init",
+    "b2",
+    "clip_radius",
+    "samples",
+)
 AXIS_TYPES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
     """`data=4,model=2` as a dict, for argparse."""
     sizes: dict[str, int] = dict.fromkeys(MESH_AXES, 1)
+    seen: set[str] = set()
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
-        if name not in sizes or not size.isdigit() or int(size) < 1:
+        if name not in sizes or not size.isdigit() or int(size) < 1 or name in seen:
             raise argparse.ArgumentTypeError(
-                f"{part!r} is not AXIS=SIZE with an axis of {', '.join(sizes)}"
+                f"{part!r} is not AXIS=SIZE with another axis of {', '.join(sizes)}"
             )
         sizes[name] = int(size)
+        seen.add(name)
     return sizes
+
+
+def positive_float(text: str) -> float:
+    """A positive number, for argparse."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError("must be positive and finite")
+    return number
+
+
+def local_folder(text: str) -> Path:
+    """A folder on a file system, for argparse."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not on a file system: mount the bucket, and give the folder where it is"
+        )
+    return Path(text)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -56,7 +84,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--vocabulary", type=positive, help="default: 256 for text, 50304 for token files")
     add(
         "--output",
-        type=Path,
+        type=local_folder,
         default=Path("gpt2_run"),
         help="folder for checkpoints, metrics, and the figure (default: gpt2_run)",
     )
@@ -66,27 +94,24 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--micro-batches", type=positive, default=1, help="per step (default: 1)")
     add("--context", type=positive, help="tokens per sequence (default: the preset's)")
     add("--seed", type=int, default=0)
-    group = p.add_argument_group("optimizer (defaults: as published for the preset)")
+    group = p.add_argument_group("optimizer, if --optimizer names one (defaults: the preset's)")
     add = group.add_argument
-    add("--learning-rate", type=float)
+    add("--learning-rate", type=positive_float)
     add("--weight-decay", type=float)
-    add("--ess", type=float, help="IVON's effective sample size")
-    add("--hess-init", type=float)
+    add("--ess", type=positive_float, help="IVON's effective sample size")
+    add("--hess-init", type=positive_float)
     add("--b2", type=float, help="IVON's β₂")
-    add("--clip-radius", type=float)
+    add("--clip-radius", type=positive_float)
     add(
         "--samples",
-        choices=["shared", "group"],
-        default="shared",
-        help="whether all devices share a posterior sample (default) or each index of `data` has "
-        "its own",
+        type=positive,
+        help="posterior samples of every micro-batch, each on its own part of it: a multiple of "
+        "the mesh's `data`, so that each index of it evaluates others (default: 1 for all)",
     )
-    add(
+    p.add_argument(
         "--skip-bad-steps",
-        type=int,
-        default=0,
-        metavar="N",
-        help="leave out up to N steps in a row whose gradient is not finite (default: 0)",
+        action="store_true",
+        help="leave the state as it is where a gradient is not finite",
     )
     group = p.add_argument_group("devices")
     add = group.add_argument
@@ -118,14 +143,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--process-id", type=int)
     add(
         "--peak-tflops",
-        type=float,
+        type=positive_float,
         help="of one device, for the utilisation (default: known "
         "devices' data sheet, else measured)",
     )
     group = p.add_argument_group("evaluation and checkpoints")
     add = group.add_argument
     add("--eval-every", type=positive, default=50, help="steps (default: 50)")
-    add("--eval-batches", type=positive, default=4, help="of --batch sequences (default: 4)")
+    add("--eval-batches", type=positive, default=8, help="of a micro-batch each (default: 8)")
     add("--eval-samples", type=positive, default=8, help="posterior samples (default: 8)")
     add("--log-every", type=positive, default=10, help="steps (default: 10)")
     add("--checkpoint-every", type=positive, default=100, help="steps (default: 100)")
@@ -147,24 +172,30 @@ def model_config(args: argparse.Namespace, corpus: Corpus) -> Config:
 
 
 def optimizer_settings(args: argparse.Namespace, optimizer: str) -> Settings:
-    """The published settings with what the options change."""
+    """The preset's settings with what the options change.
+
+    Raises:
+      ValueError: if an option is not one of this optimizer, or could be meant for another.
+    """
+    kind = AdamW if optimizer == "adamw" else Ivon
+    given = {name: getattr(args, name) for name in OPTIMIZER_OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    options = ", ".join("--" + name.replace("_", "-") for name in given)
+    if given and len(args.optimizer) > 1:
+        raise ValueError(f"{options} would change both optimizers: name one with --optimizer.")
+    if set(given) - {field.name for field in dataclasses.fields(kind)}:
+        raise ValueError(f"not all of {options} are options of {optimizer}.")
     warmup = args.warmup or max(1, round(0.02 * args.steps))
-    if optimizer == "adamw":
-        chosen = {"learning_rate": ADAMW_RATES[args.preset], "weight_decay": 0.1}
+    if warmup >= args.steps:
+        raise ValueError(f"--warmup {warmup} must be less than --steps {args.steps}.")
+    if kind is AdamW:
+        chosen = {"learning_rate": ADAMW_RATES[args.preset]}
     else:
-        published = dict(IVON_RECIPES[args.preset].settings)
-        chosen = {k: v for k, v in published.items() if k in Settings.__dataclass_fields__}
-        chosen["learning_rate"] = IVON_RATES[args.preset]
-    names = ("learning_rate", "weight_decay", "ess", "hess_init", "b2", "clip_radius")
-    chosen |= {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    return Settings(
-        optimizer,
-        steps=args.steps,
-        warmup=warmup,
-        samples=args.samples,
-        skip_bad_steps=args.skip_bad_steps,
-        **chosen,
-    )
+        published = IVON_RECIPES[args.preset].settings
+        chosen = {name: published[name] for name in OPTIMIZER_OPTIONS if name in published}
+        if args.preset == "tiny":
+            chosen["learning_rate"] = TINY_IVON_RATE
+    return kind(**{"steps": args.steps, "warmup": warmup} | chosen | given)
 
 
 def make_layout(args: argparse.Namespace) -> Layout:
@@ -193,11 +224,17 @@ def check_divisible(args: argparse.Namespace, config: Config, layout: Layout) ->
       ValueError: naming the option.
     """
     sizes = layout.mesh.shape
-    groups = sizes["data"] * sizes["fsdp"]
-    if args.batch % (args.micro_batches * groups):
+    samples = args.samples or 1
+    if samples > 1 and samples % sizes["data"]:
         raise ValueError(
-            f"--batch {args.batch} cannot be split into {args.micro_batches} micro-batches over "
-            f"{groups} devices (data x fsdp): use a multiple of {args.micro_batches * groups}."
+            f"--samples {samples} cannot be split over data={sizes['data']}: use a multiple of it."
+        )
+    parts = args.micro_batches * math.lcm(samples, sizes["data"]) * sizes["fsdp"]
+    if args.batch % parts:
+        raise ValueError(
+            f"--batch {args.batch} cannot be split into {args.micro_batches} micro-batches of "
+            f"{samples} samples over data={sizes['data']}, fsdp={sizes['fsdp']}: use a multiple of "
+            f"{parts}."
         )
     split = {
         ("heads", config.heads): "model",
@@ -220,10 +257,10 @@ def run_description(
         del model[free]
     return {
         "model": model,
-        "optimizer": dataclasses.asdict(settings),
+        "optimizer": {"name": type(settings).__name__, **dataclasses.asdict(settings)},
         "data": {
             "corpus": corpus.name,
-            "tokens": len(corpus.train),
+            "fingerprint": fingerprint(corpus),
             "batch": args.batch,
             "micro_batches": args.micro_batches,
             "seed": args.seed,

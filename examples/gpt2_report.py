@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from reporting import COLORS, format_table, save_figure
@@ -18,33 +19,38 @@ PEAK_FLOPS = {
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
 NAMES = {"adamw": "AdamW", "ivon": "IVON"}
 
 
-def peak_flops(tflops: float | None) -> tuple[float, str]:
+def peak_flops(tflops: float | None, dtype: str) -> tuple[float, str]:
     """FLOP/s of all devices, and where the number is from.
 
     Args:
+      dtype: of the computation, in which unknown devices are measured.
       tflops: 1e12 FLOP/s of one device, if the user knows them.
     """
     if tflops is not None:
         return tflops * 1e12 * jax.device_count(), "as given"
     device = jax.local_devices()[0]
-    for kind, peak in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])):
-        if device.device_kind.startswith(kind):
-            return peak * jax.device_count(), f"from the data sheet of {kind}"
+    peak = PEAK_FLOPS.get(device.device_kind)
+    if peak is not None:
+        return peak * jax.device_count(), f"from the data sheet of {device.device_kind}"
     # The devices of a CPU share its cores.
     units = jax.process_count() if device.platform == "cpu" else jax.device_count()
-    return _measured_flops(device) * units, "measured with float32 products of 2048 x 2048 matrices"
+    return (
+        _measured_flops(device, dtype) * units,
+        f"measured with {dtype} products of 2048 x 2048 matrices",
+    )
 
 
-def _measured_flops(device: Any) -> float:
+def _measured_flops(device: Any, dtype: str) -> float:
     size = 2048
-    x = jax.device_put(np.ones((size, size), np.float32), device)
+    x = jax.device_put(np.ones((size, size), jnp.dtype(dtype)), device)
     product = jax.jit(lambda x: x @ x)
     product(x).block_until_ready()
     times = []
@@ -55,12 +61,33 @@ def _measured_flops(device: Any) -> float:
     return 2 * size**3 / min(times)
 
 
-def peak_memory() -> dict[str, float]:
-    """Most memory in use on this process's first device so far, where the device tells."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return (
-        {"peak_memory_mb": stats["peak_bytes_in_use"] / 1e6} if "peak_bytes_in_use" in stats else {}
-    )
+class Throughput:
+    """Tokens per second and utilisation over a run, without compilation, evaluation and saving."""
+
+    def __init__(self, step: int, tokens: int, flops_per_token: int, peak: float):
+        """Starts the clock.
+
+        Args:
+          step: the step that the run starts after.
+          tokens: per step.
+          flops_per_token: of the model.
+          peak: FLOP/s of all devices.
+        """
+        self._tokens, self._flops, self._peak = tokens, flops_per_token, peak
+        self._steps, self._seconds = 0, 0.0
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Leaves out the time since the last count."""
+        self._since = (step, time.perf_counter())
+
+    def count(self, step: int) -> dict[str, float]:
+        """The rates so far; to be called when the step has been computed."""
+        self._steps += step - self._since[0]
+        self._seconds += time.perf_counter() - self._since[1]
+        self.restart(step)
+        rate = self._steps * self._tokens / self._seconds
+        return {"tokens_per_second": rate, "mfu_percent": 100 * rate * self._flops / self._peak}
 
 
 class Metrics:
@@ -79,10 +106,13 @@ class Metrics:
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [x for x in read_metrics(path) if x["step"] <= restored_step and restored_step]
-            path.write_text("".join(json.dumps(x) + "\n" for x in kept))
+            new = path.with_suffix(".new")
+            new.write_text("".join(json.dumps(x) + "\n" for x in kept))
+            new.replace(path)
 
     def write(self, **record: Any) -> None:
-        """Adds a record."""
+        """Adds a record; numbers that are not finite become null, as JSON has no others."""
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}
         if self._writes:
             with self._path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -100,7 +130,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _last(records: Sequence[dict[str, Any]], key: str) -> Any:
-    return next((x[key] for x in reversed(records) if key in x), math.nan)
+    values = (x[key] for x in reversed(records) if x.get(key) is not None)
+    return next(values, math.nan)
 
 
 def results_table(runs: dict[str, list[dict[str, Any]]]) -> str:
@@ -120,7 +151,7 @@ def results_table(runs: dict[str, list[dict[str, Any]]]) -> str:
         row("perplexity, averaged", "perplexity_averaged", ".3f"),
         row("tokens per second", "tokens_per_second", ",.0f"),
         row("model FLOP utilisation, %", "mfu_percent", ".1f"),
-        row("device memory in use at most, MB", "peak_memory_mb", ",.0f"),
+        row("memory of a step, MB per device", "step_memory_mb", ",.1f"),
     ]
     return format_table([x for x in rows if any(x[1:])])
 
@@ -131,7 +162,7 @@ def save_loss_figure(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
     ax = figure.subplots()
     for name, records in runs.items():
         color = COLORS[NAMES[name]]
-        train = [x for x in records if "loss" in x]
+        train = [x for x in records if x.get("loss") is not None]
         ax.plot(
             [x["step"] for x in train], [x["loss"] for x in train], color=color, alpha=0.35, lw=1
         )
@@ -139,7 +170,7 @@ def save_loss_figure(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
             ("validation_mean", {"marker": "o", "ms": 8, "mfc": "none"}, "at the mean"),
             ("validation_averaged", {"marker": "s", "ms": 4, "ls": "none"}, "averaged"),
         ):
-            points = [x for x in records if key in x]
+            points = [x for x in records if x.get(key) is not None]
             if points:
                 ax.plot(
                     [x["step"] for x in points],

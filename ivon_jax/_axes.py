@@ -1,5 +1,6 @@
 """What is known, while tracing, of the mesh axes an array varies over or is split over."""
 
+import math
 from typing import Any
 
 import jax
@@ -39,13 +40,19 @@ def split_over(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
     """The array with its leading axis split over these axes of the mesh in `jax.set_mesh`.
 
     Raises:
-      ValueError: if no mesh is set, or if it does not have these axes.
+      ValueError: if no mesh is set, if it does not have these axes, or if they do not divide it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not set(names) <= set(mesh.axis_names):
         raise ValueError(
             f"spmd_axis_name={names} must name axes of the mesh, but the current one has the axes "
             f"{tuple(mesh.axis_names)}: call this inside `with jax.set_mesh(mesh):`."
+        )
+    parts = math.prod(mesh.shape[name] for name in names)
+    if x.shape[0] % parts:
+        raise ValueError(
+            f"batch_size={x.shape[0]} samples cannot be split over {parts} devices along {names}: "
+            "use a multiple of that."
         )
     if mesh.axis_types[mesh.axis_names.index(names[0])] == AxisType.Explicit:
         return jax.sharding.reshard(x, PartitionSpec(names, *jax.typeof(x).sharding.spec[1:]))

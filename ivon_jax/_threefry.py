@@ -5,6 +5,7 @@ costs a second of compilation, and its bits go through memory. Written out they 
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 
 
-def uniform(key: jax.Array, like: jax.Array, low: np.floating) -> jax.Array:
+def uniform(key: jax.Array, like: jax.Array, low: Any) -> jax.Array:
     """Uniform draws on [low, 1) in the shape, dtype and sharding of an array.
 
     Bitwise `jax.random.uniform(key, like.shape, like.dtype, low, 1.0)` under the partitionable

@@ -110,6 +110,11 @@ def mc_value_and_grad(
     num_samples = check_positive("num_samples", num_samples)
     if batch_size is not None:
         batch_size = check_positive("batch_size", batch_size)
+    if spmd_axis_name is not None and (batch_size is None or num_samples % batch_size):
+        raise ValueError(
+            "spmd_axis_name splits the samples that are evaluated at a time: give their number as "
+            f"batch_size, a divisor of num_samples={num_samples}; got batch_size={batch_size}."
+        )
     if antithetic and num_samples % 2:
         raise ValueError(f"antithetic samples come in pairs: num_samples={num_samples} is odd.")
     if estimator not in _ESTIMATORS:
@@ -269,7 +274,7 @@ def _mean_over_samples(
     stacked_at_sample = jax.vmap(at_sample, spmd_axis_name=axes)
 
     def group(members: tuple[Any, ...]) -> tuple[_Estimates, Any]:
-        if len(members[0]) == 1:
+        if len(members[0]) == 1 and axes is None:
             estimates, aux = at_sample(*jax.tree.map(lambda x: x[0], members))
             return estimates, jax.tree.map(lambda x: jnp.asarray(x)[None], aux)
         if axes is not None:

@@ -82,3 +82,13 @@ def test_without_a_mesh_that_has_the_axis_the_error_says_what_to_do(name):
     state = ivon(0.1, ess=50.0).init(PARAMS)
     with pytest.raises(ValueError, match=r"spmd_axis_name.*jax\.set_mesh"):
         jax.jit(f)(jax.random.key(1), state, X)
+
+
+def test_samples_that_cannot_be_split_are_refused():
+    for wrong in ({}, {"batch_size": 3}):
+        with pytest.raises(ValueError, match="give their number as batch_size"):
+            mc_value_and_grad(loss, num_samples=4, **wrong, spmd_axis_name="data")
+    mesh, state, batch = on_mesh(AUTO)
+    f = mc_value_and_grad(loss, num_samples=6, batch_size=6, spmd_axis_name="data")
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"batch_size=6 .* over 4 devices"):
+        jax.jit(f)(jax.random.key(1), state, batch)
