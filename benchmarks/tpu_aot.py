@@ -147,7 +147,8 @@ def tables(rows: Rows) -> str:
     header = ["preset, chips", "method", "state MB", "peak MB", "GFLOP", "GB accessed"]
     table = [[*header, *(f"{kind} (MB)" for kind in kinds)]]
     notes = []
-    for (preset, topology, micro_batches, method), row in rows.items():
+    for preset, topology, micro_batches, method in sorted(rows, key=order):
+        row = rows[preset, topology, micro_batches, method]
         base = rows.get((preset, topology, micro_batches, "AdamW"), row)
         mesh = "x".join(str(size) for size in row["mesh"].values())
         found = counted(row)
@@ -168,6 +169,15 @@ def tables(rows: Rows) -> str:
         if row is not base:
             notes.append(f"{name}, {method}: {difference(counted(base), found)}")
     return format_table(table) + "\n\nCollectives against AdamW's step:\n" + "\n".join(notes)
+
+
+def order(key: Key) -> tuple[Any, ...]:
+    """Small models and pods first."""
+    preset, topology, micro_batches, method = key
+    generation, sides = topology.split(":")
+    chips = math.prod(int(side) for side in sides.split("x"))
+    presets = list(gpt2_model.PRESETS)
+    return presets.index(preset), micro_batches, generation, chips, METHODS.index(method)
 
 
 def cell(row: dict[str, Any], base: dict[str, Any], key: str, unit: float, digits: int) -> str:
