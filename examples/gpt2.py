@@ -17,7 +17,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import gpt2_data
 import gpt2_model
@@ -207,8 +208,13 @@ def describe(args: Any, config: Config, layout: Layout, corpus: Corpus) -> str:
     )
 
 
-def train(args: Any) -> None:
-    """Trains with each optimizer, prints the table and draws the figure."""
+def prepare(args: Any) -> list[Run]:
+    """Joins the processes, reads the data and sets up the runs.
+
+    Raises:
+      ValueError: if options do not fit each other, the data or the devices.
+      FileNotFoundError: if there are no data.
+    """
     start_processes(args)
     corpus = gpt2_data.load_corpus(args.data, args.vocabulary)
     gpt2_data.check_same_everywhere(corpus)
@@ -221,33 +227,47 @@ def train(args: Any) -> None:
     args.peak_flops, source = gpt2_report.peak_flops(args.peak_tflops, config.dtype)
     say(f"Utilisation is relative to {args.peak_flops / 1e12:.3g} TFLOP/s, {source}")
     with jax.set_mesh(layout.mesh):
-        for chosen in settings:
-            Run(args, config, layout, chosen, corpus).train()
-    if jax.process_index() == 0:
-        files = {name: args.output / name / "metrics.jsonl" for name in gpt2_report.NAMES}
-        runs = {name: gpt2_report.read_metrics(path) for name, path in files.items()}
-        runs = {name: records for name, records in runs.items() if records}
-        print("\n" + gpt2_report.results_table(runs))
-        gpt2_report.save_loss_figure(args.output / "gpt2.png", runs)
+        return [Run(args, config, layout, chosen, corpus) for chosen in settings]
+
+
+def report(folder: Path) -> None:
+    """Prints the table and draws the figure of all runs in the folder."""
+    files = {name: folder / name / "metrics.jsonl" for name in gpt2_report.NAMES}
+    runs = {name: gpt2_report.read_metrics(path) for name, path in files.items()}
+    runs = {name: records for name, records in runs.items() if records}
+    print("\n" + gpt2_report.results_table(runs))
+    gpt2_report.save_loss_figure(folder / "gpt2.png", runs)
 
 
 def main() -> None:
-    """Trains; an error in one of several processes ends it at once, so that none waits for it."""
+    """Trains with each optimizer, and reports.
+
+    An error in one of several processes ends it at once, so that none waits for it.
+    """
     parser = gpt2_options.parser(__doc__ or "")
     args = parser.parse_args()
     try:
-        train(args)
+        runs = prepare(args)
     except (ValueError, FileNotFoundError) as error:
         if jax.process_count() == 1:
             parser.exit(2, f"{parser.prog}: {error}\n")
-        print(error, file=sys.stderr, flush=True)
-        os._exit(2)
-    except Exception:
+        _end_process(error)
+    try:
+        for run in runs:
+            with jax.set_mesh(run.layout.mesh):
+                run.train()
+    except Exception as error:
         if jax.process_count() == 1:
             raise
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        _end_process(error)
+    if jax.process_index() == 0:
+        report(args.output)
+
+
+def _end_process(error: Exception) -> NoReturn:
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 if __name__ == "__main__":
