@@ -84,13 +84,18 @@ def fingerprint(corpus: Corpus) -> str:
 
 
 def check_same_everywhere(corpus: Corpus) -> None:
-    """Refuses processes that have read different data, as their batches would be mixtures."""
-    if jax.process_count() > 1:
-        own = np.frombuffer(bytes.fromhex(fingerprint(corpus)), np.uint32)
-        multihost_utils.assert_equal(
-            own,
-            f"process {jax.process_index()} has read another {corpus.name} than process 0: give "
-            "all of them the same file with --data",
+    """Compares the data of all processes, whose batches would be mixtures if they differed.
+
+    Raises:
+      ValueError: on every process, naming those that differ.
+    """
+    own = np.frombuffer(bytes.fromhex(fingerprint(corpus)), np.uint32)
+    every = multihost_utils.process_allgather(own[None], tiled=True)
+    others = [i for i, digest in enumerate(every) if not np.array_equal(digest, every[0])]
+    if others:
+        raise ValueError(
+            f"processes {others} have read other data than process 0 ({corpus.name} here): give "
+            "all of them the same with --data."
         )
 
 

@@ -335,36 +335,47 @@ def test_both_optimizers_train_and_end_in_a_table_and_a_figure(tmp_path):
     assert without_times(resumed) == without_times(complete)
 
 
-@pytest.mark.slow
-def test_two_processes_train_bitwise_like_one_with_the_same_mesh(tmp_path):
-    train(tmp_path, "one", "--optimizer=ivon", "--samples=2")
+def train_in_two_processes(tmp_path, *options, own=((), ())):
+    """Exit codes and output of two processes, each with two devices and options of its own."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    where = [
-        "--optimizer=ivon",
-        "--samples=2",
-        "--coordinator",
-        f"localhost:{port}",
-        "--num-processes",
-        "2",
-    ]
+    where = [*OPTIONS, *options, f"--coordinator=localhost:{port}", "--num-processes=2"]
     workers = [
         subprocess.Popen(
-            command("two", *OPTIONS, *where, "--process-id", str(i)),
+            command("two", *where, f"--process-id={i}", *own[i]),
             cwd=tmp_path,
             env=environment(tmp_path, 2),
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for i in range(2)
     ]
     try:
-        assert [w.wait(timeout=300) for w in workers] == [0, 0]
+        errors = [worker.communicate(timeout=300)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
+    return [worker.returncode for worker in workers], errors
+
+
+@pytest.mark.slow
+def test_two_processes_train_bitwise_like_one_with_the_same_mesh(tmp_path):
+    train(tmp_path, "one", "--optimizer=ivon", "--samples=2")
+    codes, errors = train_in_two_processes(tmp_path, "--optimizer=ivon", "--samples=2")
+    assert codes == [0, 0], errors
     files = [tmp_path / name / "ivon" / "metrics.jsonl" for name in ("one", "two")]
     losses = [[x["loss"] for x in gpt2_report.read_metrics(f) if "loss" in x] for f in files]
     assert len(losses[0]) == 4 and losses[0] == losses[1]
+
+
+def test_processes_with_different_data_end_with_a_reason(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).write_text(f"the {name} text " * 100)
+    codes, errors = train_in_two_processes(tmp_path, own=(["--data=first"], ["--data=second"]))
+    # The second may be ended by the end of the first before it has said the same.
+    assert codes[0] == 1 and codes[1] != 0
+    assert "processes [1] have read other data than process 0" in errors[0]
 
 
 @pytest.mark.parametrize(
