@@ -15,6 +15,7 @@ examples/gpt2.md tells how to start several processes, and what happens when som
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -213,7 +214,7 @@ def prepare(args: Any) -> list[Run]:
 
     Raises:
       ValueError: if options do not fit each other, the data or the devices.
-      FileNotFoundError: if there are no data.
+      OSError: if there are no data, or the output cannot be written.
     """
     start_processes(args)
     corpus = gpt2_data.load_corpus(args.data, args.vocabulary)
@@ -226,6 +227,7 @@ def prepare(args: Any) -> list[Run]:
     say(describe(args, config, layout, corpus))
     args.peak_flops, source = gpt2_report.peak_flops(args.peak_tflops, config.dtype)
     say(f"Utilisation is relative to {args.peak_flops / 1e12:.3g} TFLOP/s, {source}")
+    args.output.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(layout.mesh):
         return [Run(args, config, layout, chosen, corpus) for chosen in settings]
 
@@ -246,9 +248,10 @@ def main() -> None:
     """
     parser = gpt2_options.parser(__doc__ or "")
     args = parser.parse_args()
+    start = time.perf_counter()
     try:
         runs = prepare(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if jax.process_count() == 1:
             parser.exit(2, f"{parser.prog}: {error}\n")
         _end_process(error)
@@ -262,6 +265,7 @@ def main() -> None:
         _end_process(error)
     if jax.process_index() == 0:
         report(args.output)
+        print(f"Wall-clock time {time.perf_counter() - start:.0f} s, compilation included.")
 
 
 def _end_process(error: Exception) -> NoReturn:

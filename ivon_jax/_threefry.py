@@ -1,7 +1,7 @@
 """The bits of `jax.random` in plain operations, which XLA fuses with whatever uses them.
 
-On a CPU jax keeps the rounds of threefry in loops: under `vmap` or `scan` each leaf of a tree then
-costs a second of compilation, and its bits go through memory. Written out they do neither.
+On a CPU jax keeps the rounds of threefry in loops, which are slow to compile under `vmap` and
+`scan` and do not fuse, so that the bits go through memory. Written out they do neither.
 """
 
 import math
