@@ -68,7 +68,8 @@ def _hess_estimate(
     precisions = precision_leaves(state)
     if state.prior:  # a fixed element has neither noise nor curvature, not ∞·0
         precisions = [jnp.where(jnp.isinf(p), 0, p) for p in precisions]
+    drawn, weight = draws > 0, 1 / jnp.maximum(draws, 1).astype(jnp.float32)
     return [
-        jnp.where(draws > 0, p * x / jnp.maximum(draws, 1).astype(x.dtype), h)
+        jnp.where(drawn, p * x * weight.astype(x.dtype), h)
         for p, x, h in zip(precisions, products, jax.tree.leaves(state.hess), strict=True)
     ]

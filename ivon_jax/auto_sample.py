@@ -9,6 +9,7 @@ import optax
 
 from ivon_jax._axes import varying_axes, varying_over
 from ivon_jax._checks import check_positive
+from ivon_jax._fusion import rounded
 from ivon_jax._trees import Slots, copy_array, get_field, has_fields, set_fields, wide_dtype
 from ivon_jax._window import Draw
 from ivon_jax.optimizer import difference
@@ -233,7 +234,7 @@ def _move_to_sample(key: jax.Array, q: Posterior, params: PyTree, updates: PyTre
     _, others = slots.split("updates", updates)
     noise = PosteriorNoise(q).draw(key)
     moves = [
-        difference(m + n, p, p.dtype) for m, n, p in zip(slots.leaves, noise, owned, strict=True)
+        difference(m + rounded(n), p, p.dtype) for m, n, p in zip(slots.leaves, noise, owned, strict=True)
     ]
     pure = slots.join(moves, others)
     return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(pure))

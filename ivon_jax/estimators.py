@@ -150,16 +150,15 @@ def mc_value_and_grad(
         def at_sample(
             s: jax.Array, sample_key: jax.Array, sliced: dict[int, Any]
         ) -> tuple[_Estimates, Any]:
-            noise = q.draw(sample_key)
-            if antithetic:
-                noise = [jnp.where(s % 2 == 0, n, -n) for n in noise]
+            sign = jnp.where(s % 2 == 0, 1.0, -1.0) if antithetic else 1.0
+            sample, displacement = q.sample(sample_key, sign)
             here = arguments(args, sliced, rngs, first + s)
-            value, aux, grads = _value_and_grad(fun, has_aux, floating, q.displaced(noise), here)
+            value, aux, grads = _value_and_grad(fun, has_aux, floating, sample, here)
             if grad_transform is not None:
                 grads = _transformed(grad_transform, floating, grads)
             grads = [g.astype(wide_dtype(g.dtype)) for g in grads]
             if estimator == "reparam":
-                noise = floating.pick(q.tree(noise))
+                noise = floating.pick(q.tree(displacement()))
                 statistic = [n * g.astype(n.dtype) for n, g in zip(noise, grads, strict=True)]
             elif estimator == "gradsq":
                 statistic = [jnp.asarray(scale, g.dtype) * g * g for g in grads]

@@ -19,6 +19,7 @@ from ivon_jax._checks import (
     check_scalar,
     check_varying,
 )
+from ivon_jax._fusion import computed_once
 from ivon_jax._masks import decay_flags
 from ivon_jax._prior import (
     DEFAULT_WEIGHT_DECAY,
@@ -183,53 +184,72 @@ def ivon(
         lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
         check_scalar("the learning rate that the schedule returned", lr)
         count = optax.safe_increment(state.count)
-        num = len(grads)
-        leaves = [
-            step_leaf(lr, count, *leaf)
+        centers = jax.tree.leaves(state.prior.mean) if state.prior else [None] * len(grads)
+        old_deltas, deltas = decay_leaves(state), decay_leaves(now)
+        statistics = [
+            new_statistics(*leaf)
             for leaf in zip(
-                jax.tree.leaves(state.mean),
                 jax.tree.leaves(state.hess),
                 jax.tree.leaves(state.momentum),
                 grads,
                 hess,
-                decay_leaves(state),
-                decay_leaves(now),
-                leaf_weight_decay(new_decay, num),
-                jax.tree.leaves(state.prior.mean) if state.prior else [None] * num,
+                old_deltas,
+                deltas,
+                centers,
                 strict=True,
             )
         ]
-        mean, new_hess, momentum = zip(*leaves, strict=True) if leaves else ((), (), ())
+        new_hess = computed_once([h for h, _ in statistics])
+        mean = [
+            new_mean(lr, count, *leaf)
+            for leaf in zip(
+                jax.tree.leaves(state.mean),
+                new_hess,
+                [g for _, g in statistics],
+                deltas,
+                leaf_weight_decay(new_decay, len(grads)),
+                centers,
+                strict=True,
+            )
+        ]
+        momentum = [
+            g.astype(old.dtype)
+            for (_, g), old in zip(statistics, jax.tree.leaves(state.momentum), strict=True)
+        ]
         return now._replace(
             count=count,
-            mean=jax.tree.unflatten(jax.tree.structure(state.mean), mean),
+            mean=jax.tree.unflatten(jax.tree.structure(state.mean), computed_once(mean)),
             hess=jax.tree.unflatten(jax.tree.structure(state.hess), new_hess),
             momentum=jax.tree.unflatten(jax.tree.structure(state.momentum), momentum),
         )
 
-    def step_leaf(lr, count, m, h, g, grad, hess, old_delta, delta, rate_delta, m0):
+    @jax.jit  # as below: traced once for leaves of one shape
+    def new_statistics(h, g, grad, hess, old_delta, delta, m0):
         def real(x):
-            return jnp.asarray(x, m.dtype)
+            return jnp.asarray(x, h.dtype)
 
-        h0, delta = real(hess_init), real(delta)
-        fixed = jnp.isinf(delta)  # by a general prior
-        if m0 is not None:
-            old_delta, delta = jnp.where(fixed, 0, old_delta), jnp.where(fixed, 0, delta)
         g_new = real(b1) * real(g) + real(one_minus_b1) * grad
         d = real(one_minus_b2) * (hess - h)
         h_new = h + (d + 0.5 * d * (d / (h + real(old_delta))))
-        h_new = jnp.maximum(h_new, PRECISION_FLOOR * (h0 + delta) - delta)
-        g_bar = g_new / _bias_correction(b1, real(count)) if debias else g_new
-        u = (g_bar + delta * (m if m0 is None else m - m0)) / (h_new + delta)
+        h_new = jnp.maximum(h_new, PRECISION_FLOOR * (real(hess_init) + real(delta)) - real(delta))
+        return h_new if m0 is None else jnp.where(jnp.isinf(delta), h, h_new), g_new
+
+    @jax.jit
+    def new_mean(lr, count, m, h_new, g_new, delta, rate_delta, m0):
+        def real(x):
+            return jnp.asarray(x, m.dtype)
+
+        delta = real(delta)
+        g_bar = g_new * (1 / _bias_correction(b1, real(count))) if debias else g_new
+        numerator = g_bar + delta * (m if m0 is None else m - m0)
         # Neither the clip nor the division may turn a statistic that has overflowed into a number.
-        u = jnp.where(jnp.isfinite(u) & jnp.isfinite(h_new), u, jnp.nan)
+        proper = jnp.isfinite(numerator) & jnp.isfinite(h_new)
+        u = jnp.where(proper, numerator / (h_new + delta), jnp.nan)
         if not (isinstance(clip_radius, float) and math.isinf(clip_radius)):
             u = jnp.clip(u, -real(clip_radius), real(clip_radius))
-        alpha = real(lr) * (h0 + real(rate_delta)) if rescale_lr else real(lr)
+        alpha = real(lr) * (real(hess_init) + real(rate_delta)) if rescale_lr else real(lr)
         m_new = m - alpha * u
-        if m0 is not None:
-            m_new, h_new = jnp.where(fixed, m0, m_new), jnp.where(fixed, h, h_new)
-        return m_new, h_new, g_new.astype(g.dtype)
+        return m_new if m0 is None else jnp.where(jnp.isinf(delta), m0, m_new)  # fixed by the prior
 
     def update(
         grads: PyTree,

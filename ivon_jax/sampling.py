@@ -1,13 +1,13 @@
 """Drawing parameters from the posterior."""
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ivon_jax._threefry import uniform
+from ivon_jax._fusion import rounded
+from ivon_jax._noise import standard_normals
 from ivon_jax._trees import Slots
 from ivon_jax.state import Posterior, fill_unowned, gaussian, wide_zeros
 
@@ -59,20 +59,8 @@ def gaussian_noise(key: jax.Array, precision: list[jax.Array]) -> list[jax.Array
       key: a typed threefry key.
       precision: precision of each leaf, in the dtype of the draw.
     """
-    if not precision:
-        return []
-    # The partitionable scheme is what makes a draw independent of its sharding.
-    with jax.threefry_partitionable(True):
-        keys = jax.random.split(key, len(precision))
-        return [_scaled_normal(k, p) for k, p in zip(keys, precision, strict=True)]
-
-
-def _scaled_normal(key: jax.Array, precision: jax.Array) -> jax.Array:
-    # jax.random.normal is √2·erf⁻¹(u). The constant is multiplied with σ here: left to itself, XLA
-    # moves it there or not, depending on shapes, and the last bit would depend on the sharding.
-    above_minus_one = np.nextafter(np.array(-1, precision.dtype), np.array(0, precision.dtype))
-    u = uniform(key, precision, above_minus_one)
-    return jax.lax.erf_inv(u) * (math.sqrt(2) * jax.lax.rsqrt(precision))
+    draws = standard_normals(key, precision)
+    return [e * jax.lax.rsqrt(p) for e, p in zip(draws, precision, strict=True)]
 
 
 def sample_params(
@@ -94,7 +82,8 @@ def sample_params(
 
     Returns:
       The sample θ, and the noise n in the dtype of the mean, to be handed to `update`.
-      For parameters below float32 the noise is the exact one, before θ was rounded.
+      For parameters below float32 the noise is the exact one, before θ was rounded. Under `jit`
+      it is not kept in memory until `update`, but drawn again there.
 
     Raises:
       TypeError: if `key` is not a key.
@@ -109,9 +98,9 @@ def sample_params(
       >>> bool(jnp.array_equal(sample["w"], state.mean["w"] + noise["w"]))
       True
     """
-    noise = PosteriorNoise(gaussian(state), params)
-    drawn = noise.draw(threefry_key(key))
-    return noise.displaced(drawn), noise.tree(drawn)
+    q = PosteriorNoise(gaussian(state), params)
+    key = threefry_key(key)
+    return q.displaced(q.draw(key)), q.tree(q.draw_again(key))
 
 
 class PosteriorNoise:
@@ -137,6 +126,42 @@ class PosteriorNoise:
     def draw(self, key: jax.Array) -> list[jax.Array]:
         """n = ε/√precision, ε ~ N(0, I), for each owned leaf; zero where it is infinite."""
         return gaussian_noise(key, self.precision)
+
+    def draw_again(self, key: jax.Array) -> list[jax.Array]:
+        """The same draw, which XLA computes where it is used.
+
+        It would otherwise keep the first one through a forward and a backward pass.
+        """
+        words = jax.lax.optimization_barrier(jax.random.key_data(key))
+        return self.draw(jax.random.wrap_key_data(words, impl=THREEFRY))
+
+    def sample(
+        self, key: jax.Array, sign: jax.Array | float
+    ) -> tuple[PyTree, Callable[[], list[jax.Array]]]:
+        """θ = m ± n in the parameters' dtypes, and how to compute ±n where it is used.
+
+        That is θ − m, or a draw again where θ is rounded.
+        """
+
+        def signed(noise: list[jax.Array]) -> list[jax.Array]:
+            return [n * jnp.asarray(sign, n.dtype) for n in noise]
+
+        means = self._slots.leaves
+        noise = signed(self.draw(key))
+        moved = [_add(m, n).astype(t) for m, n, t in zip(means, noise, self._dtypes, strict=True)]
+
+        def displacement() -> list[jax.Array]:
+            exact = [
+                jnp.issubdtype(m.dtype, jnp.floating) and x.dtype == m.dtype == n.dtype
+                for x, m, n in zip(moved, means, noise, strict=True)
+            ]
+            again = noise if all(exact) else signed(self.draw_again(key))
+            return [
+                x - m if is_exact else n
+                for x, m, n, is_exact in zip(moved, means, again, exact, strict=True)
+            ]
+
+        return self._like_params(moved), displacement
 
     def displaced(self, noise: list[jax.Array]) -> PyTree:
         """m + n, in the parameters' dtypes."""
@@ -165,4 +190,4 @@ def _add(mean: jax.Array, noise: jax.Array) -> jax.Array:
     # A Posterior may hold leaves that are fixed because they are not floating, or narrower.
     if not jnp.issubdtype(mean.dtype, jnp.floating):
         return mean
-    return mean.astype(noise.dtype) + noise
+    return mean.astype(noise.dtype) + rounded(noise)

@@ -1,0 +1,97 @@
+"""Noise is threefry's bits through the inverse of the normal CDF, for any shape, key and mapping."""
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from scipy import special, stats
+
+from ivon_jax import Posterior, sample_params
+from ivon_jax._noise import SMALL, _bits, _normal, standard_normals
+
+KEY = jax.random.key(3, impl="threefry2x32")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 1, 7), (0, 4), (70_000,), (17, 33)])
+@pytest.mark.parametrize("number", [0, 7, 2**32 - 1])
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_the_bits_are_threefry_of_the_stream_and_the_position(shape, number, seed):
+    key = jax.random.key(seed, impl="threefry2x32")
+    size = int(np.prod(shape))
+    streams = np.full(size, number, np.uint32)
+    counts = np.concatenate([streams, np.arange(size, dtype=np.uint32)])
+    words = jax.extend.random.threefry_2x32(jax.random.key_data(key), jnp.array(counts))
+    expected = (words[:size] ^ words[size:]).reshape(shape)
+    drawn = _bits(key, jnp.uint32(number), jnp.ones(shape))
+    np.testing.assert_array_equal(drawn, expected)
+
+
+def test_every_draw_is_the_quantile_of_its_bits(monkeypatch):
+    # Every |u| that can occur: the odd multiples of 2⁻²³ below 1.
+    positive = np.arange(2**22, dtype=np.uint32) << 9
+    both = np.stack([positive, ~positive])
+    monkeypatch.setattr("ivon_jax._noise._bits", lambda key, number, like: jnp.array(both))
+    drawn = _normal.__wrapped__(KEY, jnp.uint32(0), jnp.ones(both.shape))
+    u = (2 * np.arange(2**22) + 1) / 2.0**23
+    expected = np.sqrt(2) * special.erfinv(u)
+    np.testing.assert_allclose(drawn[0], expected, rtol=5e-7)
+    np.testing.assert_array_equal(drawn[1], -drawn[0])
+
+
+def test_draws_are_the_same_under_vmap_and_scan():
+    keys = jax.random.split(KEY, 4)
+    like = [jnp.ones((3, 5)), jnp.ones(SMALL + 1), jnp.ones(())]
+    expected = [standard_normals(k, like) for k in keys]
+    expected = jax.tree.map(lambda *x: jnp.stack(x), *expected)
+    mapped = jax.vmap(lambda k: standard_normals(k, like))(keys)
+    _, scanned = jax.lax.scan(lambda c, k: (c, standard_normals(k, like)), None, keys)
+    for x, y, z in zip(expected, mapped, scanned, strict=True):
+        np.testing.assert_array_equal(x, y)
+        np.testing.assert_array_equal(x, z)
+
+
+def test_no_two_leaves_share_bits_whether_they_are_small_or_large():
+    like = [jnp.ones(SMALL), jnp.ones(SMALL + 1), jnp.ones(SMALL), jnp.ones(SMALL + 1)]
+    drawn = [np.asarray(x)[:SMALL] for x in standard_normals(KEY, like)]
+    correlations = np.corrcoef(drawn)[np.triu_indices(4, 1)]
+    assert np.abs(correlations).max() < 5 / np.sqrt(SMALL)
+    # One uniform draw in 2²³ values: few coincide, and only by chance.
+    assert all(np.mean(x == y) < 1e-3 for i, x in enumerate(drawn) for y in drawn[:i])
+
+
+def test_a_key_that_is_used_again_by_mistake_gives_other_numbers():
+    with jax.threefry_partitionable(True):
+        jaxs = jax.random.normal(KEY, (1000,))
+    (ours,) = standard_normals(KEY, [jnp.ones(1000)])
+    assert abs(np.corrcoef(ours, jaxs)[0, 1]) < 5 / np.sqrt(1000)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_narrower_draws_are_rounded_from_float32(dtype):
+    for size in (9, SMALL + 1):
+        (narrow,) = standard_normals(KEY, [jnp.ones(size, dtype)])
+        (wide,) = standard_normals(KEY, [jnp.ones(size)])
+        np.testing.assert_array_equal(narrow, wide.astype(dtype))
+
+
+def test_the_noise_has_the_moments_and_tails_of_a_gaussian():
+    n = 1_000_000
+    q = Posterior(jnp.zeros(n), jnp.ones(n))
+    x = np.sort(np.asarray(sample_params(jax.random.key(7), q)[1], np.float64))
+    # Expectation and variance of the first four powers; five standard errors.
+    for power, value, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(np.mean(x**power) - value) < 5 * np.sqrt(variance / n), power
+    assert stats.kstest(x, "norm").pvalue > 1e-3
+    assert np.all(np.isfinite(x)) and 4.4 < x[-1] < 6 and -6 < x[0] < -4.4
+
+
+def test_on_explicit_meshes_every_device_draws_its_own_shard_only():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    like = jax.device_put(jnp.ones((256, 256)), NamedSharding(mesh, PartitionSpec("x")))
+    draw = jax.jit(lambda k, x: x * standard_normals(k, [x])[0])
+    (expected,) = standard_normals(KEY, [jnp.ones((256, 256))])
+    np.testing.assert_array_equal(draw(KEY, like), expected)
+    compiled = draw.lower(KEY, like).compile().as_text()
+    assert "u32[32,256]" in compiled and "u32[256,256]" not in compiled
