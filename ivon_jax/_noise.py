@@ -12,6 +12,8 @@ import numpy as np
 
 from ivon_jax._fusion import computed_once, running_sums
 
+THREEFRY = "threefry2x32"
+
 SMALL = 2**14
 """Leaves of at most so many elements share one draw: a kernel of its own for each would cost far
 more to compile than to run."""
@@ -41,6 +43,23 @@ _INVERSE_CDF = (
     1.99525137,
     3.7638426,
 )
+
+
+def gaussian_noise(
+    key: jax.Array, precision: list[jax.Array], sign: jax.Array | float = 1.0
+) -> list[jax.Array]:
+    """Independent draws n ~ N(0, 1/precision) for a list of leaves; zero where it is infinite.
+
+    Args:
+      key: a typed threefry key.
+      precision: precision of each leaf, in the dtype of the draw.
+      sign: what they are multiplied with, 1 or -1.
+    """
+    draws = standard_normals(key, precision)
+    return [
+        e * (jnp.asarray(sign, p.dtype) * jax.lax.rsqrt(p))
+        for e, p in zip(draws, precision, strict=True)
+    ]
 
 
 def standard_normals(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._checks import Number, check_number, check_scalar, is_concrete
+from ivon_jax._lean import with_means
 from ivon_jax._order import lower_quantiles
 from ivon_jax._trees import Slots
 from ivon_jax.optimizer import ivon
@@ -44,6 +45,7 @@ def diagnostics(
     *,
     num_examples: Number | None = None,
     loss: Number | jax.Array | None = None,
+    params: PyTree | None = None,
 ) -> dict[str, jax.Array]:
     """Numbers for a logger that describe the posterior; pure, so that it runs under jit.
 
@@ -56,6 +58,7 @@ def diagnostics(
         and `debias` are read from it, the others are in the state.
       num_examples: N, the size of the training set, for the temperature N/λ.
       loss: the training loss, a mean per example averaged over posterior samples, for the ELBO.
+      params: the loop's parameters, where the mean is not stored (`store_mean=False`).
 
     Returns:
       A dictionary of float32 scalars. Elements that a general prior fixes count in `fixed` only:
@@ -88,8 +91,10 @@ def diagnostics(
       0.10 0.00
     """
     hess_init, clip_radius, b1, debias = _settings(settings)
+    state = with_means(state, params)
     parts = find_states(state)
     _check_one_ess(parts)
+    q = gaussian(state)
     means = [m for part in parts for m in jax.tree.leaves(part.mean)]
     hess = [h for part in parts for h in jax.tree.leaves(part.hess)]
     precisions = [p for part in parts for p in precision_leaves(part)]
@@ -109,7 +114,7 @@ def diagnostics(
         return _percentiles(name, leaves, _total(free), from_top)
 
     sigma = percentiles("sigma", precisions, from_top=True)
-    kl = _kl_divergence(gaussian(state), prior_gaussian(state)).astype(jnp.float32)
+    kl = _kl_divergence(q, prior_gaussian(state)).astype(jnp.float32)
     number = sum(x.size for x in hess)
     broken = [~jnp.isfinite(m) | ~jnp.isfinite(h) for m, h in zip(means, hess, strict=True)]
     numbers = {
@@ -191,12 +196,15 @@ def _kl_divergence(q: Posterior, prior: Posterior) -> jax.Array:
     return total
 
 
-def learning_status(state: PyTree, settings: Mapping[str, Any]) -> str:
+def learning_status(
+    state: PyTree, settings: Mapping[str, Any], *, params: PyTree | None = None
+) -> str:
     """One line that answers "is my posterior learning?", computed on the host.
 
     Args:
       state: as in `diagnostics`.
       settings: as in `diagnostics`.
+      params: as in `diagnostics`.
 
     Returns:
       A sentence that begins with "yes", "no" or "broken" and says what to change.
@@ -208,7 +216,7 @@ def learning_status(state: PyTree, settings: Mapping[str, Any]) -> str:
       >>> learning_status(ivon(0.1, **settings).init(jnp.ones(3)), settings)
       'no: no step has been taken.'
     """
-    numbers = {name: float(x) for name, x in diagnostics(state, settings).items()}
+    numbers = {name: float(x) for name, x in diagnostics(state, settings, params=params).items()}
     if numbers["nonfinite"]:
         return (
             f"broken: {numbers['nonfinite'] * numbers['num_parameters']:.0f} elements of mean or "

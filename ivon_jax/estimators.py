@@ -12,9 +12,9 @@ import optax
 from ivon_jax._arguments import argnums, arguments, batch_slices, check_argnums, check_keys
 from ivon_jax._axes import split_over, whole_first_axis, zeros_of
 from ivon_jax._checks import Number, check_axis_name, check_number, check_positive
+from ivon_jax._lean import gaussian_at
 from ivon_jax._trees import wide_dtype
 from ivon_jax.sampling import PosteriorNoise, threefry_key
-from ivon_jax.state import gaussian
 
 PyTree = Any
 # Value, gradients and the statistic that ĥ is made of, the last two for floating leaves.
@@ -135,7 +135,7 @@ def mc_value_and_grad(
         key: jax.Array, state: PyTree, *args: Any, params: PyTree | None = None
     ) -> tuple[Any, PyTree, PyTree]:
         check_argnums(len(args), rngs + (batches or ()))
-        q = PosteriorNoise(gaussian(state), params)
+        q = PosteriorNoise(gaussian_at(state, params), params)
         floating = _Floating(q.mean())
         key, first = threefry_key(key), jnp.int32(0)
         if axis_name is not None:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from ivon_jax._axes import varying_axes, varying_over
 from ivon_jax._checks import check_positive
 from ivon_jax._data import check_callable, check_floating_output, num_examples
+from ivon_jax._lean import gaussian_at
 from ivon_jax._trees import wide_dtype
 from ivon_jax.sampling import PosteriorNoise
-from ivon_jax.state import gaussian
 
 PyTree = Any
 
@@ -115,7 +115,7 @@ def linear_outputs(
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """A function of one example: its K outputs f, and J V Jᵀ (K, K) or the diagonal of it (K,)."""
     check_callable(apply_fn)
-    q = PosteriorNoise(gaussian(state), params)
+    q = PosteriorNoise(gaussian_at(state, params), params)
     variance = [1 / p for p in q.precision]
 
     def at_example(*example: PyTree) -> tuple[jax.Array, jax.Array]:

@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._checks import Number, check_floating, check_number
+from ivon_jax._lean import gaussian_at, with_means
 from ivon_jax._trees import Slots, copy_array, get_field, set_fields
-from ivon_jax.auto_sample import is_auto_sample_state
 from ivon_jax.state import (
     Posterior,
     check_single,
     decay_leaves,
     fill_unowned,
     find_states,
-    gaussian,
     gaussian_mean,
+    is_auto_sample_state,
     is_ivon_state,
+    is_lean,
     prior_gaussian,
     wide_zeros,
 )
@@ -49,7 +50,7 @@ def posterior(state: PyTree, params: PyTree | None = None, temperature: Number =
       Array([50., 50.], dtype=float32)
     """
     temperature = check_number("temperature", temperature, low=0.0, open_low=True)
-    q = gaussian(state)
+    q = gaussian_at(state, params)
     mean = jax.tree.map(copy_array, q.mean)
     precision = jax.tree.map(lambda p: p / jnp.asarray(temperature, p.dtype), q.precision)
     return _completed(Posterior(mean, precision), params)
@@ -87,7 +88,7 @@ def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:
       >>> posterior_mean(ivon(0.1, ess=100).init({"w": jnp.ones(2)}))
       {'w': Array([1., 1.], dtype=float32)}
     """
-    slots = Slots(gaussian_mean(state))
+    slots = Slots(gaussian_mean(with_means(state, params)))
     mean = [copy_array(m) for m in slots.leaves]
     if params is None:
         return slots.join(mean)
@@ -142,7 +143,7 @@ def with_mean(state: PyTree, params: PyTree) -> PyTree:
       >>> posterior_mean(with_mean(state, jnp.zeros(2)))
       Array([0., 0.], dtype=float32)
     """
-    gaussian_mean(state)  # refuses a state of no model, or of several
+    prior_gaussian(state)  # refuses a state of no model, or of several
 
     def move(node: Any) -> Any:
         if is_ivon_state(node):
@@ -160,13 +161,15 @@ def with_mean(state: PyTree, params: PyTree) -> PyTree:
 
 
 def _moved(state: PyTree, params: PyTree) -> PyTree:
+    (part,) = find_states(state)
+    if is_lean(part):
+        return set_fields(state, window=jax.tree.map(jnp.zeros_like, get_field(state, "window")))
     mean = get_field(state, "mean")
     slots = Slots(mean)
     owned, _ = slots.split("params", params)
     slots.check_shapes("params", owned)
     check_floating(slots, "params", owned)
     leaves = [copy_array(jnp.asarray(p, m.dtype)) for p, m in zip(owned, slots.leaves, strict=True)]
-    (part,) = find_states(state)
     if part.prior:  # what it fixes cannot be moved
         centers, precisions = (
             jax.tree.leaves(part.prior.mean),

@@ -15,8 +15,8 @@ from ivon_jax._axes import varying_axes, zeros_of
 from ivon_jax._checks import check_positive
 from ivon_jax._data import apply_in_batches
 from ivon_jax._heads import class_log_probs, gaussian_head
+from ivon_jax._lean import gaussian_at
 from ivon_jax.sampling import PosteriorNoise, threefry_key
-from ivon_jax.state import gaussian
 
 PyTree = Any
 
@@ -43,7 +43,7 @@ def predict_at_mean(
     apply = apply_in_batches(apply_fn, data_batch_size)
 
     def at_mean(state: PyTree, *inputs: PyTree, params: PyTree | None = None) -> PyTree:
-        return apply(PosteriorNoise(gaussian(state), params).mean(), *inputs)
+        return apply(PosteriorNoise(gaussian_at(state, params), params).mean(), *inputs)
 
     return at_mean
 
@@ -274,7 +274,7 @@ class _Draws:
     def prepare(
         self, key: jax.Array, state: PyTree, inputs: tuple[PyTree, ...], params: PyTree | None
     ) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
-        q = PosteriorNoise(gaussian(state), params)
+        q = PosteriorNoise(gaussian_at(state, params), params)
         with jax.threefry_partitionable(True):
             keys = jax.random.split(threefry_key(key), self._num_samples)
         return keys, lambda k: self._apply(q.displaced(q.draw(k)), *inputs)

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._fusion import rounded
-from ivon_jax._noise import standard_normals
+from ivon_jax._lean import gaussian_at
+from ivon_jax._noise import THREEFRY, gaussian_noise
 from ivon_jax._trees import Slots
-from ivon_jax.state import Posterior, fill_unowned, gaussian, wide_zeros
+from ivon_jax.state import Posterior, fill_unowned, wide_zeros
 
 PyTree = Any
-
-THREEFRY = "threefry2x32"
 
 
 def key_words(key: Any) -> jax.Array:
@@ -52,17 +51,6 @@ def threefry_key(key: Any) -> jax.Array:
     return threefry
 
 
-def gaussian_noise(key: jax.Array, precision: list[jax.Array]) -> list[jax.Array]:
-    """Independent draws n ~ N(0, 1/precision) for a list of leaves; zero where it is infinite.
-
-    Args:
-      key: a typed threefry key.
-      precision: precision of each leaf, in the dtype of the draw.
-    """
-    draws = standard_normals(key, precision)
-    return [e * jax.lax.rsqrt(p) for e, p in zip(draws, precision, strict=True)]
-
-
 def sample_params(
     key: jax.Array, state: PyTree, params: PyTree | None = None
 ) -> tuple[PyTree, PyTree]:
@@ -98,7 +86,7 @@ def sample_params(
       >>> bool(jnp.array_equal(sample["w"], state.mean["w"] + noise["w"]))
       True
     """
-    q = PosteriorNoise(gaussian(state), params)
+    q = PosteriorNoise(gaussian_at(state, params), params)
     key = threefry_key(key)
     return q.displaced(q.draw(key)), q.tree(q.draw_again(key))
 
@@ -123,17 +111,17 @@ class PosteriorNoise:
             if jnp.issubdtype(m.dtype, jnp.floating) != jnp.issubdtype(p.dtype, jnp.floating):
                 raise TypeError(f"params are {p.dtype} at {path}, where the mean is {m.dtype}.")
 
-    def draw(self, key: jax.Array) -> list[jax.Array]:
-        """n = ε/√precision, ε ~ N(0, I), for each owned leaf; zero where it is infinite."""
-        return gaussian_noise(key, self.precision)
+    def draw(self, key: jax.Array, sign: jax.Array | float = 1.0) -> list[jax.Array]:
+        """n = ±ε/√precision, ε ~ N(0, I), for each owned leaf; zero where it is infinite."""
+        return gaussian_noise(key, self.precision, sign)
 
-    def draw_again(self, key: jax.Array) -> list[jax.Array]:
+    def draw_again(self, key: jax.Array, sign: jax.Array | float = 1.0) -> list[jax.Array]:
         """The same draw, which XLA computes where it is used.
 
         It would otherwise keep the first one through a forward and a backward pass.
         """
         words = jax.lax.optimization_barrier(jax.random.key_data(key))
-        return self.draw(jax.random.wrap_key_data(words, impl=THREEFRY))
+        return self.draw(jax.random.wrap_key_data(words, impl=THREEFRY), sign)
 
     def sample(
         self, key: jax.Array, sign: jax.Array | float
@@ -142,12 +130,7 @@ class PosteriorNoise:
 
         That is θ − m, or a draw again where θ is rounded.
         """
-
-        def signed(noise: list[jax.Array]) -> list[jax.Array]:
-            return [n * jnp.asarray(sign, n.dtype) for n in noise]
-
-        means = self._slots.leaves
-        noise = signed(self.draw(key))
+        means, noise = self._slots.leaves, self.draw(key, sign)
         moved = [_add(m, n).astype(t) for m, n, t in zip(means, noise, self._dtypes, strict=True)]
 
         def displacement() -> list[jax.Array]:
@@ -155,7 +138,7 @@ class PosteriorNoise:
                 jnp.issubdtype(m.dtype, jnp.floating) and x.dtype == m.dtype == n.dtype
                 for x, m, n in zip(moved, means, noise, strict=True)
             ]
-            again = noise if all(exact) else signed(self.draw_again(key))
+            again = noise if all(exact) else self.draw_again(key, sign)
             return [
                 x - m if is_exact else n
                 for x, m, n, is_exact in zip(moved, means, again, exact, strict=True)

@@ -68,12 +68,50 @@ class IVONState(NamedTuple):
     window: Window | tuple[()] = ()
 
 
+class AutoSampleState(NamedTuple):
+    """State of `auto_sample`.
+
+    Attributes:
+      key: data of the key for the draws to come, uint32 of shape (2,).
+      draw_key: data of the key with which the loop's current parameters were drawn.
+      calls: number of calls in the current window of `mc_samples`, int32.
+      at_mean: whether the loop's current parameters are the mean and not a sample, bool.
+      inner_state: state of the wrapped transformation.
+      mirrored: with `antithetic`, whether these parameters were drawn with the noise negated, bool;
+        otherwise `()`.
+    """
+
+    key: jax.Array
+    draw_key: jax.Array
+    calls: jax.Array
+    at_mean: jax.Array
+    inner_state: Any
+    mirrored: jax.Array | tuple[()] = ()
+
+    def sign(self) -> jax.Array | float:
+        """The sign of the noise in the loop's current parameters."""
+        return 1.0 if isinstance(self.mirrored, tuple) else jnp.where(self.mirrored, -1.0, 1.0)
+
+
 _REQUIRED = tuple(f for f in IVONState._fields if f not in IVONState._field_defaults)
+_REQUIRED_AUTO = tuple(
+    f for f in AutoSampleState._fields if f not in AutoSampleState._field_defaults
+)
 
 
 def is_ivon_state(node: Any) -> bool:
     """Whether a node is an `IVONState`, or the mapping that `flax.nnx.state` makes of it."""
     return has_fields(node, IVONState, _REQUIRED)
+
+
+def is_auto_sample_state(node: Any) -> bool:
+    """Whether a node is an `AutoSampleState`, or the mapping that `flax.nnx.state` makes of it."""
+    return has_fields(node, AutoSampleState, _REQUIRED_AUTO)
+
+
+def is_lean(state: IVONState) -> bool:
+    """Whether the state does not store its mean (`auto_sample(store_mean=False)`)."""
+    return bool(jax.tree.leaves(state.hess)) and not jax.tree.leaves(state.mean)
 
 
 def find_states(state: PyTree) -> list[IVONState]:
@@ -146,7 +184,15 @@ def gaussian_mean(state: PyTree) -> PyTree:
     """
     if isinstance(state, Posterior):
         return without_nnx(state.mean)
-    return functools.reduce(_merge, [part.mean for part in find_states(state)])
+    parts = find_states(state)
+    if any(map(is_lean, parts)):
+        raise ValueError(
+            "this state does not store the mean (auto_sample with store_mean=False), which is "
+            "recovered from the parameters of the loop: give them as well, as in "
+            "posterior(state, params), with the whole state of auto_sample; what takes a state "
+            "only takes that posterior."
+        )
+    return functools.reduce(merge_owned, [part.mean for part in parts])
 
 
 def gaussian(state: PyTree) -> Posterior:
@@ -160,22 +206,24 @@ def gaussian(state: PyTree) -> Posterior:
         return without_nnx(state)
     parts = find_states(state)
     precisions = [Slots(part.mean).join(precision_leaves(part)) for part in parts]
-    return Posterior(gaussian_mean(state), functools.reduce(_merge, precisions))
+    return Posterior(gaussian_mean(state), functools.reduce(merge_owned, precisions))
 
 
 def prior_gaussian(state: PyTree) -> Posterior:
     """The prior of all IVON states in `state`, as in `gaussian`."""
     parts = find_states(state)
-    zeros = [jax.tree.map(jnp.zeros_like, part.mean) for part in parts]
+    zeros = [jax.tree.map(jnp.zeros_like, part.hess) for part in parts]
     priors = [
         part.prior or Posterior(zero, Slots(zero).join(precision_leaves(part._replace(hess=zero))))
         for part, zero in zip(parts, zeros, strict=True)
     ]
     means, precisions = zip(*priors, strict=True)
-    return Posterior(functools.reduce(_merge, means), functools.reduce(_merge, precisions))
+    return Posterior(
+        functools.reduce(merge_owned, means), functools.reduce(merge_owned, precisions)
+    )
 
 
-def _merge(a: PyTree, b: PyTree) -> PyTree:
+def merge_owned(a: PyTree, b: PyTree) -> PyTree:
     """Fills the `MaskedNode`s of `a` from `b`, as `optax.partition` has split them."""
     if is_masked(a):
         return b
@@ -189,7 +237,7 @@ def _merge(a: PyTree, b: PyTree) -> PyTree:
             "the state holds several IVON states for the same parameters, or for different "
             "models: pass the one that is meant."
         )
-    return treedef_a.unflatten(map(_merge, children_a, children_b))
+    return treedef_a.unflatten(map(merge_owned, children_a, children_b))
 
 
 def fill_unowned(slots: Slots, owned: list[Any], params: PyTree, fill: Any) -> PyTree:

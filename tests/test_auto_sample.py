@@ -8,6 +8,7 @@ from ivon_jax import (
     AutoSampleState,
     auto_sample,
     ivon,
+    posterior,
     posterior_mean,
     reseed,
     sample_params,
@@ -22,7 +23,7 @@ CLOSE = {"rtol": 2e-5, "atol": 1e-6}
 
 
 def gradient(params):
-    return jax.tree.map(lambda p, t: 3.0 * (p - t), params, TARGET)
+    return jax.tree.map(lambda p, t: 3.0 * (p - t.astype(p.dtype)), params, TARGET)
 
 
 def assert_trees_close(x, y, **tolerances):
@@ -294,3 +295,44 @@ def test_numpy_integers_are_seeds_and_counts():
     tx = auto_sample(ivon(0.1, 10), np.int64(3), np.int64(2))
     same = auto_sample(ivon(0.1, 10), 3, 2)
     jax.tree.map(np.testing.assert_array_equal, tx.init(PARAMS), same.init(PARAMS))
+
+
+# --- antithetic samples ----------------------------------------------------------------------
+
+
+def standardized(params, state):
+    """(θ − m)√precision: the draw behind the loop's parameters."""
+    mean, precision = posterior(state)
+    return jax.tree.map(
+        lambda p, m, s: (p.astype(m.dtype) - m) * jnp.sqrt(s), params, mean, precision
+    )
+
+
+@pytest.mark.parametrize(
+    ("mc_samples", "mirrors"),
+    [
+        # The first gradient is at the mean; -1: the draw is the one before with its sign changed.
+        (1, [0, -1, 0, -1, 0, -1, 0, -1]),
+        (2, [0, 0, -1, 0, -1, 0, -1, 0]),
+        (3, [0, -1, 0, -1, 0, -1, 0, -1]),
+        (4, [0, -1, 0, 0, -1, 0, -1, 0]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_second_sample_mirrors_the_one_before(mc_samples, mirrors, dtype):
+    tx = auto_sample(ivon(0.1, **SETTINGS), 3, mc_samples=mc_samples, antithetic=True)
+    params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    history = run(tx, len(mirrors), params)
+    draws = [np.asarray(standardized(*x)["a"], np.float32) for x in history]
+    tolerance = 0.1 if dtype == jnp.bfloat16 else 1e-4
+    for before, now, mirror in zip(draws, draws[1:], mirrors[1:], strict=False):
+        assert (np.abs(before + now).max() < tolerance) == (mirror == -1)
+        assert np.abs(before - now).max() > tolerance
+
+
+def test_in_an_even_window_the_noise_of_a_linear_gradient_cancels():
+    settings = {**SETTINGS, "b1": 0.0}  # the momentum is the window's average gradient
+    history = run(auto_sample(ivon(0.1, **settings), 0, mc_samples=2, antithetic=True), 4)
+    mean = posterior_mean(history[1][1])
+    averaged = history[3][1].inner_state.momentum
+    assert_trees_close(averaged, gradient(mean), rtol=1e-5, atol=1e-6)

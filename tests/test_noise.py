@@ -1,4 +1,4 @@
-"""Noise is threefry's bits through the inverse of the normal CDF, for any shape, key and mapping."""
+"""Noise is threefry's bits through the normal's inverse CDF, for any shape, key and mapping."""
 
 import jax
 import jax.extend

@@ -420,14 +420,5 @@ def stacked_draws(num_devices):
     return jax.jit(draw, out_shardings=NamedSharding(mesh, PartitionSpec("x")))(*arguments)
 
 
-def test_stacked_noise_is_bitwise_equal_on_one_to_eight_devices():
-    assert_trees_equal(stacked_draws(8)[1], stacked_draws(1)[1])
-
-
-def test_stacked_samples_are_equal_on_one_to_eight_devices_up_to_the_rounding_of_the_sum():
-    # XLA contracts m + ε·σ into a fused multiply-add in one kernel and not in another; the noise,
-    # which the update uses, is bitwise the same.
-    (eight, _), (one, noise) = jax.device_get((stacked_draws(8), stacked_draws(1)))
-    for a, b, n in zip(*map(jax.tree.leaves, (eight, one, noise)), strict=True):
-        operand = np.maximum(np.maximum(np.abs(b), np.abs(n)), np.abs(b - n))
-        assert np.all(np.abs(a - b) <= np.spacing(operand))
+def test_stacked_draws_are_bitwise_equal_on_one_to_eight_devices():
+    assert_trees_equal(stacked_draws(8), stacked_draws(1))
