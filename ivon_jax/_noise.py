@@ -74,12 +74,23 @@ def standard_normals(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
     """
     if not like:
         return []
+    key = jax.random.wrap_key_data(derived_keys(key, _STREAM, 1)[0], impl=THREEFRY)
     # The partitionable scheme is what makes a draw of jax independent of its sharding.
     with jax.threefry_partitionable(True):
-        key = jax.random.fold_in(key, _STREAM)
         small = iter(_sharing_one_draw(key, [x for x in like if _is_small(x)]))
         large = iter(_drawn_alone(key, [x for x in like if not _is_small(x)]))
         return [next(small if _is_small(x) else large) for x in like]
+
+
+def derived_keys(key: jax.Array, first: int, number: int) -> jax.Array:
+    """Data of `jax.random.fold_in(key, i)` for so many consecutive i, without loops on a CPU.
+
+    For `first=0` that is `jax.random.split(key, number)` under the partitionable scheme.
+    """
+    words = jax.random.key_data(key)
+    counts = jnp.arange(number, dtype=jnp.uint32) + np.uint32(first)
+    derived = jnp.stack(_threefry(words[0], words[1], jnp.zeros_like(counts), counts), axis=1)
+    return computed_once([derived])[0]
 
 
 def _is_small(x: jax.Array) -> bool:

@@ -1,4 +1,4 @@
-"""From products n⊙ĝ to a step: at once, or when a window of `auto_sample` closes."""
+"""From gradients and noise to a step: at once, or when a window of `auto_sample` closes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ivon_jax._checks import check_floating
+from ivon_jax._trees import Slots
 from ivon_jax.state import IVONState, Window, precision_leaves
 
 PyTree = Any
@@ -24,6 +26,28 @@ class Draw(NamedTuple):
     noise: PyTree
     at_sample: jax.Array | bool = True
     closes: jax.Array | bool = True
+
+
+def mean_statistics(
+    slots: Slots,
+    grads: list[jax.Array],
+    name: str,
+    other: PyTree,
+    statistic: Callable[[jax.Array, jax.Array], jax.Array],
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """ĝ and the statistic of ĝ_s and `other`, averaged over the samples s if there are several."""
+    leaves, _ = slots.split(name, other)
+    check_floating(slots, name, leaves)
+    stacked = slots.num_samples(**{"grads": grads, name: leaves}) is not None
+    pairs = [
+        (jnp.asarray(g, m.dtype), jnp.asarray(x, m.dtype))
+        for g, x, m in zip(grads, leaves, slots.leaves, strict=True)
+    ]
+
+    def mean(x: jax.Array) -> jax.Array:
+        return jnp.mean(x, axis=0) if stacked else x
+
+    return [mean(g) for g, _ in pairs], [mean(statistic(g, x)) for g, x in pairs]
 
 
 def step_or_wait(

@@ -11,7 +11,7 @@ from ivon_jax._axes import varying_axes, varying_over
 from ivon_jax._checks import check_positive
 from ivon_jax._fusion import rounded
 from ivon_jax._lean import check_recoverable, with_means, without_means
-from ivon_jax._noise import THREEFRY
+from ivon_jax._noise import THREEFRY, derived_keys
 from ivon_jax._trees import Slots, copy_array, get_field, set_fields, wide_dtype
 from ivon_jax._window import Draw
 from ivon_jax.optimizer import difference
@@ -132,9 +132,7 @@ def auto_sample(
         updates, inner_state = inner.update(
             grads, state.inner_state, params, noise=draw, **extra_args
         )
-        key, draw_key = jax.random.key_data(
-            jax.random.split(jax.random.wrap_key_data(state.key, impl=THREEFRY))
-        )
+        key, draw_key = derived_keys(jax.random.wrap_key_data(state.key, impl=THREEFRY), 0, 2)
         new_state = state._replace(
             key=key,
             draw_key=draw_key,

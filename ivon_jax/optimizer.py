@@ -30,7 +30,7 @@ from ivon_jax._prior import (
     start_at_prior,
 )
 from ivon_jax._trees import Slots, copy_array, wide_dtype, without_nnx
-from ivon_jax._window import Draw, step_or_wait
+from ivon_jax._window import Draw, mean_statistics, step_or_wait
 from ivon_jax.state import IVONState, Posterior, check_single, decay_leaves, leaf_weight_decay
 
 PyTree = Any
@@ -275,14 +275,14 @@ def ivon(
             new_decay = decay(state.mean, state.mean if params is None else params)
         take_step = functools.partial(step, new_decay)
         if hess is not None:
-            grad_leaves, hess_leaves = _mean_statistics(
+            grad_leaves, hess_leaves = mean_statistics(
                 slots, grad_leaves, "hess", hess, lambda _, h: h
             )
             new_state = take_step(state, grad_leaves, hess_leaves)
         else:
             draw = noise if isinstance(noise, Draw) else Draw(noise)
             # The mean of products n_s ⊙ ĝ_s, not the product of means.
-            grad_leaves, products = _mean_statistics(
+            grad_leaves, products = mean_statistics(
                 slots, grad_leaves, "noise", draw.noise, jnp.multiply
             )
             new_state = step_or_wait(take_step, state, grad_leaves, products, draw)
@@ -304,28 +304,6 @@ def ivon(
 
     # optax types a state as any tree of arrays.
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def _mean_statistics(
-    slots: Slots,
-    grads: list[jax.Array],
-    name: str,
-    other: PyTree,
-    statistic: Callable[[jax.Array, jax.Array], jax.Array],
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """ĝ and the statistic of ĝ_s and `other`, averaged over the samples s if there are several."""
-    leaves, _ = slots.split(name, other)
-    check_floating(slots, name, leaves)
-    stacked = slots.num_samples(**{"grads": grads, name: leaves}) is not None
-    pairs = [
-        (jnp.asarray(g, m.dtype), jnp.asarray(x, m.dtype))
-        for g, x, m in zip(grads, leaves, slots.leaves, strict=True)
-    ]
-
-    def mean(x: jax.Array) -> jax.Array:
-        return jnp.mean(x, axis=0) if stacked else x
-
-    return [mean(g) for g, _ in pairs], [mean(statistic(g, x)) for g, x in pairs]
 
 
 def _bias_correction(b1: Number, count: jax.Array) -> jax.Array:

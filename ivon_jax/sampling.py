@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._fusion import rounded
+from ivon_jax._fusion import computed_once, rounded
 from ivon_jax._lean import gaussian_at
 from ivon_jax._noise import THREEFRY, gaussian_noise
 from ivon_jax._trees import Slots
@@ -71,7 +71,7 @@ def sample_params(
     Returns:
       The sample θ, and the noise n in the dtype of the mean, to be handed to `update`.
       For parameters below float32 the noise is the exact one, before θ was rounded. Under `jit`
-      it is not kept in memory until `update`, but drawn again there.
+      on accelerators it is not kept in memory until `update`, but drawn again there.
 
     Raises:
       TypeError: if `key` is not a key.
@@ -88,7 +88,12 @@ def sample_params(
     """
     q = PosteriorNoise(gaussian_at(state, params), params)
     key = threefry_key(key)
-    return q.displaced(q.draw(key)), q.tree(q.draw_again(key))
+    noise = computed_once(q.draw(key))
+    # On a CPU a draw takes longer than to read it, and memory is not what is short.
+    later = jax.lax.platform_dependent(
+        noise, jax.random.key_data(key), cpu=lambda noise, _: noise, default=q.draw_again
+    )
+    return q.displaced(noise), q.tree(later)
 
 
 class PosteriorNoise:
@@ -115,12 +120,15 @@ class PosteriorNoise:
         """n = ±ε/√precision, ε ~ N(0, I), for each owned leaf; zero where it is infinite."""
         return gaussian_noise(key, self.precision, sign)
 
-    def draw_again(self, key: jax.Array, sign: jax.Array | float = 1.0) -> list[jax.Array]:
-        """The same draw, which XLA computes where it is used.
+    def draw_again(
+        self, noise: list[jax.Array], words: jax.Array, sign: jax.Array | float = 1.0
+    ) -> list[jax.Array]:
+        """The draw from the key of these words once more, where it is used.
 
-        It would otherwise keep the first one through a forward and a backward pass.
+        XLA would otherwise keep the first one through a forward and a backward pass.
         """
-        words = jax.lax.optimization_barrier(jax.random.key_data(key))
+        del noise
+        words = jax.lax.optimization_barrier(words)
         return self.draw(jax.random.wrap_key_data(words, impl=THREEFRY), sign)
 
     def sample(
@@ -138,7 +146,8 @@ class PosteriorNoise:
                 jnp.issubdtype(m.dtype, jnp.floating) and x.dtype == m.dtype == n.dtype
                 for x, m, n in zip(moved, means, noise, strict=True)
             ]
-            again = noise if all(exact) else self.draw_again(key, sign)
+            words = jax.random.key_data(key)
+            again = noise if all(exact) else self.draw_again(noise, words, sign)
             return [
                 x - m if is_exact else n
                 for x, m, n, is_exact in zip(moved, means, again, exact, strict=True)
