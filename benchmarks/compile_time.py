@@ -28,7 +28,7 @@ TREES: dict[str, Shapes] = {
     "gpt2 of 1e7, 148 leaves": gpt2(10_000_000),
     "500 leaves of 64": many(500, 64),
 }
-Program = tuple[Callable, tuple[Any, ...]]
+Program = tuple[Any, tuple[Any, ...]]  # a jitted function and its arguments
 
 
 def optimizer_program(contender: Contender, shapes: Shapes) -> Program:

@@ -15,7 +15,7 @@ PyTree = Any
 ValueAndGrad = Callable[[PyTree], tuple[jax.Array, PyTree]]
 
 # The cost does not depend on the values, as long as all of them stay finite.
-IVON = {"learning_rate": 1e-3, "ess": 1e6}
+IVON: dict[str, Any] = {"learning_rate": 1e-3, "ess": 1e6}
 
 
 class Contender(NamedTuple):
@@ -91,6 +91,23 @@ def peer(path: Path) -> Contender:
     return Contender(init, step)
 
 
+def without_draws() -> Contender:
+    """`ivon` alone with an estimate of h given: what is left of the step without random numbers."""
+    tx = ivon(**IVON)
+
+    def init(params: PyTree) -> PyTree:
+        params = jax.tree.map(jnp.array, params)
+        return params, tx.init(params)
+
+    def step(carry: PyTree, value_and_grad: ValueAndGrad) -> tuple[PyTree, jax.Array]:
+        params, state = carry
+        loss, grads = value_and_grad(params)
+        updates, state = tx.update(grads, state, params, hess=grads)
+        return (optax.apply_updates(params, updates), state), loss
+
+    return Contender(init, step)
+
+
 def lean(**options: Any) -> Contender:
     """`auto_sample` without a stored mean."""
     return plain(auto_sample(ivon(**IVON, **options), 0, store_mean=False))
@@ -104,6 +121,7 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
     "lean, bfloat16 momentum": lambda: lean(momentum_dtype=jnp.bfloat16),
     "antithetic": lambda: plain(auto_sample(ivon(**IVON), 0, antithetic=True)),
     "explicit": explicit,
+    "no draw, h given": without_draws,
 }
 BASELINE = "optax.adamw"
 

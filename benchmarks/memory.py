@@ -2,7 +2,8 @@
 
     pip install -e ".[examples]"
     python benchmarks/memory.py
-    pip install "jax[tpu]" && python benchmarks/memory.py --tpu v5e:2x2      # without a TPU
+    pip install "jax[tpu]"
+    python benchmarks/memory.py --tpu v5e:2x2 --models mlp1m gpt10m      # without a TPU
 
 Bytes per parameter, from the compiler (nothing is run): parameters and state; the same with the
 gradients, activations and temporaries of a step, at its peak.

@@ -37,7 +37,9 @@ def _apply(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 def _images(side: tuple[int, ...], key: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     image_key, label_key = jax.random.split(key)
-    return jax.random.normal(image_key, (size, *side)), jax.random.randint(label_key, size, 0, 10)
+    return jax.random.normal(image_key, (size, *side)), jax.random.randint(
+        label_key, (size,), 0, 10
+    )
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

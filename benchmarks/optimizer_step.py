@@ -32,7 +32,7 @@ TREES: dict[str, Callable[[int], Shapes]] = {
 }
 
 
-def make_step(contender: Contender) -> Callable[[PyTree, PyTree], PyTree]:
+def make_step(contender: Contender) -> Any:
     """A jitted step from given gradients, which also returns the point they would be taken at."""
 
     @partial(jax.jit, donate_argnums=0)

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-import ivon  # the package ivon-opt
-import torch
+import ivon  # pyright: ignore[reportMissingImports] the package ivon-opt
+import torch  # pyright: ignore[reportMissingImports]
 
 
 def steps(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[int], None]]:

@@ -58,7 +58,8 @@ def auto_sample(
       store_mean: whether the state holds the mean. Without it the state is as large as AdamW's:
         the mean is recovered as θ − n, with n drawn again from its key, and what needs the mean
         takes the loop's parameters, as in `posterior(state, params)`. Rounding adds a random walk
-        of the size that float32 updates themselves have, while σ is not larger than the means.
+        of the size that float32 updates themselves have while σ is below a tenth of the means,
+        and about twice that where it is as large as they are.
       antithetic: whether every second sample mirrors the one before, m' − εσ' after m + εσ. With
         an even `mc_samples` both are taken at one mean. With `mc_samples=1` the mean has moved in
         between, by a step that depends on ε, and h is biased upwards: see the benchmarks.
@@ -142,7 +143,7 @@ def auto_sample(
         )
         if antithetic:
             pairs_end = draw.closes if mc_samples % 2 == 0 else False
-            mirrored = ~(state.at_mean | state.mirrored | pairs_end)
+            mirrored = ~(state.at_mean | jnp.asarray(state.mirrored) | pairs_end)
             new_state = new_state._replace(
                 key=jnp.where(mirrored, state.key, key),
                 draw_key=jnp.where(mirrored, state.draw_key, draw_key),
