@@ -79,8 +79,9 @@ def test_a_hundred_adversarial_steps_in_a_row_never_reach_zero(hyper, pull):
 @SETTINGS
 @given(
     hyperparameters,
-    hnp.arrays(np.float32, SIZE, elements=st.floats(-1e6, 1e6, width=32)),
-    hnp.arrays(np.float32, SIZE, elements=st.floats(-1e3, 1e3, width=32)),
+    # A compiled step flushes subnormal numbers to zero.
+    hnp.arrays(np.float32, SIZE, elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False)),
+    hnp.arrays(np.float32, SIZE, elements=st.floats(-1e3, 1e3, width=32, allow_subnormal=False)),
 )
 def test_no_parameter_moves_further_than_rate_times_precision_times_radius(hyper, grads, mean):
     hyper = {**float32(hyper), "clip_radius": jnp.float32(min(hyper["clip_radius"], 1.0))}
