@@ -25,7 +25,7 @@ _PARITY = np.uint32(0x1BD11BDA)
 _STREAM = 0x49564F4E  # "IVON": a key that was used for something else by mistake does no harm
 
 # √2 erf⁻¹(u)/u as a polynomial in w/8 − 1 with w = −log(1−u²) ≤ 16, highest power first. Fitted to
-# the smallest relative error, 6e-8; in float32 it is below 5e-7 for every u that can occur.
+# the smallest relative error, which in float32 is below 5e-7 for every u that can occur.
 _INVERSE_CDF = (
     0.0101717147,
     -0.012554367,

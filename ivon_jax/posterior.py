@@ -162,7 +162,10 @@ def with_mean(state: PyTree, params: PyTree) -> PyTree:
 
 def _moved(state: PyTree, params: PyTree) -> PyTree:
     (part,) = find_states(state)
-    if is_lean(part):
+    if is_lean(part):  # the loop's parameters will be the mean
+        slots = Slots(part.hess)
+        owned, _ = slots.split("params", params)
+        slots.check_shapes("params", owned)
         return set_fields(state, window=jax.tree.map(jnp.zeros_like, get_field(state, "window")))
     mean = get_field(state, "mean")
     slots = Slots(mean)

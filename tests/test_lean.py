@@ -215,6 +215,12 @@ def test_with_mean_restarts_at_new_parameters():
     chex.assert_trees_all_equal(stepped.inner_state[1].hess, state.inner_state[1].hess)
 
 
+def test_with_mean_refuses_parameters_that_do_not_fit():
+    state = auto_sample(chained(), 0, store_mean=False).init(PARAMS)
+    with pytest.raises(ValueError, match=r"params has shape \(4,\) at \['a'\]"):
+        with_mean(state, {**PARAMS, "a": jnp.ones(4)})
+
+
 def test_reseed_and_with_ess_keep_the_posterior():
     tx = auto_sample(chained(), 0, store_mean=False)
     params, state = run(tx, 5)
