@@ -1,4 +1,4 @@
-"""Results as JSON lines: each finished run is a record, so that a command can be stopped and go on."""
+"""Results as JSON lines, one record per finished run: a command can be stopped and goes on."""
 
 import argparse
 import json
@@ -18,9 +18,9 @@ Result = Mapping[str, Any]
 class Journal:
     """A file of finished runs; what is in it is not computed again.
 
-    Every line is a record `{"run": ..., "result": ...}`, or `{"environment": ...}`, written each time
-    that a command starts to compute, with its hardware, versions and date. A line that was cut
-    short by a kill is dropped.
+    Every line is a record `{"run": ..., "result": ...}`, or `{"environment": ...}`, written each
+    time that a command starts to compute, with its hardware, versions and date. A line that was
+    cut short by a kill is dropped.
 
     Args:
       path: the file, made when the first run is finished.
@@ -43,7 +43,7 @@ class Journal:
     def compute_all(
         self, runs: Sequence[Run], work: Callable[[list[Run]], Sequence[Result]]
     ) -> list[Result]:
-        """The results of runs that are computed together; `work` is given those that are missing."""
+        """The results of runs that are computed together; `work` gets those that are missing."""
         missing = [run for run in runs if _identity(run) not in self._results]
         if missing:
             results = work(missing)
@@ -81,8 +81,8 @@ class Journal:
                     self.environments.append(record["environment"])
             except (ValueError, KeyError, TypeError):
                 raise SystemExit(
-                    f"{self.path}, line {number}, is not a record of results; move the file away, or "
-                    "name another with --results"
+                    f"{self.path}, line {number}, is not a record of results; move the file away, "
+                    "or name another with --results"
                 ) from None
         if len(whole) < len(content):
             self.path.write_bytes(whole)
