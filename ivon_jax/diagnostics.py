@@ -32,6 +32,9 @@ MOVED = 0.1
 EXPLODED = 1e3
 """A median of h above this multiple of h₀ is taken for divergence."""
 
+GUARD = 0.1
+"""The `curvature_floor` that `learning_status` recommends."""
+
 _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(ivon).parameters.items()
@@ -54,8 +57,9 @@ def diagnostics(
     Args:
       state: an `IVONState`, or any nested optax or `flax.nnx` state that contains one or
         several, whose leaves are then counted together.
-      settings: the keyword arguments that `ivon` was given. `hess_init`, `clip_radius`, `b1`
-        and `debias` are read from it, the others are in the state.
+      settings: the arguments that `ivon` was given, by name. `hess_init`, `clip_radius`,
+        `curvature_floor`, `b1`, `debias` and, for the risk, `learning_rate` are read from it, the
+        others are in the state.
       num_examples: N, the size of the training set, for the temperature N/λ.
       loss: the training loss, a mean per example averaged over posterior samples, for the ELBO.
       params: the loop's parameters, where the mean is not stored (`store_mean=False`).
@@ -71,6 +75,11 @@ def diagnostics(
       * `hess/moved`: share of elements with |h−h₀| > 0.1 h₀;
       * `update/clipped`: share of elements whose preconditioned step (ḡ+δm)/(h+δ), at the
         current momentum and mean, is at the clip radius;
+      * `update/gain`: the largest (h₀+δ)/max(h+δ, ρ(h₀+δ)), by which a step of the weight that has
+        lost most of its curvature is longer than at the start, ρ being the `curvature_floor`;
+      * `update/risk`, with `learning_rate`: α·gain·c/(h₀+δ) over 2(1+β₁)/(1−β₁). A quadratic of
+        curvature c diverges above one, so that a quiet weight may set off a divergence when it
+        wakes up with c, the 99th percentile of h+δ. Zero where a clip radius bounds the steps;
       * `kl`: KL(q‖prior) in nats over the elements with a proper prior, and `kl/flat`, the
         share of elements without one (δ = 0), which are left out of it;
       * `temperature`: N/λ, with `num_examples`;
@@ -90,7 +99,7 @@ def diagnostics(
       >>> print(f"{numbers['sigma/p50']:.2f} {numbers['hess/moved']:.2f}")
       0.10 0.00
     """
-    hess_init, clip_radius, b1, debias = _settings(settings)
+    hess_init, clip_radius, floor, b1, debias = _settings(settings)
     state = with_means(state, params)
     parts = find_states(state)
     _check_one_ess(parts)
@@ -114,6 +123,7 @@ def diagnostics(
         return _percentiles(name, leaves, _total(free), from_top)
 
     sigma = percentiles("sigma", precisions, from_top=True)
+    gain = _largest_gain(parts, hess_init, floor)
     kl = _kl_divergence(q, prior_gaussian(state)).astype(jnp.float32)
     number = sum(x.size for x in hess)
     broken = [~jnp.isfinite(m) | ~jnp.isfinite(h) for m, h in zip(means, hess, strict=True)]
@@ -130,11 +140,19 @@ def diagnostics(
         "hess/negative": share(h < 0 for h in hess),
         "hess/moved": share(_differs(h, hess_init) for h in hess),
         "update/clipped": share(jnp.abs(u) >= jnp.asarray(clip_radius, u.dtype) for u in steps),
+        "update/gain": gain,
         "kl": kl,
         "kl/flat": share(
             jnp.broadcast_to(d == 0, h.shape) for d, h in zip(deltas, hess, strict=True)
         ),
     }
+    if "learning_rate" in settings:
+        rate = settings["learning_rate"]
+        rate = rate(parts[0].count) if callable(rate) else rate
+        delta = jnp.min(jnp.stack([jnp.min(d) for d in deltas])) if deltas else 0.0
+        busy = (numbers["hess/p99"] + delta) / (hess_init + delta)
+        risk = rate * gain * busy * (1 - b1) / (2 * (1 + b1))
+        numbers["update/risk"] = jnp.where(jnp.isinf(jnp.asarray(clip_radius)), risk, 0.0)
     if num_examples is not None:
         count = check_number("num_examples", num_examples, low=0.0, open_low=True)
         numbers["temperature"] = count / ess
@@ -207,7 +225,9 @@ def learning_status(
       params: as in `diagnostics`.
 
     Returns:
-      A sentence that begins with "yes", "no" or "broken" and says what to change.
+      A sentence that begins with "yes", "no", "at risk" or "broken" and says what to change. A run
+      is at risk when `update/risk` is above one, for which `settings` must name the
+      `learning_rate`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -235,6 +255,13 @@ def learning_status(
     )
     if median > EXPLODED:
         return f"no: h has exploded: {found}. Raise hess_init, or lower the learning rate."
+    if numbers.get("update/risk", 0.0) > 1:
+        return (
+            "at risk: a step of the weight with the least curvature is "
+            f"{numbers['update/gain']:.3g} "
+            "times as long as under h₀, which diverges if it wakes up: set "
+            f"curvature_floor={GUARD:g}, or lower the learning rate or hess_init."
+        )
     if numbers["hess/moved"] < 0.05:
         memory = 1 - b2 ** numbers["step"]
         return (
@@ -248,14 +275,15 @@ def learning_status(
     )
 
 
-def _settings(settings: Mapping[str, Any]) -> tuple[Number, Number, Number, bool]:
+def _settings(settings: Mapping[str, Any]) -> tuple[Number, Number, Number, Number, bool]:
     unknown = set(settings) - set(_DEFAULTS) - {"learning_rate", "ess"}
     if unknown:
         raise TypeError(
             f"settings must be the keyword arguments of ivon(); unknown: {', '.join(unknown)}."
         )
     known = {**_DEFAULTS, **settings}
-    return known["hess_init"], known["clip_radius"], known["b1"], known["debias"]
+    names = ("hess_init", "clip_radius", "curvature_floor", "b1", "debias")
+    return tuple(known[name] for name in names)
 
 
 def _check_one_ess(parts: list[IVONState]) -> None:
@@ -286,6 +314,23 @@ def _preconditioned(state: IVONState, b1: Number, debias: bool) -> list[jax.Arra
         return jnp.where(still, 0, (g + delta * (m - m0)) / (h + delta))
 
     return [step(*leaf) for leaf in leaves]
+
+
+def _largest_gain(parts: list[IVONState], hess_init: Number, floor: Number) -> jax.Array:
+    """max (h₀+δ)/max(h+δ, ρ(h₀+δ)) over elements with a finite δ."""
+
+    def gain(h: Any, delta: Any) -> jax.Array:
+        delta = delta.astype(h.dtype)
+        start = jnp.asarray(hess_init, h.dtype) + delta
+        ratio = start / jnp.maximum(h + delta, jnp.asarray(floor, h.dtype) * start)
+        return jnp.max(jnp.where(jnp.isinf(delta), 1, ratio), initial=1).astype(jnp.float32)
+
+    leaves = [
+        gain(h, d)
+        for part in parts
+        for h, d in zip(jax.tree.leaves(part.hess), decay_leaves(part), strict=True)
+    ]
+    return jnp.max(jnp.stack(leaves)) if leaves else jnp.ones([], jnp.float32)
 
 
 def _percentiles(

@@ -49,6 +49,7 @@ def ivon(
     weight_decay: Number = DEFAULT_WEIGHT_DECAY,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     clip_radius: Number = math.inf,
+    curvature_floor: Number = 0.0,
     rescale_lr: bool = True,
     debias: bool = True,
     axis_name: str | tuple[str, ...] | None = None,
@@ -93,6 +94,9 @@ def ivon(
         given them) that returns one. The others have δ = 0.
       clip_radius: ξ, bound on each element of u. The largest move of a parameter in one
         step is α(h₀+δ)ξ.
+      curvature_floor: ρ, a guard against divergence: u divides by max(h+δ, ρ(h₀+δ)), so that no
+        step is more than 1/ρ times as long as under h₀. The posterior's width, and the points
+        where the mean rests, stay the same. 0 is the published algorithm, 0.1 the guard to use.
       rescale_lr: whether α is multiplied by h₀+δ.
       debias: whether g is debiased by 1−β₁ᵗ.
       axis_name: mapped axis (or axes) over which ĝ and n⊙ĝ are averaged; each device then
@@ -146,6 +150,7 @@ def ivon(
     b2 = check_number("b2", b2, low=0.0, high=1.0)
     weight_decay = check_number("weight_decay", weight_decay, low=0.0)
     clip_radius = check_number("clip_radius", clip_radius, low=0.0, open_low=True, allow_inf=True)
+    curvature_floor = check_number("curvature_floor", curvature_floor, low=0.0, high=1.0)
     momentum_dtype = check_momentum_dtype(momentum_dtype)
     check_axis_name("axis_name", axis_name)
     if prior is not None:
@@ -244,7 +249,8 @@ def ivon(
         numerator = g_bar + delta * (m if m0 is None else m - m0)
         # Neither the clip nor the division may turn a statistic that has overflowed into a number.
         proper = jnp.isfinite(numerator) & jnp.isfinite(h_new)
-        u = jnp.where(proper, numerator / (h_new + delta), jnp.nan)
+        curvature = jnp.maximum(h_new + delta, real(curvature_floor) * (real(hess_init) + delta))
+        u = jnp.where(proper, numerator / curvature, jnp.nan)
         if not (isinstance(clip_radius, float) and math.isinf(clip_radius)):
             u = jnp.clip(u, -real(clip_radius), real(clip_radius))
         alpha = real(lr) * (real(hess_init) + real(rate_delta)) if rescale_lr else real(lr)

@@ -213,3 +213,28 @@ def test_on_a_real_run_h_moves_and_the_elbo_rises():
         elbos.append(float(elbo))
     assert np.mean(elbos[-10:]) > np.mean(elbos[:3]) + 10
     assert learning_status(state, SETTINGS).startswith("yes")
+
+
+def test_the_gain_and_the_risk_of_a_weight_that_has_lost_its_curvature():
+    """Of 200 weights one has 1/500 of the initial precision and two four times as much."""
+    delta = 0.5 / 499  # so that h = 0 is that share
+    settings = {"learning_rate": 0.3, "ess": 100.0, "hess_init": 0.5, "weight_decay": delta}
+    state = ivon(**settings).init(jnp.ones(200))
+    high = 4 * (0.5 + delta) - delta
+    hess = state.hess.at[0].set(0.0).at[1:4].set(high)
+    state = state._replace(count=jnp.int32(5), hess=hess)
+    bound = 2 * 1.9 / 0.1
+    numbers = diagnostics(state, settings)
+    np.testing.assert_allclose(numbers["update/gain"], 500, rtol=1e-4)
+    np.testing.assert_allclose(numbers["update/risk"], 0.3 * 500 * 4 / bound, rtol=1e-4)
+    assert learning_status(state, settings).startswith("at risk: ")
+    scheduled = {**settings, "learning_rate": lambda count: 0.01 * count.astype(float)}
+    assert diagnostics(state, scheduled)["update/risk"] == pytest.approx(0.05 * 2000 / bound, 1e-4)
+    guarded = {**settings, "curvature_floor": 0.1}
+    np.testing.assert_allclose(diagnostics(state, guarded)["update/gain"], 10, rtol=1e-4)
+    assert diagnostics(state, guarded)["update/risk"] < 1
+    assert not learning_status(state, guarded).startswith("at risk")
+    assert diagnostics(state, {**settings, "clip_radius": 1.0})["update/risk"] == 0
+    del settings["learning_rate"]
+    assert "update/risk" not in diagnostics(state, settings)
+    assert not learning_status(state, settings).startswith("at risk")

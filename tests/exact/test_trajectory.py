@@ -22,6 +22,12 @@ def decayed(count):
 SETTINGS = {
     "plain": {},
     "clip": {"clip_radius": 0.9},
+    "floor": {"curvature_floor": 0.9, "hess_init": 1.5},
+    "floor_and_masked_prior": {
+        "curvature_floor": 0.8,
+        "weight_decay": 0.3,
+        "mask": {"b": False, "w": True},
+    },
     "no_rescale": {"rescale_lr": False},
     "no_debias": {"debias": False},
     "clip_no_rescale_no_debias": {"clip_radius": 0.4, "rescale_lr": False, "debias": False},
@@ -55,6 +61,7 @@ class Reference:
     def __init__(self, **settings):
         self.count = 0
         self.clipped = []
+        self.floored = []
         self._read(settings)
         self.mean = dict(PARAMS)
         self.hess = {k: np.full(m.shape, float(self.hess_init)) for k, m in PARAMS.items()}
@@ -62,12 +69,21 @@ class Reference:
 
     def _read(self, settings):
         values = {"b1": 0.9, "clip_radius": np.inf, "rescale_lr": True, "debias": True}
+        values |= {"curvature_floor": 0.0}
         values |= {"mask": None} | DEFAULTS | settings
         mask = values["mask"](PARAMS) if callable(values["mask"]) else values["mask"]
         decay = as_float32(values["weight_decay"])
         self.delta = {k: decay if mask is None or mask[k] else 0.0 for k in PARAMS}
         self.ess = as_float32(values["ess"])
-        for name in ("learning_rate", "b1", "b2", "hess_init", "clip_radius", "rescale_lr"):
+        for name in (
+            "learning_rate",
+            "b1",
+            "b2",
+            "hess_init",
+            "clip_radius",
+            "curvature_floor",
+            "rescale_lr",
+        ):
             setattr(self, name, values[name])
         self.debias = values["debias"]
 
@@ -92,7 +108,9 @@ class Reference:
             h = h + d + 0.5 * d**2 / (h + d_old)
             assert np.all(h + d_new > 10 * PRECISION_FLOOR * (self.hess_init + d_new))
             g_bar = g / (1 - self.b1**self.count) if self.debias else g
-            direction = (g_bar + d_new * m) / (h + d_new)
+            floor = self.curvature_floor * (self.hess_init + d_new)
+            self.floored.append(np.mean(h + d_new < floor))
+            direction = (g_bar + d_new * m) / np.maximum(h + d_new, floor)
             u = np.clip(direction, -self.clip_radius, self.clip_radius)
             self.clipped.append(np.mean(u != direction))
             alpha = lr * (self.hess_init + d_new) if self.rescale_lr else lr
@@ -189,6 +207,8 @@ def test_trajectory_in_float64_is_the_equations(name, samples):
         reference = run(SETTINGS[name], samples, jnp.float64, FLOAT64_RTOL)
     if "clip_radius" in SETTINGS[name]:
         assert 0.02 < np.mean(reference.clipped) < 0.95, "the clip must act, but not always"
+    if "curvature_floor" in SETTINGS[name]:
+        assert 0.02 < np.mean(reference.floored) < 0.98, "the floor must act, but not always"
 
 
 @pytest.mark.parametrize(("name", "samples"), [*((n, 3) for n in SETTINGS), ("plain", None)])
