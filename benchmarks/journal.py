@@ -48,7 +48,8 @@ class Journal:
         if missing:
             results = work(missing)
             if not self._computed:
-                self._write({"environment": environment()})
+                self.environments.append(environment())
+                self._write({"environment": self.environments[-1]})
             for run, result in zip(missing, results, strict=True):
                 self._write({"run": run, "result": result})
                 self._runs[_identity(run)] = dict(run)
