@@ -2,8 +2,9 @@
 
 from ivon_jax import metrics, recipes
 from ivon_jax.auto_sample import AutoSampleState, auto_sample, reseed
-from ivon_jax.diagnostics import diagnostics, kl_divergence, learning_status
+from ivon_jax.diagnostics import diagnostics, learning_status
 from ivon_jax.estimators import mc_value_and_grad
+from ivon_jax.kl import kl_divergence
 from ivon_jax.linearization import Linearized, linearize, probit_log_probs
 from ivon_jax.merging import merge, task_arithmetic
 from ivon_jax.optimizer import ivon

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from ivon_jax._checks import Number, check_number, check_scalar, is_concrete
 from ivon_jax._lean import with_means
 from ivon_jax._order import lower_quantiles
-from ivon_jax._trees import Slots
+from ivon_jax.kl import divergence
 from ivon_jax.optimizer import ivon
 from ivon_jax.pruning import ratio_leaves
 from ivon_jax.state import (
     IVONState,
-    Posterior,
     decay_leaves,
     find_states,
     gaussian,
@@ -34,6 +33,9 @@ EXPLODED = 1e3
 
 GUARD = 0.1
 """The `curvature_floor` that `learning_status` recommends."""
+
+MARGIN = 10.0
+"""By how much noisy gradients have to stay below the bound of stability of exact ones."""
 
 _DEFAULTS = {
     name: parameter.default
@@ -77,9 +79,10 @@ def diagnostics(
         current momentum and mean, is at the clip radius;
       * `update/gain`: the largest (h₀+δ)/max(h+δ, ρ(h₀+δ)), by which a step of the weight that has
         lost most of its curvature is longer than at the start, ρ being the `curvature_floor`;
-      * `update/risk`, with `learning_rate`: α·gain·c/(h₀+δ) over 2(1+β₁)/(1−β₁). A quadratic of
-        curvature c diverges above one, so that a quiet weight may set off a divergence when it
-        wakes up with c, the 99th percentile of h+δ. Zero where a clip radius bounds the steps;
+      * `update/risk`, with `learning_rate`: ten times α·gain·c/(h₀+δ) over 2(1+β₁)/(1−β₁), the
+        bound above which a quadratic of curvature c diverges; above one, a quiet weight that
+        wakes up may set off a divergence. c is h₀+δ, or the 99th percentile of h+δ if that is
+        larger. Zero where a clip radius bounds the steps;
       * `kl`: KL(q‖prior) in nats over the elements with a proper prior, and `kl/flat`, the
         share of elements without one (δ = 0), which are left out of it;
       * `temperature`: N/λ, with `num_examples`;
@@ -124,7 +127,7 @@ def diagnostics(
 
     sigma = percentiles("sigma", precisions, from_top=True)
     gain = _largest_gain(parts, hess_init, floor)
-    kl = _kl_divergence(q, prior_gaussian(state)).astype(jnp.float32)
+    kl = divergence(q, prior_gaussian(state)).astype(jnp.float32)
     number = sum(x.size for x in hess)
     broken = [~jnp.isfinite(m) | ~jnp.isfinite(h) for m, h in zip(means, hess, strict=True)]
     numbers = {
@@ -150,8 +153,8 @@ def diagnostics(
         rate = settings["learning_rate"]
         rate = rate(parts[0].count) if callable(rate) else rate
         delta = jnp.min(jnp.stack([jnp.min(d) for d in deltas])) if deltas else 0.0
-        busy = (numbers["hess/p99"] + delta) / (hess_init + delta)
-        risk = rate * gain * busy * (1 - b1) / (2 * (1 + b1))
+        busy = jnp.maximum((numbers["hess/p99"] + delta) / (hess_init + delta), 1)
+        risk = MARGIN * rate * gain * busy * (1 - b1) / (2 * (1 + b1))
         numbers["update/risk"] = jnp.where(jnp.isinf(jnp.asarray(clip_radius)), risk, 0.0)
     if num_examples is not None:
         count = check_number("num_examples", num_examples, low=0.0, open_low=True)
@@ -161,57 +164,6 @@ def diagnostics(
         numbers["elbo"] = -ess * jnp.asarray(loss, jnp.float32) - kl
         numbers["elbo/per_example"] = numbers["elbo"] / ess
     return {name: jnp.asarray(x, jnp.float32) for name, x in numbers.items()}
-
-
-def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
-    """KL(q‖prior) = ½Σ[s₀σ² + s₀(m−m₀)² − 1 − log(s₀σ²)] of two diagonal Gaussians, in nats.
-
-    Elements with a flat prior (s₀ = 0), which have no divergence, and those that are fixed in q
-    (σ = 0) are left out.
-
-    Args:
-      q: a posterior, or a state.
-      prior: a Gaussian over the same tree, such as `prior_of(state)`.
-
-    Returns:
-      A scalar; +inf where the prior fixes an element at another value, or one that is free in q.
-
-    Raises:
-      ValueError: if the trees do not fit.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from ivon_jax import Posterior, kl_divergence
-      >>> q = Posterior(jnp.array([1.0]), jnp.array([1.0]))
-      >>> print(kl_divergence(q, Posterior(jnp.zeros(1), jnp.ones(1))))
-      0.5
-    """
-    return _kl_divergence(gaussian(q), gaussian(prior))
-
-
-def _kl_divergence(q: Posterior, prior: Posterior) -> jax.Array:
-    slots = Slots(q.mean)
-    trees = {
-        "q.precision": q.precision,
-        "prior.mean": prior.mean,
-        "prior.precision": prior.precision,
-    }
-    leaves = []
-    for name, tree in trees.items():
-        split, _ = slots.split(name, tree)
-        slots.check_shapes(name, split)
-        leaves.append(split)
-    total = jnp.zeros([])
-    for m, p, m0, p0 in zip(slots.leaves, *leaves, strict=True):
-        p0, shift = p0.astype(p.dtype), m.astype(p.dtype) - m0.astype(p.dtype)
-        fixed, only_prior = jnp.isinf(p), jnp.isinf(p0) & ~jnp.isinf(p)
-        # Not p0 > 0, so that a NaN is counted and seen.
-        counted = (p0 != 0) & ~fixed & ~only_prior
-        ratio, square = jnp.where(counted, p0 / p, 1), jnp.where(counted, p0, 0) * shift**2
-        terms = ratio - 1 - jnp.log(ratio) + jnp.where(counted, square, 0)
-        impossible = only_prior | (fixed & jnp.isinf(p0) & (shift != 0))
-        total = total + 0.5 * jnp.sum(jnp.where(impossible, jnp.inf, terms)).astype(total.dtype)
-    return total
 
 
 def learning_status(
@@ -225,9 +177,8 @@ def learning_status(
       params: as in `diagnostics`.
 
     Returns:
-      A sentence that begins with "yes", "no", "at risk" or "broken" and says what to change. A run
-      is at risk when `update/risk` is above one, for which `settings` must name the
-      `learning_rate`.
+      A sentence that begins with "yes", "no", "at risk" or "broken" and says what to change. It
+      warns of divergence by `update/risk`, for which `settings` must name the `learning_rate`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -244,6 +195,11 @@ def learning_status(
             "a clip_radius."
         )
     if not numbers["step"]:
+        if numbers["signal_to_noise/p50"] < 0.5:
+            return (
+                "at risk: the samples are mostly noise before the first step (median |m|/σ "
+                f"{numbers['signal_to_noise/p50']:.2g}): raise hess_init or ess."
+            )
         return "no: no step has been taken."
     if numbers["fixed"] == 1 or not numbers["num_parameters"]:
         return "no: there is no free element to learn."

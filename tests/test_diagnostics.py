@@ -223,7 +223,7 @@ def test_the_gain_and_the_risk_of_a_weight_that_has_lost_its_curvature():
     high = 4 * (0.5 + delta) - delta
     hess = state.hess.at[0].set(0.0).at[1:4].set(high)
     state = state._replace(count=jnp.int32(5), hess=hess)
-    bound = 2 * 1.9 / 0.1
+    bound = 2 * 1.9 / 0.1 / 10
     numbers = diagnostics(state, settings)
     np.testing.assert_allclose(numbers["update/gain"], 500, rtol=1e-4)
     np.testing.assert_allclose(numbers["update/risk"], 0.3 * 500 * 4 / bound, rtol=1e-4)
@@ -232,9 +232,16 @@ def test_the_gain_and_the_risk_of_a_weight_that_has_lost_its_curvature():
     assert diagnostics(state, scheduled)["update/risk"] == pytest.approx(0.05 * 2000 / bound, 1e-4)
     guarded = {**settings, "curvature_floor": 0.1}
     np.testing.assert_allclose(diagnostics(state, guarded)["update/gain"], 10, rtol=1e-4)
-    assert diagnostics(state, guarded)["update/risk"] < 1
+    assert diagnostics(state, guarded)["update/risk"] == pytest.approx(0.3 * 40 / bound, 1e-4)
+    guarded["learning_rate"] = 0.05
     assert not learning_status(state, guarded).startswith("at risk")
     assert diagnostics(state, {**settings, "clip_radius": 1.0})["update/risk"] == 0
     del settings["learning_rate"]
     assert "update/risk" not in diagnostics(state, settings)
     assert not learning_status(state, settings).startswith("at risk")
+
+
+def test_samples_that_are_mostly_noise_are_told_before_the_first_step():
+    for ess, expected in ((1.0, "at risk: the samples are mostly noise"), (1e3, "no: no step")):
+        status = learning_status(ivon(0.1, ess, hess_init=0.01).init(jnp.ones(3)), {})
+        assert status.startswith(expected)

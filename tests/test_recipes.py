@@ -57,3 +57,26 @@ def test_the_mask_of_matrices_reads_any_tree():
     tree = {"a": [jnp.ones(()), jnp.ones((1, 1, 1))]}
     assert recipes.matrices(tree) == {"a": [False, True]}
     assert isinstance(optax.adamw(1e-3, mask=recipes.matrices), optax.GradientTransformation)
+
+
+def test_the_suggested_hess_init_starts_the_noise_at_a_quarter_of_the_weights():
+    rng = np.random.default_rng(0)
+    params = {
+        "kernel": jnp.asarray(0.1 * rng.standard_normal((300, 200)), jnp.float32),
+        "bias": jnp.full(1000, 50.0),  # vectors do not count
+        "step": jnp.zeros((2, 2), jnp.int32),
+    }
+    for ess, noise in ((1e3, 0.25), (1e6, 0.25), (1e4, 0.1)):
+        hess_init = recipes.hess_init_for(params, ess, noise=noise)
+        sigma = 1 / np.sqrt(ess * hess_init)
+        np.testing.assert_allclose(sigma, noise * 0.1, rtol=0.02)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["kernel"])
+    np.testing.assert_allclose(
+        recipes.hess_init_for(half, 1e3), recipes.hess_init_for(params, 1e3), rtol=0.02
+    )
+    assert recipes.hess_init_for(jnp.full(3, 0.1), 10_000) == 0.16
+    with pytest.raises(ValueError, match="weights other than zero"):
+        recipes.hess_init_for(jnp.zeros((2, 2)), 10)
+    for bad in ({"ess": 0.0}, {"ess": 10, "noise": -1.0}):
+        with pytest.raises(ValueError, match="must be > 0"):
+            recipes.hess_init_for(params, **bad)
