@@ -110,8 +110,8 @@ def scored(log_probs: jax.Array, windows: jax.Array) -> dict[str, Any]:
         **{name: float(x) for name, x in scores.items()},
         "bins": {
             "count": np.asarray(bins.count).tolist(),
-            "confidence": np.nan_to_num(np.asarray(bins.confidence)).round(5).tolist(),
-            "accuracy": np.nan_to_num(np.asarray(bins.accuracy)).round(5).tolist(),
+            "confidence": np.nan_to_num(np.asarray(bins.confidence, float)).round(5).tolist(),
+            "accuracy": np.nan_to_num(np.asarray(bins.accuracy, float)).round(5).tolist(),
         },
     }
 

@@ -1,6 +1,7 @@
 """The tables and the figure of `language.py`."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,12 @@ def _text(runs: Sequence[tuple[dict, dict]]) -> str:
 
 def _steps(runs: Sequence[tuple[dict, dict]]) -> int:
     return runs[0][0]["steps"]
+
+
+def _shown(settings: str) -> str:
+    """Settings with short numbers."""
+    short = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):g}", settings)
+    return short.replace("Ivon(", "IVON(").replace("e+", "e").replace("'", "")
 
 
 def _by_method(finals: Sequence[tuple[dict, dict]]) -> Results:
@@ -128,10 +135,7 @@ def _on_the_way(results: Results) -> list[list[str]]:
 
 
 def _choice(sweep: Sequence[tuple[dict, dict]]) -> list[list[str]]:
-    rows = [
-        [run["settings"].replace("Ivon(", "IVON("), f"{x['steps']:,}", f"{x['loss']:.4f}"]
-        for run, x in sweep
-    ]
+    rows = [[_shown(run["settings"]), f"{x['steps']:,}", f"{x['loss']:.4f}"] for run, x in sweep]
     return [["settings", "steps", "loss on the tuning part"], *rows]
 
 
@@ -140,9 +144,10 @@ def _notes(finals: Sequence[tuple[dict, dict]], seeds: int) -> str:
     published = PUBLISHED.get(finals[0][0]["digest"])
     lines = [
         f"{_steps(finals):,} steps of 12 windows of 64 characters; mean ± standard error over "
-        f"{seeds} seeds, which set the initial weights, the batches and IVON's noise. The last "
-        "tenth of the text is for validation; the settings were chosen on the twentieth before it.",
-        *(f"`{x.replace('Ivon(', 'IVON(')}`" for x in chosen),
+        f"{seeds} seed{'s' * (seeds > 1)}, which set the initial weights, the batches and IVON's "
+        "noise. The last tenth of the text is for validation; the settings were chosen on the "
+        "twentieth before it, in short runs with one seed each.",
+        *(f"`{_shown(x)}`" for x in chosen),
         "Milliseconds are medians of interleaved blocks in one process. Wall time in the figure is "
         "steps times that: the machine was shared, so the duration of a single run says little. It "
         "excludes evaluation.",
@@ -152,10 +157,10 @@ def _notes(finals: Sequence[tuple[dict, dict]], seeds: int) -> str:
     return "\n\n".join(lines)
 
 
-STYLES = {
-    "AdamW": (COLORS["AdamW"], "-"),
-    "IVON, mean": (COLORS["IVON"], "-"),
-    "IVON, 16 samples": (COLORS["SGD"], "--"),
+STYLES: dict[str, dict[str, Any]] = {
+    "AdamW": {"color": COLORS["AdamW"], "ls": "-"},
+    "IVON, mean": {"color": COLORS["IVON"], "ls": "-"},
+    "IVON, 16 samples": {"color": COLORS["SGD"], "ls": "", "marker": "D", "ms": 6, "mfc": "none"},
 }
 
 
@@ -169,17 +174,13 @@ def _figure(journal: Journal, results: Results, seconds: dict[str, float]) -> No
 
 
 def _draw_losses(ax: Axes, results: Results, scale: dict[str, float], label: str) -> None:
-    ends = []
     for name, (steps, losses) in _curves(results).items():
-        color, style = STYLES[name]
+        style = STYLES[name]
         x, mean = steps * scale[name.split(",")[0]], losses.mean(axis=0)
-        ax.plot(x, mean, style, color=color, label=name)
-        ax.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.2, lw=0)
-        ends.append(mean[-1])
-    top = max(losses[:, len(losses[0]) // 5].max() for _, losses in _curves(results).values())
-    low = min(ends)
-    if np.isfinite(low + top) and top > low:
-        ax.set_ylim(low - 0.05 * (top - low), top)
+        ax.plot(x, mean, label=name, **style)
+        if style["ls"]:
+            low, high = losses.min(axis=0), losses.max(axis=0)
+            ax.fill_between(x, low, high, color=style["color"], alpha=0.2, lw=0)
     ax.set(xlabel=label, ylabel="validation loss (nats per character)")
     ax.legend(frameon=False)
 
@@ -187,7 +188,6 @@ def _draw_losses(ax: Axes, results: Results, scale: dict[str, float], label: str
 def _draw_reliability(ax: Axes, results: Results) -> None:
     """Accuracy less confidence: on the usual axes, calibrated curves all lie on the diagonal."""
     for name, runs in _columns(results).items():
-        color, style = STYLES[name]
         bins = {k: np.array([x["bins"][k] for x in runs], float) for k in runs[0]["bins"]}
         total = bins["count"].sum(axis=0)
         full = total >= 100 * len(runs)
@@ -197,7 +197,9 @@ def _draw_reliability(ax: Axes, results: Results) -> None:
         )
         label = f"{name}: ECE {100 * np.mean([x['ece'] for x in runs]):.2f} %"
         gap = 100 * (accuracy - confidence)
-        ax.plot(confidence, gap, style, marker="o", ms=4, color=color, label=label)
+        ax.plot(confidence, gap, label=label, **{"marker": "o", "ms": 4, **STYLES[name]})
     ax.axhline(0, color=mpl.rcParams["axes.edgecolor"], lw=0.8)
     ax.set(xlabel="confidence", ylabel="accuracy - confidence (percentage points)", xlim=(0, 1))
-    ax.legend(frameon=False)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low - 0.35 * (high - low), high)  # room for the legend
+    ax.legend(frameon=False, loc="lower center")
