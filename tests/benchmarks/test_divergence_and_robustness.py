@@ -1,0 +1,90 @@
+"""Both benchmarks in small: what they count, and their tables and figures."""
+
+import divergence
+import jax
+import numpy as np
+import pytest
+import robustness
+from journal import Journal
+
+GUARD = "curvature_floor 0.1"
+
+
+@pytest.fixture(autouse=True)
+def as_a_script():
+    """The benchmarks are users' code: broadcasting and promotion as jax does them by default."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def call(module, monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", [module.__file__, *map(str, arguments)])
+    module.main()
+
+
+def test_divergence_counts_runs_by_guard_and_writes_one_down(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "divergence.jsonl"
+    monkeypatch.setattr(divergence, "GUARDS", {k: divergence.GUARDS[k] for k in ("none", GUARD)})
+    monkeypatch.setattr(divergence, "RATES", (0.1, 30.0))  # a rate that is much too large
+    for name in ("HESS_INITS", "SHARPNESS", "PRIOR_PRECISIONS"):
+        monkeypatch.setattr(divergence, name, getattr(divergence, name)[:1])
+    call(divergence, monkeypatch, "--steps", 200, "--seeds", 2, "--results", path)
+    journal = Journal(path)
+    calm = journal.select(guard="none", learning_rate=0.1)
+    assert len(calm) == 2 and all(x["diverged"] is None for _, x in calm)
+    wild = [x for r, x in journal.select(guard="none", learning_rate=30.0) if "anatomy" not in r]
+    assert len(wild) == 2 and all(x["diverged"] is not None for x in wild)
+    assert all(x["warned"] is not None for x in wild)
+    guarded = [x for _, x in journal.select(guard=GUARD)]
+    assert all(x["gain"] <= 10.001 for x in guarded)
+    ((_, anatomy),) = journal.select(anatomy=True)
+    assert len({len(anatomy[name]) for name in ("step", "loss", "move", "sigma")}) == 1
+    out = capsys.readouterr().out
+    assert "2 of 2" in out and "step by step" in out
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", 120), "multiple of 50"),
+        (("--dataset", "concrete"), "give --data-dir"),
+        (("--data-dir", "nowhere"), "it is not there"),
+    ],
+)
+def test_divergence_explains_what_is_wrong(arguments, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call(divergence, monkeypatch, *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_robustness_makes_tables_and_heat_maps(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "robustness.jsonl"
+    small = {
+        "LEARNING_RATES": (0.3, 1.0),
+        "HESS_INITS": (0.1,),
+        "TEMPERATURES": (1.0, 0.1, 0.01),
+        "ADAMW_RATES": (1e-2, 1e3),
+        "ADAMW_DECAYS": (0.1,),
+        "RULE_WIDTHS": (16,),
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(robustness, name, value)
+    call(robustness, monkeypatch, "--epochs", 4, "--seeds", 1, "--results", path)
+    out = capsys.readouterr().out
+    assert "How wide the good region is" in out and "by rule" in out
+    journal = Journal(path)
+    ((_, adamw),) = journal.select(method="adamw", learning_rate=1e-2)
+    assert adamw["diverged"] is None and adamw["nll"] < 1.0
+    ((_, wild),) = journal.select(method="adamw", learning_rate=1e3)
+    assert wild["diverged"] is not None
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_an_epoch_that_is_worse_than_guessing_counts_once_the_warmup_is_over():
+    lane = {"nll": np.inf, "loss": np.array([9.0, 1.0, 1.0, 2.4, 1.0]), "start": 1.0}
+    lane |= {"risk": np.array([0.0, 2.0, 0.0, 0.0, 0.0]), "gain": np.ones(5)}
+    summary = robustness.summary(lane)
+    assert summary["diverged"] == 3 and summary["warned"] == 1 and summary["nll"] is None
+    lane["loss"] = np.array([9.0, 1.0, 1.0, np.nan, 1.0])
+    assert robustness.summary(lane)["diverged"] == 3
