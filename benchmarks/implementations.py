@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = evidence_parser(
-        "Compares ivon_jax with ivon-opt, and optax's AdamW with PyTorch's, on digits; some 5 "
+        "Compares ivon_jax with ivon-opt, and optax's AdamW with PyTorch's, on digits; some 4 "
         "minutes on two cores.",
         "implementations",
     )
-    parser.add_argument("--seeds", type=positive, default=12, help="runs of each")
+    parser.add_argument("--seeds", type=positive, default=30, help="runs of each")
     parser.add_argument("--epochs", type=positive, default=30, help="passes over the images")
     parser.add_argument("--samples", type=positive, default=64, help="posterior samples")
     parser.add_argument("--repetitions", type=positive, default=40, help="of the timing")
