@@ -47,8 +47,10 @@ def write_report(journal: Journal, identity: Mapping[str, Any], factor: int) -> 
     """Makes the tables and the figure of the runs that a command asks for."""
     usual = collect(journal, lambda values: values, task="compare", **identity)
     longer = {"task": "overlong", "factor": factor, **identity}
-    overlong = collect(journal, lambda values: overlong_values(values, factor), **longer)
-    kept = collect(journal, lambda values: values if "b2" in values else None, **longer)
+    overlong, kept = {}, {}
+    if factor:
+        overlong = collect(journal, lambda values: overlong_values(values, factor), **longer)
+        kept = collect(journal, lambda values: values if "b2" in values else None, **longer)
     if not usual:
         raise SystemExit(f"{journal.path} has no results of {identity}")
     ivons = {method: METHODS[method] for method in VARIATIONAL if method in usual}
