@@ -1,8 +1,8 @@
 """The settings that are compared, six of each optimizer, and the best of them.
 
-A search by hand on the tuning part of Tiny Shakespeare, one seed, 300 to 500 steps, led to these
-grids: three settings of AdamW (best: a rate of 6e-3), nine of IVON and two of IVON with the squared
-gradient ("gradsq"). Of the nine, which vary rate, b1, b2 and clip_radius, and ess with hess_init in
+A search by hand on the tuning part of Tiny Shakespeare (one seed, 300 to 500 steps) led to these
+grids: three settings of AdamW (best: a rate of 6e-3), eleven of IVON, two of IVON with the squared
+gradient ("gradsq"). Of the eleven, which vary rate, b1, b2, clip_radius, and ess and hess_init in
 one, none beat the recipe for GPT-2 at a rate of 1000. A likely reason, not measured: the relative
 error of its own estimate of the curvature is about sqrt(ess / characters seen), and a run sees 1.5
 million characters. With the squared gradient results differ much between seeds: after 300 steps at
