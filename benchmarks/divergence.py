@@ -33,9 +33,9 @@ PRIOR_PRECISIONS = (2.0, 10.0)  # λδ
 WORSE = 0.5  # half the variance of standardised targets
 GUARDS: dict[str, dict[str, float]] = {
     "none": {},
-    "curvature_floor 0.03": {"curvature_floor": 0.03},
-    "curvature_floor 0.1": {"curvature_floor": 0.1},
-    "curvature_floor 0.25": {"curvature_floor": 0.25},
+    "precision_floor 0.03": {"precision_floor": 0.03},
+    "precision_floor 0.1": {"precision_floor": 0.1},
+    "precision_floor 0.25": {"precision_floor": 0.25},
     "clip_radius 1": {"clip_radius": 1.0},
     "clip_radius 0.3": {"clip_radius": 0.3},
 }

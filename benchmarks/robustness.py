@@ -4,7 +4,7 @@
     python benchmarks/robustness.py --report    # tables and heat maps
 
 IVON over learning rate × hess_init × temperature (N/ess), with and without the guard
-`curvature_floor`, and AdamW over learning rate × weight decay; three seeds of 100 epochs each. Then
+`precision_floor`, and AdamW over learning rate × weight decay; three seeds of 100 epochs each. Then
 `recipes.hess_init_for`, whose quarter was read off that grid, against the same values of hess_init
 on networks of other widths. A run has diverged when, at any epoch after the warmup, its training
 loss at the mean is worse than that of guessing evenly, or not a number.
@@ -31,7 +31,7 @@ LEARNING_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 HESS_INITS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 TEMPERATURES = (1.0, 0.1, 0.01)
 PRIOR_PRECISION = 1.0  # λδ, the same at every temperature
-FLOORS = (0.0, 0.1)
+FLOORS = (1e-6, 0.1)  # the default, and the guard
 WIDTH = 64
 RULE_WIDTHS, RULE_RATE = (16, 256), 1.0
 ADAMW_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
@@ -73,7 +73,7 @@ def ivon_groups() -> list[list[dict[str, Any]]]:
                 "learning_rate": rate,
                 "hess_init": hess_init,
                 "temperature": temperature,
-                "curvature_floor": floor,
+                "precision_floor": floor,
             }
             for rate in LEARNING_RATES
         ]
@@ -112,7 +112,7 @@ def rule_groups() -> list[list[dict[str, Any]]]:
                         "learning_rate": RULE_RATE,
                         "hess_init": hess_init,
                         "temperature": temperature,
-                        "curvature_floor": FLOORS[-1],
+                        "precision_floor": FLOORS[-1],
                     }
                     for number, hess_init in enumerate((*HESS_INITS, by_rule))
                 ]

@@ -18,10 +18,10 @@ def report(journal: Journal) -> None:
     """Writes all tables and the figure."""
     width = min(run["width"] for run, _ in journal.select(method="adamw"))
     grids = {
-        f"IVON, curvature_floor {floor:g}, temperature {temperature:g}": journal.select(
-            method="ivon", width=width, curvature_floor=floor, temperature=temperature
+        f"IVON, precision_floor {floor:g}, temperature {temperature:g}": journal.select(
+            method="ivon", width=width, precision_floor=floor, temperature=temperature
         )
-        for floor in (0.0, 0.1)
+        for floor in (1e-6, 0.1)
         for temperature in (1.0, 0.1, 0.01)
     }
     adamw = journal.select(method="adamw", width=width)
@@ -110,11 +110,11 @@ def span(values: list[float], good: np.ndarray) -> str:
 def divergence(journal: Journal, width: int) -> list[Sequence[str]]:
     """Diverged runs, and how many of them were warned of in an earlier epoch."""
     rows = [("", "runs", "diverged", "warned of before", "warned, but did not diverge")]
-    for floor in (0.0, 0.1):
-        every = journal.select(method="ivon", width=width, curvature_floor=floor)
+    for floor in (1e-6, 0.1):
+        every = journal.select(method="ivon", width=width, precision_floor=floor)
         largest = max(run["learning_rate"] for run, _ in every)
         parts: dict[str, Any] = {
-            f"all, curvature_floor {floor:g}": every,
+            f"all, precision_floor {floor:g}": every,
             f"  rates below {largest:g}": [
                 (r, x) for r, x in every if r["learning_rate"] < largest
             ],
@@ -148,7 +148,7 @@ def rule(journal: Journal) -> list[Sequence[str]]:
     for width, temperature in dict.fromkeys((r["width"], r["temperature"]) for r, _ in chosen):
         mine = [(r, x) for r, x in chosen if (r["width"], r["temperature"]) == (width, temperature)]
         grid = journal.select(
-            method="ivon", width=width, temperature=temperature, curvature_floor=0.1
+            method="ivon", width=width, temperature=temperature, precision_floor=0.1
         )
         grid = [(r, x) for r, x in grid if r["learning_rate"] == mine[0][0]["learning_rate"]]
         by_value = {
@@ -192,7 +192,7 @@ def figure(grids: dict[str, Runs], adamw: Runs) -> Figure:
         ax.set_yticks(range(len(others)), [f"{v:g}" for v in others])
         ax.set_xlabel("learning rate")
         ax.set_ylabel("weight decay" if name == "AdamW" else "hess_init")
-        ax.set_title(name.replace("curvature_floor 0.1, ", ""), fontsize=10)
+        ax.set_title(name.replace("precision_floor 0.1, ", ""), fontsize=10)
     assert image is not None
     fig.colorbar(image, ax=axes, label=f"test NLL (median; × some run diverged; up to {SHOWN:g})")
     return fig

@@ -60,7 +60,7 @@ def ivon_settings(values: Values, num_steps: int, num_train: int) -> dict[str, A
         "ess": num_train / values["temperature"],
         "hess_init": values["hess_init"],
         "weight_decay": values["weight_decay"],
-        "curvature_floor": values["curvature_floor"],
+        "precision_floor": values["precision_floor"],
         "b2": B2,
     }
 

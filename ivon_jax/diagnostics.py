@@ -32,7 +32,7 @@ EXPLODED = 1e3
 """A median of h above this multiple of h₀ is taken for divergence."""
 
 GUARD = 0.1
-"""The `curvature_floor` that `learning_status` recommends."""
+"""The `precision_floor` that `learning_status` recommends."""
 
 MARGIN = 10.0
 """By how much noisy gradients have to stay below the bound of stability of exact ones."""
@@ -60,8 +60,8 @@ def diagnostics(
       state: an `IVONState`, or any nested optax or `flax.nnx` state that contains one or
         several, whose leaves are then counted together.
       settings: the arguments that `ivon` was given, by name. `hess_init`, `clip_radius`,
-        `curvature_floor`, `b1`, `debias` and, for the risk, `learning_rate` are read from it, the
-        others are in the state.
+        `b1`, `debias` and, for the risk, `learning_rate` are read from it, the others are in the
+        state.
       num_examples: N, the size of the training set, for the temperature N/λ.
       loss: the training loss, a mean per example averaged over posterior samples, for the ELBO.
       params: the loop's parameters, where the mean is not stored (`store_mean=False`).
@@ -77,8 +77,8 @@ def diagnostics(
       * `hess/moved`: share of elements with |h−h₀| > 0.1 h₀;
       * `update/clipped`: share of elements whose preconditioned step (ḡ+δm)/(h+δ), at the
         current momentum and mean, is at the clip radius;
-      * `update/gain`: the largest (h₀+δ)/max(h+δ, ρ(h₀+δ)), by which a step of the weight that has
-        lost most of its curvature is longer than at the start, ρ being the `curvature_floor`;
+      * `update/gain`: the largest (h₀+δ)/(h+δ), by which a step of the weight that has lost most of
+        its curvature is longer than at the start;
       * `update/risk`, with `learning_rate`: ten times α·gain·c/(h₀+δ) over 2(1+β₁)/(1−β₁), the
         bound above which a quadratic of curvature c diverges; above one, a quiet weight that
         wakes up may set off a divergence. c is h₀+δ, or the 99th percentile of h+δ if that is
@@ -102,7 +102,7 @@ def diagnostics(
       >>> print(f"{numbers['sigma/p50']:.2f} {numbers['hess/moved']:.2f}")
       0.10 0.00
     """
-    hess_init, clip_radius, floor, b1, debias = _settings(settings)
+    hess_init, clip_radius, b1, debias = _settings(settings)
     state = with_means(state, params)
     parts = find_states(state)
     _check_one_ess(parts)
@@ -126,7 +126,7 @@ def diagnostics(
         return _percentiles(name, leaves, _total(free), from_top)
 
     sigma = percentiles("sigma", precisions, from_top=True)
-    gain = _largest_gain(parts, hess_init, floor)
+    gain = _largest_gain(parts, hess_init)
     kl = divergence(q, prior_gaussian(state)).astype(jnp.float32)
     number = sum(x.size for x in hess)
     broken = [~jnp.isfinite(m) | ~jnp.isfinite(h) for m, h in zip(means, hess, strict=True)]
@@ -216,7 +216,7 @@ def learning_status(
             "at risk: a step of the weight with the least curvature is "
             f"{numbers['update/gain']:.3g} "
             "times as long as under h₀, which diverges if it wakes up: set "
-            f"curvature_floor={GUARD:g}, or lower the learning rate or hess_init."
+            f"precision_floor={GUARD:g}, or lower the learning rate or hess_init."
         )
     if numbers["hess/moved"] < 0.05:
         memory = 1 - b2 ** numbers["step"]
@@ -231,14 +231,14 @@ def learning_status(
     )
 
 
-def _settings(settings: Mapping[str, Any]) -> tuple[Number, Number, Number, Number, bool]:
+def _settings(settings: Mapping[str, Any]) -> tuple[Number, Number, Number, bool]:
     unknown = set(settings) - set(_DEFAULTS) - {"learning_rate", "ess"}
     if unknown:
         raise TypeError(
             f"settings must be the keyword arguments of ivon(); unknown: {', '.join(unknown)}."
         )
     known = {**_DEFAULTS, **settings}
-    names = ("hess_init", "clip_radius", "curvature_floor", "b1", "debias")
+    names = ("hess_init", "clip_radius", "b1", "debias")
     return tuple(known[name] for name in names)
 
 
@@ -272,14 +272,15 @@ def _preconditioned(state: IVONState, b1: Number, debias: bool) -> list[jax.Arra
     return [step(*leaf) for leaf in leaves]
 
 
-def _largest_gain(parts: list[IVONState], hess_init: Number, floor: Number) -> jax.Array:
-    """max (h₀+δ)/max(h+δ, ρ(h₀+δ)) over elements with a finite δ."""
+def _largest_gain(parts: list[IVONState], hess_init: Number) -> jax.Array:
+    """max (h₀+δ)/(h+δ) over elements with a finite δ."""
 
     def gain(h: Any, delta: Any) -> jax.Array:
         delta = delta.astype(h.dtype)
         start = jnp.asarray(hess_init, h.dtype) + delta
-        ratio = start / jnp.maximum(h + delta, jnp.asarray(floor, h.dtype) * start)
-        return jnp.max(jnp.where(jnp.isinf(delta), 1, ratio), initial=1).astype(jnp.float32)
+        return jnp.max(jnp.where(jnp.isinf(delta), 1, start / (h + delta)), initial=1).astype(
+            jnp.float32
+        )
 
     leaves = [
         gain(h, d)

@@ -36,7 +36,7 @@ from ivon_jax.state import IVONState, Posterior, check_single, decay_leaves, lea
 PyTree = Any
 
 PRECISION_FLOOR = 1e-6
-"""Smallest new h+δ, as a fraction of h₀+δ: ten units of float32 rounding, a σ 1000 times σ₀."""
+"""Smallest `precision_floor`: ten units of float32 rounding, a σ 1000 times σ₀."""
 
 
 def ivon(
@@ -49,7 +49,7 @@ def ivon(
     weight_decay: Number = DEFAULT_WEIGHT_DECAY,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     clip_radius: Number = math.inf,
-    curvature_floor: Number = 0.0,
+    precision_floor: Number = PRECISION_FLOOR,
     rescale_lr: bool = True,
     debias: bool = True,
     axis_name: str | tuple[str, ...] | None = None,
@@ -72,7 +72,7 @@ def ivon(
       u ← clip((ḡ + δm)/(h+δ), ±ξ)
       m ← m − α_t(h₀+δ)u
 
-    The new h+δ is kept at or above `PRECISION_FLOOR` (1e-6) times h₀+δ. The old
+    The new h+δ is kept at or above `precision_floor` (1e-6) times h₀+δ. The old
     precision and ĥ use the λ and δ stored in the state, under which the noise was
     drawn; the rest of the step uses, and the new state stores, those given here.
 
@@ -94,9 +94,9 @@ def ivon(
         given them) that returns one. The others have δ = 0.
       clip_radius: ξ, bound on each element of u. The largest move of a parameter in one
         step is α(h₀+δ)ξ.
-      curvature_floor: ρ, a guard against divergence: u divides by max(h+δ, ρ(h₀+δ)), so that no
-        step is more than 1/ρ times as long as under h₀. The posterior's width, and the points
-        where the mean rests, stay the same. 0 is the published algorithm, 0.1 the guard to use.
+      precision_floor: smallest new h+δ as a share of h₀+δ. The default only keeps the precision
+        positive. 0.1 is a guard against divergence: where h would fall to nothing, σ stays below
+        3.2 times its initial value, and a step below ten times its initial length.
       rescale_lr: whether α is multiplied by h₀+δ.
       debias: whether g is debiased by 1−β₁ᵗ.
       axis_name: mapped axis (or axes) over which ĝ and n⊙ĝ are averaged; each device then
@@ -150,7 +150,9 @@ def ivon(
     b2 = check_number("b2", b2, low=0.0, high=1.0)
     weight_decay = check_number("weight_decay", weight_decay, low=0.0)
     clip_radius = check_number("clip_radius", clip_radius, low=0.0, open_low=True, allow_inf=True)
-    curvature_floor = check_number("curvature_floor", curvature_floor, low=0.0, high=1.0)
+    precision_floor = check_number(
+        "precision_floor", precision_floor, low=PRECISION_FLOOR, high=1.0
+    )
     momentum_dtype = check_momentum_dtype(momentum_dtype)
     check_axis_name("axis_name", axis_name)
     if prior is not None:
@@ -236,7 +238,8 @@ def ivon(
         g_new = real(b1) * real(g) + real(one_minus_b1) * grad
         d = real(one_minus_b2) * (hess - h)
         h_new = h + (d + 0.5 * d * (d / (h + real(old_delta))))
-        h_new = jnp.maximum(h_new, PRECISION_FLOOR * (real(hess_init) + real(delta)) - real(delta))
+        floor = real(precision_floor) * (real(hess_init) + real(delta))
+        h_new = jnp.maximum(h_new, floor - real(delta))
         return h_new if m0 is None else jnp.where(jnp.isinf(delta), h, h_new), g_new
 
     @jax.jit
@@ -249,8 +252,7 @@ def ivon(
         numerator = g_bar + delta * (m if m0 is None else m - m0)
         # Neither the clip nor the division may turn a statistic that has overflowed into a number.
         proper = jnp.isfinite(numerator) & jnp.isfinite(h_new)
-        curvature = jnp.maximum(h_new + delta, real(curvature_floor) * (real(hess_init) + delta))
-        u = jnp.where(proper, numerator / curvature, jnp.nan)
+        u = jnp.where(proper, numerator / (h_new + delta), jnp.nan)
         if not (isinstance(clip_radius, float) and math.isinf(clip_radius)):
             u = jnp.clip(u, -real(clip_radius), real(clip_radius))
         alpha = real(lr) * (real(hess_init) + real(rate_delta)) if rescale_lr else real(lr)

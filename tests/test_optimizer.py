@@ -28,7 +28,7 @@ def ones_like(tree, *leading, dtype=None):
             "b2": (1.0, 2, -0.1, math.nan, np.float32(1.0)),
             "weight_decay": (-1e-4, math.nan, math.inf),
             "clip_radius": (0.0, -1.0, math.nan),
-            "curvature_floor": (-0.1, 1.0, math.nan),
+            "precision_floor": (0.0, 1e-7, 1.0, math.nan),
         }.items()
         for value in values
     ],
@@ -249,19 +249,15 @@ def test_the_largest_move_is_bounded_by_rate_times_precision_times_radius():
     np.testing.assert_allclose(moves, 0.5 * 0.4 * 0.01, atol=2e-7)
 
 
-def test_a_curvature_that_has_decayed_lengthens_a_step_by_no_more_than_the_floor_allows():
+def test_the_precision_floor_bounds_the_length_of_steps_and_the_width_of_the_posterior():
     settings = {"hess_init": 0.5, "weight_decay": 0.0, "b2": 0.9, "debias": False}
-    grads = jnp.full(3, 1e-3)
-    gains = {}
-    for floor in (0.0, 0.1, 0.25):
-        tx = ivon(0.1, 10, curvature_floor=floor, **settings)
-        state = tx.init(jnp.zeros(3))._replace(hess=jnp.array([0.5, 0.1, 1e-4]))
+    hess, grads = jnp.array([0.5, 0.1, 1e-4]), jnp.full(3, 1e-3)
+    for floor, gains in ((1e-6, [1, 5, 5000]), (0.1, [1, 5, 10]), (0.25, [1, 4, 4])):
+        tx = ivon(0.1, 10, precision_floor=floor, **settings)
+        state = tx.init(jnp.zeros(3))._replace(hess=hess)
         updates, state = tx.update(grads, state, hess=state.hess)
-        gains[floor] = updates / updates[0]
-    np.testing.assert_allclose(gains[0.0], [1, 5, 5000], rtol=1e-4)
-    np.testing.assert_allclose(gains[0.1], [1, 5, 10], rtol=1e-4)
-    np.testing.assert_allclose(gains[0.25], [1, 4, 4], rtol=1e-4)
-    np.testing.assert_allclose(state.hess, [0.5, 0.1, 1e-4], rtol=1e-5)  # the width is not touched
+        np.testing.assert_allclose(updates / updates[0], gains, rtol=1e-4)
+        np.testing.assert_allclose(state.hess, 0.5 / np.array(gains), rtol=1e-5)
 
 
 def test_a_falling_weight_decay_cannot_make_the_precision_zero():

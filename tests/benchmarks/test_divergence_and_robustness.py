@@ -7,7 +7,7 @@ import pytest
 import robustness
 from journal import Journal
 
-GUARD = "curvature_floor 0.1"
+GUARD = "precision_floor 0.1"
 
 
 @pytest.fixture(autouse=True)

@@ -22,9 +22,9 @@ def decayed(count):
 SETTINGS = {
     "plain": {},
     "clip": {"clip_radius": 0.9},
-    "floor": {"curvature_floor": 0.9, "hess_init": 1.5},
+    "floor": {"precision_floor": 0.9, "hess_init": 1.5},
     "floor_and_masked_prior": {
-        "curvature_floor": 0.8,
+        "precision_floor": 0.8,
         "weight_decay": 0.3,
         "mask": {"b": False, "w": True},
     },
@@ -69,7 +69,7 @@ class Reference:
 
     def _read(self, settings):
         values = {"b1": 0.9, "clip_radius": np.inf, "rescale_lr": True, "debias": True}
-        values |= {"curvature_floor": 0.0}
+        values |= {"precision_floor": PRECISION_FLOOR}
         values |= {"mask": None} | DEFAULTS | settings
         mask = values["mask"](PARAMS) if callable(values["mask"]) else values["mask"]
         decay = as_float32(values["weight_decay"])
@@ -81,7 +81,7 @@ class Reference:
             "b2",
             "hess_init",
             "clip_radius",
-            "curvature_floor",
+            "precision_floor",
             "rescale_lr",
         ):
             setattr(self, name, values[name])
@@ -107,10 +107,11 @@ class Reference:
             d = (1 - self.b2) * (price - h)
             h = h + d + 0.5 * d**2 / (h + d_old)
             assert np.all(h + d_new > 10 * PRECISION_FLOOR * (self.hess_init + d_new))
-            g_bar = g / (1 - self.b1**self.count) if self.debias else g
-            floor = self.curvature_floor * (self.hess_init + d_new)
+            floor = self.precision_floor * (self.hess_init + d_new)
             self.floored.append(np.mean(h + d_new < floor))
-            direction = (g_bar + d_new * m) / np.maximum(h + d_new, floor)
+            h = np.maximum(h, floor - d_new)
+            g_bar = g / (1 - self.b1**self.count) if self.debias else g
+            direction = (g_bar + d_new * m) / (h + d_new)
             u = np.clip(direction, -self.clip_radius, self.clip_radius)
             self.clipped.append(np.mean(u != direction))
             alpha = lr * (self.hess_init + d_new) if self.rescale_lr else lr
@@ -207,7 +208,7 @@ def test_trajectory_in_float64_is_the_equations(name, samples):
         reference = run(SETTINGS[name], samples, jnp.float64, FLOAT64_RTOL)
     if "clip_radius" in SETTINGS[name]:
         assert 0.02 < np.mean(reference.clipped) < 0.95, "the clip must act, but not always"
-    if "curvature_floor" in SETTINGS[name]:
+    if "precision_floor" in SETTINGS[name]:
         assert 0.02 < np.mean(reference.floored) < 0.98, "the floor must act, but not always"
 
 
