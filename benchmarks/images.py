@@ -33,6 +33,7 @@ try:
         at_edges,
         best,
         grid,
+        guarded_values,
         overlong_values,
         tuning_rows,
     )
@@ -195,7 +196,7 @@ def compare(study: Study) -> None:
     long = [m for m in args.methods if m in POINTS or STEPS[m] == "ivon"] if args.overlong else []
     kept = [method for method in long if method not in POINTS]
     study.journal.total = args.seeds * (len(args.methods) + len(long))
-    study.journal.total += min(args.seeds, KEPT_SEEDS) * len(kept)
+    study.journal.total += 2 * min(args.seeds, KEPT_SEEDS) * len(kept)
     for seed in range(args.seeds):
         for method in args.methods:
             values = chosen[method]
@@ -206,9 +207,9 @@ def compare(study: Study) -> None:
             run = study.run("overlong", method, values, seed, factor=args.overlong)
             study.journal.compute(run, partial(overlong, study, method, values, seed, part))
         for method in kept if seed < KEPT_SEEDS else ():
-            values = chosen[method]
-            run = study.run("overlong", method, values, seed, factor=args.overlong)
-            study.journal.compute(run, partial(overlong, study, method, values, seed, part))
+            for values in (chosen[method], guarded_values(chosen[method])):
+                run = study.run("overlong", method, values, seed, factor=args.overlong)
+                study.journal.compute(run, partial(overlong, study, method, values, seed, part))
 
 
 def usual(study: Study, method: str, values: Values, seed: int, part: Part) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from images_claims import (
 )
 from images_figure import draw
 from images_training import Values
-from images_tuning import CHOSEN, described, overlong_values
+from images_tuning import CHOSEN, described, guarded_values, overlong_values
 from journal import Journal, write_tables
 from reporting import cell, save_figure
 
@@ -47,10 +47,13 @@ def write_report(journal: Journal, identity: Mapping[str, Any], factor: int) -> 
     """Makes the tables and the figure of the runs that a command asks for."""
     usual = collect(journal, lambda values: values, task="compare", **identity)
     longer = {"task": "overlong", "factor": factor, **identity}
-    overlong, kept = {}, {}
+    overlong, kept, guarded = {}, {}, {}
     if factor:
         overlong = collect(journal, lambda values: overlong_values(values, factor), **longer)
         kept = collect(journal, lambda values: values if "b2" in values else None, **longer)
+        guarded = collect(
+            journal, lambda values: guarded_values(values) if "b2" in values else None, **longer
+        )
     if not usual:
         raise SystemExit(f"{journal.path} has no results of {identity}")
     ivons = {method: METHODS[method] for method in VARIATIONAL if method in usual}
@@ -61,6 +64,7 @@ def write_report(journal: Journal, identity: Mapping[str, Any], factor: int) -> 
         tables[f"Over-long training: {factor} times the epochs"] = [
             *overlong_rows(usual, overlong),
             *overlong_rows(usual, kept, ", b2 kept")[1:],
+            *overlong_rows(usual, guarded, ", b2 kept, guard")[1:],
         ]
     found = [each for ivon, label in ivons.items() for each in claims(usual, overlong, ivon, label)]
     if found:
@@ -106,7 +110,8 @@ def notes(journal: Journal, usual: Results, identity: Mapping[str, Any]) -> str:
         "Differences are paired by seed; one counts beyond two standard errors. A claim is "
         "reproduced if each of its statements holds, reversed if the opposite of the first does, "
         "and otherwise not reproduced. In over-long training IVON's b2 moves towards 1 with the "
-        "length of the run (b2 to the power 1/factor); rows 'b2 kept' show what happens without."
+        "length of the run (b2 to the power 1/factor); rows 'b2 kept' show what happens without, "
+        "'guard' what precision_floor=0.1 does about it."
     )
 
 

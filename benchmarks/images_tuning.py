@@ -136,6 +136,11 @@ def overlong_values(values: Values, factor: int) -> dict[str, float]:
     return {**values, "b2": values["b2"] ** (1.0 / factor)} if "b2" in values else dict(values)
 
 
+def guarded_values(values: Values) -> dict[str, float]:
+    """Hyperparameters of an over-long run of IVON with the usual b2 and the guard."""
+    return {**values, "precision_floor": 0.1}
+
+
 Scored = Mapping[int, tuple[Values, list[float], list[float]]]  # values, NLL, accuracy per split
 
 

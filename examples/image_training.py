@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from ivon_jax import Posterior, ivon, posterior, posterior_mean, sample_params
+from ivon_jax.optimizer import PRECISION_FLOOR
 
 METHODS = ("sgd", "adamw", "ivon")
 WARMUP_SHARE = 0.05  # of the steps
@@ -98,6 +99,7 @@ def make_optimizer(
             hess_init=values["hess_init"],
             b2=values["b2"],
             weight_decay=decay,
+            precision_floor=values.get("precision_floor", PRECISION_FLOOR),
         )
     else:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")

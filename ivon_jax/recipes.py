@@ -129,6 +129,30 @@ def hess_init_for(params: PyTree, ess: float, *, noise: float = 0.25) -> float:
     return float(f"{1 / (ess * noise**2 * square):.3g}")
 
 
+def b2_for(num_steps: int) -> float:
+    """β₂ = 1 − 2/T for a run of T steps: e⁻² of the initial curvature is left at its end.
+
+    The published runs have (1−β₂)T of 1 to 2.5. Where it is much larger the curvature of weights
+    that get no gradient is forgotten during the run, their posterior widens, and training diverges
+    (over-long runs in `benchmarks/images.py`).
+
+    Args:
+      num_steps: T, the length of the whole run.
+
+    Returns:
+      A value for `b2`.
+
+    Raises:
+      ValueError: if the number is not a positive integer.
+
+    Example:
+      >>> from ivon_jax import recipes
+      >>> recipes.b2_for(2_000), recipes.b2_for(200_000)
+      (0.999, 0.99999)
+    """
+    return 1.0 - 2.0 / max(check_positive("num_steps", num_steps), 20)  # at least 0.9
+
+
 def _vision(
     learning_rate: float,
     ess: float,

@@ -80,3 +80,14 @@ def test_the_suggested_hess_init_starts_the_noise_at_a_quarter_of_the_weights():
     for bad in ({"ess": 0.0}, {"ess": 10, "noise": -1.0}):
         with pytest.raises(ValueError, match="must be > 0"):
             recipes.hess_init_for(params, **bad)
+
+
+def test_the_suggested_b2_leaves_the_share_of_the_initial_curvature_that_published_runs_do():
+    for steps in (2_000, 10**6):
+        np.testing.assert_allclose(recipes.b2_for(steps) ** steps, np.exp(-2), rtol=2e-3)
+    # 200 epochs of 50,000 / 50 steps, and of 1,281,167 / 1,024; 100,000 steps.
+    for recipe, steps in ((recipes.CIFAR, 200_000), (recipes.IMAGENET, 250_228)):
+        assert 1 <= (1 - recipe.settings["b2"]) * steps <= 2.5
+    assert recipes.b2_for(1) == 0.9
+    with pytest.raises(ValueError, match="num_steps must be an integer"):
+        recipes.b2_for(0)
