@@ -74,7 +74,9 @@ def main() -> None:
         ]
         journal.compute_all(runs, lambda missing: measure(missing, data))
     diverged = [
-        (run, x) for run, x in journal.select(**common, guard="none") if x["diverged"] is not None
+        (run, x)
+        for run, x in journal.select(**common, guard="none")
+        if x.get("diverged") is not None
     ]
     if diverged:
         # The first of them: no choice is made.
@@ -118,10 +120,10 @@ def measure(runs: list[Any], data: Any) -> list[dict[str, Any]]:
         test = float(lane["test"])
         results.append(
             {
-                "test": test if np.isfinite(test) else None,
+                "test": float(f"{test:.5g}") if np.isfinite(test) else None,
                 "diverged": _first(bad[start:], start),
                 "warned": _first(warned, 0),
-                "gain": float(np.nanmax(lane["gain"])),
+                "gain": float(f"{np.nanmax(lane['gain']):.4g}"),
             }
         )
     return results
@@ -139,10 +141,10 @@ def anatomy(run: Any, diverged: int, data: Any) -> dict[str, Any]:
     course = seen["loss"][: diverged + 20 * CHECK : EVERY]
     return {
         "step": list(range(run["steps"]))[window],
-        **{name: [float(v) for v in x[window]] for name, x in seen.items()},
+        **{name: [float(f"{v:.4g}") for v in x[window]] for name, x in seen.items()},
         "course": {
             "step": list(range(0, EVERY * len(course), EVERY)),
-            "loss": [float(x) for x in course],
+            "loss": [float(f"{x:.4g}") for x in course],
         },
     }
 

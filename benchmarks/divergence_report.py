@@ -36,7 +36,7 @@ def report(journal: Journal) -> None:
         save_figure(figure(*traced[0]), journal.path.with_suffix(".png"))
 
 
-def guards(runs: list[tuple[dict, dict]]) -> list[Sequence[str]]:
+def guards(runs: list[tuple[dict, dict]]) -> Sequence[Sequence[str]]:
     """Counts by guard, and what the guard costs where nothing diverges without it."""
     rows = [
         ("guard", "runs", "diverged", "test loss, median", "where none diverged without a guard")
@@ -55,7 +55,7 @@ def guards(runs: list[tuple[dict, dict]]) -> list[Sequence[str]]:
     return rows
 
 
-def places(runs: list[tuple[dict, dict]]) -> list[Sequence[str]]:
+def places(runs: list[tuple[dict, dict]]) -> Sequence[Sequence[str]]:
     """Diverged runs without a guard, by setting."""
     free = [(r, x) for r, x in runs if r["guard"] == "none"]
     columns = list(dict.fromkeys((r["hess_init"], r["learning_rate"]) for r, _ in free))
@@ -74,7 +74,7 @@ def places(runs: list[tuple[dict, dict]]) -> list[Sequence[str]]:
     return rows
 
 
-def warnings(runs: list[tuple[dict, dict]]) -> list[Sequence[str]]:
+def warnings(runs: list[tuple[dict, dict]]) -> Sequence[Sequence[str]]:
     """How early the warning came, and how often for nothing."""
     rows = [
         ("guard", "diverged", "warned before", "steps ahead, median", "others", "of these warned")
@@ -94,7 +94,7 @@ def warnings(runs: list[tuple[dict, dict]]) -> list[Sequence[str]]:
     return rows
 
 
-def anatomy(seen: dict) -> list[Sequence[str]]:
+def anatomy(seen: dict) -> Sequence[Sequence[str]]:
     """The steps around the divergence; in each, the weight that moved furthest."""
     rows = [
         ("step", "loss at the mean", "|gradient|", "unit", "active in", "move", "σ", "gain"),

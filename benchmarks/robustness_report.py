@@ -25,7 +25,7 @@ def report(journal: Journal) -> None:
         for temperature in (1.0, 0.1, 0.01)
     }
     adamw = journal.select(method="adamw", width=width)
-    tables: dict[str, list[Sequence[str]]] = {
+    tables: dict[str, Sequence[Sequence[str]]] = {
         "How wide the good region is": widths({**grids, "AdamW": adamw}),
         "Divergence": divergence(journal, width),
         "hess_init by the rule, on other networks": rule(journal),
@@ -63,7 +63,7 @@ def medians(runs: Runs, name: str) -> tuple[list[float], list[float], np.ndarray
     return rates, others, nll, diverged
 
 
-def heat_table(runs: Runs, name: str) -> list[Sequence[str]]:
+def heat_table(runs: Runs, name: str) -> Sequence[Sequence[str]]:
     """Median NLL by learning rate and one other hyperparameter."""
     rates, others, nll, diverged = medians(runs, name)
     rows = [(f"{name} \\ learning_rate", *(f"{rate:g}" for rate in rates))]
@@ -73,7 +73,7 @@ def heat_table(runs: Runs, name: str) -> list[Sequence[str]]:
     return rows
 
 
-def widths(grids: dict[str, Runs]) -> list[Sequence[str]]:
+def widths(grids: dict[str, Runs]) -> Sequence[Sequence[str]]:
     """The best value, the share of good settings, and how many decades they span at the best."""
     rows = [
         ("", "settings", "best NLL", "near the best", "NLL below 0.1", "rates", "the other"),
@@ -107,7 +107,7 @@ def span(values: list[float], good: np.ndarray) -> str:
     return f"{chosen[0]:g} to {chosen[-1]:g}" if chosen else "none"
 
 
-def divergence(journal: Journal, width: int) -> list[Sequence[str]]:
+def divergence(journal: Journal, width: int) -> Sequence[Sequence[str]]:
     """Diverged runs, and how many of them were warned of in an earlier epoch."""
     rows = [("", "runs", "diverged", "warned of before", "warned, but did not diverge")]
     for floor in (1e-6, 0.1):
@@ -141,7 +141,7 @@ def divergence(journal: Journal, width: int) -> list[Sequence[str]]:
     return rows
 
 
-def rule(journal: Journal) -> list[Sequence[str]]:
+def rule(journal: Journal) -> Sequence[Sequence[str]]:
     """NLL at `hess_init_for` beside the best of the grid, by width and temperature."""
     rows = [("width, temperature", "hess_init by rule", "NLL", "best of the grid", "its NLL")]
     chosen = journal.select(method="rule")
@@ -190,9 +190,10 @@ def figure(grids: dict[str, Runs], adamw: Runs) -> Figure:
             ax.text(column, row, text + mark, ha="center", va="center", fontsize=7, color=color)
         ax.set_xticks(range(len(rates)), [f"{v:g}" for v in rates])
         ax.set_yticks(range(len(others)), [f"{v:g}" for v in others])
+        ax.tick_params(axis="x", labelsize=8, rotation=45)
         ax.set_xlabel("learning rate")
         ax.set_ylabel("weight decay" if name == "AdamW" else "hess_init")
         ax.set_title(name.replace("precision_floor 0.1, ", ""), fontsize=10)
     assert image is not None
-    fig.colorbar(image, ax=axes, label=f"test NLL (median; × some run diverged; up to {SHOWN:g})")
+    fig.colorbar(image, ax=axes, label="test NLL (median; ×: a run diverged)", extend="max")
     return fig

@@ -128,7 +128,7 @@ def train_adamw(run: Run, values: Values, seed: Array, data: Data, test: Data) -
     }
 
 
-def _start(run: Run, seed: Array, data: Data) -> tuple:
+def _start(run: Run, seed: Any, data: Data) -> tuple:
     keys = seed_keys(seed)
     return keys, run.model.init(keys.init, data[0][:1])
 

@@ -44,7 +44,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
         "b2": (0.999, 0.9999),
     },
 }
-IVON_FIXED = {"hess_init": 0.5, "precision_floor": 0.1}
+IVON_FIXED: dict[str, Any] = {"hess_init": 0.5, "precision_floor": 0.1}
 PRIOR_PRECISION = 1.0  # λδ: weights of order one
 LABELS = {
     "adamw": "AdamW",

@@ -26,7 +26,7 @@ def report(journal: Journal) -> None:
     write_tables(journal, "UCI regression", tables, notes)
 
 
-def measured(journal: Journal, dataset: str) -> list[Sequence[str]]:
+def measured(journal: Journal, dataset: str) -> Sequence[Sequence[str]]:
     """Test results of each method."""
     rows = [("", "splits", "test RMSE", "test log-likelihood", "over AdamW")]
     base = dict(_by_split(journal, dataset, "adamw", "log_likelihood"))
@@ -46,7 +46,7 @@ def measured(journal: Journal, dataset: str) -> list[Sequence[str]]:
     return rows
 
 
-def chosen(journal: Journal, dataset: str) -> list[Sequence[str]]:
+def chosen(journal: Journal, dataset: str) -> Sequence[Sequence[str]]:
     """How often each value of each hyperparameter was chosen."""
     rows = [("method", "hyperparameter", "value × splits")]
     for method, names in GRIDS.items():

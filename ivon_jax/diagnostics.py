@@ -150,7 +150,7 @@ def diagnostics(
         ),
     }
     if "learning_rate" in settings:
-        rate = settings["learning_rate"]
+        rate: Any = settings["learning_rate"]
         rate = rate(parts[0].count) if callable(rate) else rate
         delta = jnp.min(jnp.stack([jnp.min(d) for d in deltas])) if deltas else 0.0
         busy = jnp.maximum((numbers["hess/p99"] + delta) / (hess_init + delta), 1)

@@ -29,6 +29,7 @@ def test_divergence_counts_runs_by_guard_and_writes_one_down(tmp_path, monkeypat
     for name in ("HESS_INITS", "SHARPNESS", "PRIOR_PRECISIONS"):
         monkeypatch.setattr(divergence, name, getattr(divergence, name)[:1])
     call(divergence, monkeypatch, "--steps", 200, "--seeds", 2, "--results", path)
+    call(divergence, monkeypatch, "--steps", 200, "--seeds", 2, "--results", path)  # goes on
     journal = Journal(path)
     calm = journal.select(guard="none", learning_rate=0.1)
     assert len(calm) == 2 and all(x["diverged"] is None for _, x in calm)
