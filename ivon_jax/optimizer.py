@@ -35,8 +35,8 @@ from ivon_jax.state import IVONState, Posterior, check_single, decay_leaves, lea
 
 PyTree = Any
 
-PRECISION_FLOOR = 1e-6
-"""Smallest `precision_floor`: ten units of float32 rounding, a σ 1000 times σ₀."""
+PRECISION_FLOOR = 2.0**-20
+"""Smallest `precision_floor`: eight units of float32 rounding, a σ 1000 times σ₀."""
 
 
 def ivon(
@@ -72,7 +72,7 @@ def ivon(
       u ← clip((ḡ + δm)/(h+δ), ±ξ)
       m ← m − α_t(h₀+δ)u
 
-    The new h+δ is kept at or above `precision_floor` (1e-6) times h₀+δ. The old
+    The new h+δ is kept at or above `precision_floor` times h₀+δ. The old
     precision and ĥ use the λ and δ stored in the state, under which the noise was
     drawn; the rest of the step uses, and the new state stores, those given here.
 
