@@ -132,9 +132,9 @@ def hess_init_for(params: PyTree, ess: float, *, noise: float = 0.25) -> float:
 def b2_for(num_steps: int) -> float:
     """β₂ = 1 − 2/T for a run of T steps: e⁻² of the initial curvature is left at its end.
 
-    The published runs have (1−β₂)T of 1 to 2.5. Where it is much larger the curvature of weights
-    that get no gradient is forgotten during the run, their posterior widens, and training diverges
-    (over-long runs in `benchmarks/images.py`).
+    The published runs on images and text have (1−β₂)T of 1 to 2. Where it is much larger the
+    curvature of weights that get no gradient is forgotten, their posterior widens, and training
+    diverges (over-long runs in `benchmarks/images.py`).
 
     Args:
       num_steps: T, the length of the whole run.

@@ -29,7 +29,7 @@ def test_it_compares_judges_the_claims_and_goes_on_from_its_file(tmp_path):
     records = [json.loads(line) for line in lines]
     results = [each["result"] for each in records if "run" in each]
     # Two seeds of two usual and two over-long runs, and IVON's with its b2 kept.
-    assert len(results) == 2 * (2 + 2 + 1)
+    assert len(results) == 2 * (2 + 2 + 2)
     usual = [each["metrics"] for each in results if "metrics" in each]
     assert len(usual) == 4 and all(0.0 <= each["accuracy"] <= 1.0 for each in usual)
 
