@@ -6,7 +6,6 @@ import pytest
 
 pytest.importorskip("matplotlib", reason='the benchmarks need: pip install -e ".[examples]"')
 
-import measuring  # noqa: F401 puts the examples on the path
 from journal import Journal, read_journal, results_path, write_tables
 
 
