@@ -72,8 +72,7 @@ def ivon(
       u ← clip((ḡ + δm)/(h+δ), ±ξ)
       m ← m − α_t(h₀+δ)u
 
-    The new h+δ is kept at or above `precision_floor` times h₀+δ. The old
-    precision and ĥ use the λ and δ stored in the state, under which the noise was
+    The old precision and ĥ use the λ and δ stored in the state, under which the noise was
     drawn; the rest of the step uses, and the new state stores, those given here.
 
     The state owns the mean: `updates` is the new mean minus `params`, so that

@@ -4,6 +4,7 @@ Unless another source is named, they are those of Shen et al., Variational Learn
 Large Deep Networks, ICML 2024, `arXiv:2402.17641 <https://arxiv.org/abs/2402.17641>`_.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ivon_jax._checks import check_number, check_positive
+from ivon_jax._checks import check_number, check_positive, is_concrete
 
 PyTree = Any
 
@@ -107,7 +108,8 @@ def hess_init_for(params: PyTree, ess: float, *, noise: float = 0.25) -> float:
       A value for `hess_init`.
 
     Raises:
-      ValueError: if the parameters are all zero, or a number is not positive.
+      ValueError: if the parameters are all zero or not finite, or a number is not positive.
+      TypeError: if the parameters are traced.
 
     Example:
       >>> import jax.numpy as jnp
@@ -120,12 +122,14 @@ def hess_init_for(params: PyTree, ess: float, *, noise: float = 0.25) -> float:
         for name, x in (("ess", ess), ("noise", noise))
     )
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(params)]
+    if not is_concrete(*leaves):
+        raise TypeError("params are traced: call hess_init_for before jit, on the initial values.")
     leaves = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
     leaves = [x for x in leaves if x.ndim >= 2] or leaves
     size = sum(x.size for x in leaves)
     square = float(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves)) / max(size, 1)
-    if not square > 0:
-        raise ValueError("params must hold weights other than zero, drawn at random.")
+    if not 0 < square < math.inf:
+        raise ValueError("params must hold finite weights other than zero, drawn at random.")
     return float(f"{1 / (ess * noise**2 * square):.3g}")
 
 

@@ -75,8 +75,11 @@ def test_the_suggested_hess_init_starts_the_noise_at_a_quarter_of_the_weights():
         recipes.hess_init_for(half, 1e3), recipes.hess_init_for(params, 1e3), rtol=0.02
     )
     assert recipes.hess_init_for(jnp.full(3, 0.1), 10_000) == 0.16
-    with pytest.raises(ValueError, match="weights other than zero"):
-        recipes.hess_init_for(jnp.zeros((2, 2)), 10)
+    for bad in (0.0, jnp.nan, jnp.inf):
+        with pytest.raises(ValueError, match="finite weights other than zero"):
+            recipes.hess_init_for(jnp.full((2, 2), bad), 10)
+    with pytest.raises(TypeError, match="before jit"):
+        jax.jit(lambda p: recipes.hess_init_for(p, 10))(jnp.ones((2, 2)))
     for bad in ({"ess": 0.0}, {"ess": 10, "noise": -1.0}):
         with pytest.raises(ValueError, match="must be > 0"):
             recipes.hess_init_for(params, **bad)
