@@ -1,11 +1,11 @@
 """Both benchmarks in small: what they count, and their tables and figures."""
 
-import divergence
+from benchmarks.evidence.divergence import main as divergence
 import jax
 import numpy as np
 import pytest
-import robustness
-from journal import Journal
+from benchmarks.evidence.robustness import main as robustness
+from benchmarks._shared.journal import Journal
 
 GUARD = "precision_floor 0.1"
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason='the benchmarks need: pip install -e ".[examples]"')
 
-from journal import Journal, read_journal, results_path, write_tables
+from benchmarks._shared.journal import Journal, read_journal, results_path, write_tables
 
 
 def counted(calls):

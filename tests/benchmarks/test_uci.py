@@ -68,7 +68,7 @@ def test_damaged_data_are_a_message_and_not_a_traceback(damage, tmp_path):
 
 
 def test_the_likelihood_is_that_of_the_mixture_and_the_noise_the_best_one():
-    from uci_methods import NOISE_LEVELS, best_noise, log_likelihood
+    from benchmarks.evidence.uci.methods import NOISE_LEVELS, best_noise, log_likelihood
 
     rng = np.random.default_rng(0)
     predicted, y = rng.standard_normal((7, 50)), rng.standard_normal(50)
@@ -86,7 +86,7 @@ def test_the_likelihood_is_that_of_the_mixture_and_the_noise_the_best_one():
 
 
 def test_held_out_rows_come_from_the_training_part_alone():
-    from uci_data import hold_out, standardise
+    from benchmarks.evidence.uci.data import hold_out, standardise
 
     rows = np.arange(50.0)
     splits = [(rows[:40, None], rows[:40], rows[40:, None], rows[40:])]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import checkpoints
+from examples.gpt2 import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -21,7 +21,7 @@ import checkpoint_worker
 import jax
 import jax.numpy as jnp
 import numpy as np
-from checkpoints import DIGESTS, Checkpoints
+from examples.gpt2.checkpoints import DIGESTS, Checkpoints
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 

@@ -17,19 +17,19 @@ pytest.importorskip("orbax.checkpoint", reason='the examples need: pip install -
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
-import gpt2
-import gpt2_data
-import gpt2_model
-import gpt2_options
-import gpt2_report
-import gpt2_training
+from examples.gpt2 import main as gpt2
+from examples.gpt2 import data as gpt2_data
+from examples.gpt2 import model as gpt2_model
+from examples.gpt2 import options as gpt2_options
+from examples.gpt2 import report as gpt2_report
+from examples.gpt2 import training as gpt2_training
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from gpt2_model import Config, Layout
-from gpt2_training import AdamW, Ivon
-from hlo_collectives import Collective, collectives
+from examples.gpt2.model import Config, Layout
+from examples.gpt2.training import AdamW, Ivon
+from benchmarks.tpu.hlo_collectives import Collective, collectives
 from jax.sharding import AxisType
 
 SMALL = Config(width=16, depth=2, heads=2, context=8, vocabulary=32, dtype="float32")

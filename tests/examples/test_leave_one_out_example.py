@@ -15,8 +15,8 @@ sys.path.insert(0, str(EXAMPLES))
 pytest.importorskip("flax", reason='the examples need: pip install -e ".[examples]"')
 pytest.importorskip("sklearn", reason='the examples need: pip install -e ".[examples]"')
 
-import leave_one_out as example
-import leave_one_out_report as report
+from benchmarks.evidence.uses import leave_one_out as example
+from benchmarks.evidence.uses import leave_one_out_report as report
 
 from ivon_jax import Posterior
 

@@ -18,8 +18,8 @@ import scipy.stats
 pytest.importorskip("sklearn", reason='the examples need: pip install -e ".[examples]"')
 pytest.importorskip("matplotlib", reason='the examples need: pip install -e ".[examples]"')
 
-import logistic_2d
-from logistic_2d_exact import (
+from benchmarks.evidence.uses import logistic_2d
+from benchmarks.evidence.uses.logistic_2d_exact import (
     PRIOR_PRECISION,
     Diagonal,
     energy,

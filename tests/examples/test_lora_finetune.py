@@ -14,13 +14,13 @@ sys.path.insert(0, str(EXAMPLES))
 
 import jax
 import jax.numpy as jnp
-import lora_data
-import lora_finetune
-import lora_report
+from benchmarks.evidence.uses import lora_data
+from benchmarks.evidence.uses import lora_finetune
+from benchmarks.evidence.uses import lora_report
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
-from lora_model import ADAPTER_SCALE, LoRADense, Transformer, add_adapters, loss_fn
+from benchmarks.evidence.uses.lora_model import ADAPTER_SCALE, LoRADense, Transformer, add_adapters, loss_fn
 
 from ivon_jax import posterior
 

@@ -15,9 +15,9 @@ sys.path.insert(0, str(EXAMPLES))
 
 import jax
 import jax.numpy as jnp
-import ood_methods as ood
-import ood_tuning
-import out_of_domain
+from benchmarks.evidence.images import ood_methods as ood
+from benchmarks.evidence.images import ood_tuning
+from benchmarks.evidence.images import out_of_domain
 from scipy.stats import norm
 
 from ivon_jax import Posterior

@@ -19,9 +19,9 @@ for package in ("matplotlib", "tqdm"):
     pytest.importorskip(package, reason='the examples need: pip install -e ".[examples]"')
 pytest.importorskip("blackjax", reason='this example needs: pip install -e ".[hmc]"')
 
-import regression_1d_methods as methods
-from regression_1d_methods import NOISE, Problem
-from regression_1d_report import BAND, covered, measure
+from benchmarks.evidence.uses import regression_1d_methods as methods
+from benchmarks.evidence.uses.regression_1d_methods import NOISE, Problem
+from benchmarks.evidence.uses.regression_1d_report import BAND, covered, measure
 
 from ivon_jax import Moments, Posterior, ivon, with_mean
 

@@ -16,9 +16,9 @@ sys.path.insert(0, str(EXAMPLES))
 pytest.importorskip("flax", reason='the examples need: pip install -e ".[examples]"')
 pytest.importorskip("sklearn", reason='the examples need: pip install -e ".[examples]"')
 
-import sensitivity_report as report
-import sensitivity_retraining as retraining
-from small_digits import Recipe, SoftmaxRegression, Weighted, make_ivon, run_epochs, wrong_labels
+from benchmarks.evidence.uses import sensitivity_report as report
+from benchmarks.evidence.uses import sensitivity_retraining as retraining
+from benchmarks.evidence.uses.small_digits import Recipe, SoftmaxRegression, Weighted, make_ivon, run_epochs, wrong_labels
 
 from ivon_jax import linearize, posterior_mean
 

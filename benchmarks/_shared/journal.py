@@ -1,0 +1,165 @@
+"""Results as JSON lines, one record per finished run: a command can be stopped and goes on."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks._shared.measuring import environment
+from examples._shared.reporting import format_table
+
+Run = Mapping[str, Any]  # what identifies a run: all that it depends on
+Result = Mapping[str, Any]
+
+
+class Journal:
+    """A file of finished runs; what is in it is not computed again.
+
+    Every line is a record `{"run": ..., "result": ...}`, or `{"environment": ...}`, written each
+    time that a command starts to compute, with its hardware, versions and date. A line that was
+    cut short by a kill is dropped.
+
+    Args:
+      path: the file, made when the first run is finished.
+      total: number of runs that the command asks for, for its progress.
+    """
+
+    def __init__(self, path: Path, total: int = 0):
+        self.path, self.total = path, total
+        self.environments: list[str] = []
+        self._results: dict[str, dict] = {}
+        self._runs: dict[str, dict] = {}
+        self._asked = self._computed = 0
+        self._start = time.monotonic()
+        self._read()
+
+    def compute(self, run: Run, work: Callable[[], Result]) -> Result:
+        """The result of a run: read if it is there, else computed and written."""
+        return self.compute_all([run], lambda missing: [work()])[0]
+
+    def compute_all(
+        self, runs: Sequence[Run], work: Callable[[list[Run]], Sequence[Result]]
+    ) -> list[Result]:
+        """The results of runs that are computed together; `work` gets those that are missing."""
+        missing = [run for run in runs if _identity(run) not in self._results]
+        if missing:
+            results = work(missing)
+            if not self._computed:
+                self.environments.append(environment())
+                self._write({"environment": self.environments[-1]})
+            for run, result in zip(missing, results, strict=True):
+                self._write({"run": run, "result": result})
+                self._runs[_identity(run)] = dict(run)
+                self._results[_identity(run)] = dict(result)
+        self._computed += len(missing)
+        self._asked += len(runs)
+        self._report(runs[-1])
+        return [self._results[_identity(run)] for run in runs]
+
+    def select(self, **fields: Any) -> list[tuple[dict, dict]]:
+        """All (run, result) whose run has these values, in the order of the file."""
+        return [
+            (run, self._results[name])
+            for name, run in self._runs.items()
+            if all(run.get(field) == value for field, value in fields.items())
+        ]
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                if "run" in record:
+                    self._runs[_identity(record["run"])] = record["run"]
+                    self._results[_identity(record["run"])] = record["result"]
+                else:
+                    self.environments.append(record["environment"])
+            except (ValueError, KeyError, TypeError):
+                raise SystemExit(
+                    f"{self.path}, line {number}, is not a record of results; move the file away, "
+                    "or name another with --results"
+                ) from None
+        if len(whole) < len(content):
+            self.path.write_bytes(whole)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record, default=float) + "\n")
+
+    def _report(self, run: Run) -> None:
+        elapsed = time.monotonic() - self._start
+        left = ""
+        if self._computed and self.total > self._asked:
+            left = f", at most {_clock(elapsed / self._computed * (self.total - self._asked))} left"
+        what = ", ".join(f"{k} {v}" for k, v in run.items() if isinstance(v, str | int))
+        place = f"{self._asked}/{self.total}" if self.total else f"{self._asked}"
+        print(f"[{place}, {_clock(elapsed)}{left}] {what}", file=sys.stderr, flush=True)
+
+
+def _identity(run: Run) -> str:
+    return json.dumps(run, sort_keys=True, default=float)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
+def evidence_parser(description: str, name: str) -> argparse.ArgumentParser:
+    """The options that all scripts of this kind have.
+
+    Args:
+      description: what it does and how long its default run takes.
+      name: stem of its files.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--results",
+        type=results_path,
+        default=Path(f"{name}.jsonl"),
+        help="JSON lines, one per finished run; started again, the command goes on from there",
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="train nothing: make the table (.md) and the figure (.png) beside the results",
+    )
+    return parser
+
+
+def results_path(text: str) -> Path:
+    """A .jsonl file in a folder that exists, for argparse."""
+    path = Path(text)
+    if path.suffix != ".jsonl" or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a .jsonl file in an existing folder")
+    return path
+
+
+def read_journal(path: Path) -> Journal:
+    """The finished runs, for a report; leaves with a message if there are none."""
+    journal = Journal(path)
+    if not journal.select():
+        raise SystemExit(f"{path} has no results yet: run the command without --report first")
+    return journal
+
+
+def write_tables(
+    journal: Journal, title: str, tables: Mapping[str, Sequence[Sequence[str]]], notes: str = ""
+) -> None:
+    """Prints tables and writes them, with what they were measured on, beside the results."""
+    parts = [f"# {title}", *([notes] if notes else [])]
+    parts += [f"## {name}\n\n```text\n{format_table(rows)}\n```" for name, rows in tables.items()]
+    measured = "\n".join(dict.fromkeys(journal.environments))
+    parts.append(f"## Measured by\n\n```text\n{measured}\n```")
+    path = journal.path.with_suffix(".md")
+    path.write_text("\n\n".join(parts) + "\n")
+    print("\n\n".join(parts[1:-1]))
+    print(f"\nWritten to {path}")

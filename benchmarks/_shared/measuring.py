@@ -1,0 +1,101 @@
+"""Timing in one process, interleaved, as ratios; and what the numbers were measured on."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from examples._shared.reporting import format_table
+
+__all__ = ["Timing", "environment", "format_table", "interleaved", "ratio_cell", "ratios"]
+
+
+def environment() -> str:
+    """Command, date, hardware and versions, in two lines."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        processor = names[0].split(":")[1].strip() if names else processor
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    hardware = f"{processor}, {cores} cores"
+    if device.platform != "cpu":
+        hardware = f"{len(jax.devices())} x {device.device_kind}; host: {hardware}"
+    versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "optax"))
+    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    return f"{command}\n{datetime.date.today()}; {hardware}; {versions}"
+
+
+class Timing(NamedTuple):
+    """Seconds per call in each repetition, and the same as a ratio to the baseline's."""
+
+    seconds: np.ndarray
+    ratio: np.ndarray
+
+
+def interleaved(
+    functions: dict[str, Callable[[int], None]],
+    repetitions: int = 15,
+    block_seconds: float = 0.05,
+) -> dict[str, Timing]:
+    """Times functions in turn; the first is the baseline.
+
+    Args:
+      functions: each runs a given number of steps and returns when they are done.
+      repetitions: rounds in which every function gets its turn.
+      block_seconds: about how long a turn is.
+    """
+    calls = {}
+    for name, function in functions.items():
+        function(2)  # compile, and touch all memory
+        start = time.perf_counter()
+        function(1)
+        once = time.perf_counter() - start
+        calls[name] = max(1, round(block_seconds / max(once, 1e-6)))
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repetitions):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function(calls[name])
+            seconds[name].append((time.perf_counter() - start) / calls[name])
+    measured = {name: np.array(x) for name, x in seconds.items()}
+    base = next(iter(measured.values()))
+    return {name: Timing(x, x / base) for name, x in measured.items()}
+
+
+def ratios(values: np.ndarray) -> tuple[float, float, float]:
+    """Median and quartiles."""
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return float(median), float(low), float(high)
+
+
+def ratio_cell(values: np.ndarray) -> str:
+    """Median, with the quartiles behind it."""
+    median, low, high = ratios(values)
+    return f"{median:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def jax_loop(step: Callable, carry: object, *args: object) -> Callable[[int], None]:
+    """A function that runs a donated, jitted step `carry -> carry` so many times."""
+    box = [carry]
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            box[0] = step(box[0], *args)
+        jax.block_until_ready(box[0])
+
+    return run
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """As `format_table`."""
+    return format_table(rows)
