@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+
 from examples._shared.reporting import format_table
 
 __all__ = ["Timing", "environment", "format_table", "interleaved", "ratio_cell", "ratios"]

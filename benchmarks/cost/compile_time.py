@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from benchmarks.cost import models
 import numpy as np
-from benchmarks.cost.contenders import BASELINE, CONTENDERS, Contender, build
+
 from benchmarks._shared.measuring import environment, format_table, ratio_cell
+from benchmarks.cost import models
+from benchmarks.cost.contenders import BASELINE, CONTENDERS, Contender, build
 from benchmarks.cost.optimizer_step import make_step
 from benchmarks.cost.trees import Shapes, abstract, gpt2, many, one_leaf
 

@@ -24,10 +24,11 @@ if "--tpu" in sys.argv:
 
 import jax
 import numpy as np
-from benchmarks.cost.contenders import CONTENDERS, Contender
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+
 from benchmarks._shared.measuring import environment, format_table
+from benchmarks.cost.contenders import CONTENDERS, Contender
 from benchmarks.cost.optimizer_step import make_step
 from benchmarks.cost.trees import Shapes, abstract, gpt2
 

@@ -20,13 +20,13 @@ if "--tpu" in sys.argv:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
+
+from benchmarks._shared.measuring import environment, format_table
 from benchmarks.cost import models
 from benchmarks.cost.compile_time import training_program
 from benchmarks.cost.contenders import BASELINE, CONTENDERS, Contender
 from benchmarks.cost.counted_cost import sharding
-from benchmarks._shared.measuring import environment, format_table
 from benchmarks.cost.train_step import BATCH_SIZES
-
 from ivon_jax import ivon, mc_value_and_grad
 
 

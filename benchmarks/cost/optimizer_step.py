@@ -19,8 +19,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from benchmarks._shared.measuring import (
+    environment,
+    format_table,
+    interleaved,
+    jax_loop,
+    ratio_cell,
+)
 from benchmarks.cost.contenders import BASELINE, CONTENDERS, Contender, build
-from benchmarks._shared.measuring import environment, format_table, interleaved, jax_loop, ratio_cell
 from benchmarks.cost.trees import Shapes, filled, gpt2, many, one_leaf
 
 PyTree = Any

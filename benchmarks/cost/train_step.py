@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from benchmarks.cost import models
 import numpy as np
+
+from benchmarks._shared.measuring import environment, format_table, interleaved, ratio_cell
+from benchmarks.cost import models
 from benchmarks.cost.compile_time import training_program
 from benchmarks.cost.contenders import BASELINE, CONTENDERS, Contender, build
-from benchmarks._shared.measuring import environment, format_table, interleaved, ratio_cell
 
 BATCH_SIZES = {"mlp": 64, "mlp1m": 64, "resnet20": 64, "gpt10m": 4, "gpt2-small": 4}
 

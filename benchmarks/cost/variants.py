@@ -15,21 +15,24 @@ curvature and momentum move together, as mean ± standard error.
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from benchmarks.cost import models
 import numpy as np
 import optax
-from examples._shared.datasets import load_small_digits
+
+from benchmarks._shared.measuring import environment, format_table
+from benchmarks.cost import models
 from benchmarks.evidence.uses.logistic_2d import PRIOR_PRECISION, draw_batch, flowers, loss_fn
 from benchmarks.evidence.uses.logistic_2d_exact import Diagonal as Gaussian
-from benchmarks.evidence.uses.logistic_2d_exact import exact_posterior, free_energy, optimal_diagonal
-from benchmarks._shared.measuring import environment, format_table
+from benchmarks.evidence.uses.logistic_2d_exact import (
+    exact_posterior,
+    free_energy,
+    optimal_diagonal,
+)
+from examples._shared.datasets import load_small_digits
 from examples._shared.reporting import cell, positive
-
 from ivon_jax import auto_sample, ivon, mc_value_and_grad, posterior, posterior_mean, sample_params
 
 PyTree = Any

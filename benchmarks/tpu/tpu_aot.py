@@ -25,17 +25,18 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu only compiles here
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-from examples.gpt2 import model as gpt2_model
-from examples.gpt2 import training as gpt2_training
 import jax
 import jax.numpy as jnp
 import numpy as np
-from examples.gpt2.model import Config, Layout
-from examples.gpt2.training import AdamW, Ivon, Settings
-from benchmarks.tpu.hlo_collectives import KINDS, Collective, collectives
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
+
+from benchmarks.tpu.hlo_collectives import KINDS, Collective, collectives
 from examples._shared.reporting import format_table
+from examples.gpt2 import model as gpt2_model
+from examples.gpt2 import training as gpt2_training
+from examples.gpt2.model import Config, Layout
+from examples.gpt2.training import AdamW, Ivon, Settings
 
 METHODS = ("AdamW", "IVON", "IVON, own samples")
 SEQUENCES = 4  # per index of `data` and `fsdp`: the published batch is 480 in all

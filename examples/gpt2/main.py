@@ -21,17 +21,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
+from tqdm import tqdm
+
 from examples.gpt2 import data as gpt2_data
 from examples.gpt2 import model as gpt2_model
 from examples.gpt2 import options as gpt2_options
 from examples.gpt2 import report as gpt2_report
 from examples.gpt2 import training as gpt2_training
-import jax
 from examples.gpt2.checkpoints import Checkpoints
 from examples.gpt2.data import Corpus
 from examples.gpt2.model import Config, Layout
 from examples.gpt2.training import Settings, TrainState
-from tqdm import tqdm
 
 MAX_SKIPPED = 5  # logged losses in a row that may be not finite
 

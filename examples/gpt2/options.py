@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
+
+from examples._shared.reporting import positive
 from examples.gpt2.data import Corpus, fingerprint
 from examples.gpt2.model import MESH_AXES, PRESETS, Config, Layout
 from examples.gpt2.training import ADAMW_RATES, IVON_RECIPES, TINY_IVON_RATE, AdamW, Ivon, Settings
-from jax.sharding import AxisType
-from examples._shared.reporting import positive
 
 OPTIMIZER_OPTIONS = (
     "learning_rate",

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+
 from examples._shared.reporting import COLORS, format_table, save_figure
 
 # Dense bfloat16 matrix products of one device, FLOP/s, from the vendors' data sheets.

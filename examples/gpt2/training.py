@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from examples.gpt2 import model as gpt2_model
 import jax
 import jax.numpy as jnp
 import optax
-from examples.gpt2.model import Config, Layout
 
+from examples.gpt2 import model as gpt2_model
+from examples.gpt2.model import Config, Layout
 from ivon_jax import (
     ivon,
     mc_value_and_grad,

@@ -1,11 +1,12 @@
 """Both benchmarks in small: what they count, and their tables and figures."""
 
-from benchmarks.evidence.divergence import main as divergence
 import jax
 import numpy as np
 import pytest
-from benchmarks.evidence.robustness import main as robustness
+
 from benchmarks._shared.journal import Journal
+from benchmarks.evidence.divergence import main as divergence
+from benchmarks.evidence.robustness import main as robustness
 
 GUARD = "precision_floor 0.1"
 

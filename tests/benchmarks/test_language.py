@@ -13,11 +13,12 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import jax
+
+from benchmarks._shared.journal import Journal
 from benchmarks.evidence.language import main as language
 from benchmarks.evidence.language import model as language_model
 from benchmarks.evidence.language import report as language_report
 from benchmarks.evidence.language import training as language_training
-from benchmarks._shared.journal import Journal
 
 ADAMW = language_training.AdamW(6e-3)
 IVON = language_training.Ivon(30.0, hess_init=1e-4, clip_radius=1.0, b2=0.99, hess="gradsq")

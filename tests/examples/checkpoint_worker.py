@@ -10,12 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from examples.gpt2 import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from examples.gpt2 import checkpoints
 
 RUN = {"model": {"width": 3}}
 # Numbers that do not compress, so that a save takes a while.

@@ -21,10 +21,10 @@ import checkpoint_worker
 import jax
 import jax.numpy as jnp
 import numpy as np
-from examples.gpt2.checkpoints import DIGESTS, Checkpoints
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from examples.gpt2.checkpoints import DIGESTS, Checkpoints
 from ivon_jax import ivon, sample_params
 
 RUN = {"model": {"width": 128, "depth": 2}, "data": "tokens", "lr": 0.1}

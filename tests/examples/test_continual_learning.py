@@ -13,12 +13,12 @@ pytest.importorskip("flax", reason='the examples need: pip install -e ".[example
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from benchmarks.evidence.uses import continual_learning as script
-from benchmarks.evidence.uses import continual_training as training
 import jax
 import jax.numpy as jnp
-from benchmarks.evidence.uses.merging_fisher import diagonal_fisher
 
+from benchmarks.evidence.uses import continual_learning as script
+from benchmarks.evidence.uses import continual_training as training
+from benchmarks.evidence.uses.merging_fisher import diagonal_fisher
 from ivon_jax import Posterior
 
 

@@ -17,20 +17,21 @@ pytest.importorskip("orbax.checkpoint", reason='the examples need: pip install -
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
-from examples.gpt2 import main as gpt2
-from examples.gpt2 import data as gpt2_data
-from examples.gpt2 import model as gpt2_model
-from examples.gpt2 import options as gpt2_options
-from examples.gpt2 import report as gpt2_report
-from examples.gpt2 import training as gpt2_training
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType
+
+from benchmarks.tpu.hlo_collectives import Collective, collectives
+from examples.gpt2 import data as gpt2_data
+from examples.gpt2 import main as gpt2
+from examples.gpt2 import model as gpt2_model
+from examples.gpt2 import options as gpt2_options
+from examples.gpt2 import report as gpt2_report
+from examples.gpt2 import training as gpt2_training
 from examples.gpt2.model import Config, Layout
 from examples.gpt2.training import AdamW, Ivon
-from benchmarks.tpu.hlo_collectives import Collective, collectives
-from jax.sharding import AxisType
 
 SMALL = Config(width=16, depth=2, heads=2, context=8, vocabulary=32, dtype="float32")
 CORPUS = gpt2_data.Corpus("numbers", np.arange(1000) % 32, np.arange(100) % 32, 32)

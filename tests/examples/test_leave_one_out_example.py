@@ -17,7 +17,6 @@ pytest.importorskip("sklearn", reason='the examples need: pip install -e ".[exam
 
 from benchmarks.evidence.uses import leave_one_out as example
 from benchmarks.evidence.uses import leave_one_out_report as report
-
 from ivon_jax import Posterior
 
 

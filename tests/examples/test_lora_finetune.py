@@ -14,14 +14,18 @@ sys.path.insert(0, str(EXAMPLES))
 
 import jax
 import jax.numpy as jnp
-from benchmarks.evidence.uses import lora_data
-from benchmarks.evidence.uses import lora_finetune
-from benchmarks.evidence.uses import lora_report
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
-from benchmarks.evidence.uses.lora_model import ADAPTER_SCALE, LoRADense, Transformer, add_adapters, loss_fn
 
+from benchmarks.evidence.uses import lora_data, lora_finetune, lora_report
+from benchmarks.evidence.uses.lora_model import (
+    ADAPTER_SCALE,
+    LoRADense,
+    Transformer,
+    add_adapters,
+    loss_fn,
+)
 from ivon_jax import posterior
 
 SMALL = {"vocabulary": 7, "context": 6, "width": 8, "depth": 1}

@@ -15,9 +15,9 @@ sys.path.insert(0, str(EXAMPLES))
 
 import jax
 import jax.numpy as jnp
+
 from benchmarks.evidence.uses import merging_training as training
 from benchmarks.evidence.uses import model_merging as script
-
 from ivon_jax import Posterior, merge
 
 

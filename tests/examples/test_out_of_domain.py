@@ -15,11 +15,10 @@ sys.path.insert(0, str(EXAMPLES))
 
 import jax
 import jax.numpy as jnp
-from benchmarks.evidence.images import ood_methods as ood
-from benchmarks.evidence.images import ood_tuning
-from benchmarks.evidence.images import out_of_domain
 from scipy.stats import norm
 
+from benchmarks.evidence.images import ood_methods as ood
+from benchmarks.evidence.images import ood_tuning, out_of_domain
 from ivon_jax import Posterior
 
 RUN = ood.Run(epochs=4, batch_size=10, num_samples=3)

@@ -22,7 +22,6 @@ pytest.importorskip("blackjax", reason='this example needs: pip install -e ".[hm
 from benchmarks.evidence.uses import regression_1d_methods as methods
 from benchmarks.evidence.uses.regression_1d_methods import NOISE, Problem
 from benchmarks.evidence.uses.regression_1d_report import BAND, covered, measure
-
 from ivon_jax import Moments, Posterior, ivon, with_mean
 
 SETTINGS = {"learning_rate": 0.1, "hess_init": 50.0, "b2": 0.999}

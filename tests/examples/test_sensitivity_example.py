@@ -18,8 +18,14 @@ pytest.importorskip("sklearn", reason='the examples need: pip install -e ".[exam
 
 from benchmarks.evidence.uses import sensitivity_report as report
 from benchmarks.evidence.uses import sensitivity_retraining as retraining
-from benchmarks.evidence.uses.small_digits import Recipe, SoftmaxRegression, Weighted, make_ivon, run_epochs, wrong_labels
-
+from benchmarks.evidence.uses.small_digits import (
+    Recipe,
+    SoftmaxRegression,
+    Weighted,
+    make_ivon,
+    run_epochs,
+    wrong_labels,
+)
 from ivon_jax import linearize, posterior_mean
 
 DECAY = 0.1

@@ -16,13 +16,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.divergence import report as divergence_report
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmarks.evidence.divergence.training import CHECK, Run, trace, train_lanes
-from benchmarks._shared.journal import Journal, evidence_parser, read_journal
 from sklearn.datasets import load_diabetes
+
+from benchmarks._shared.journal import Journal, evidence_parser, read_journal
+from benchmarks.evidence.divergence import report as divergence_report
+from benchmarks.evidence.divergence.training import CHECK, Run, trace, train_lanes
 from benchmarks.evidence.uci.data import DataError, load_splits, standardise
 
 STEPS, SEEDS = 10_000, 8

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-from benchmarks._shared.journal import Journal, write_tables
 from matplotlib.figure import Figure
+
+from benchmarks._shared.journal import Journal, write_tables
 from examples._shared.reporting import COLORS, save_figure
 
 

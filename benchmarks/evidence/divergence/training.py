@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from benchmarks.evidence.uci.methods import BATCH, WARMUP_SHARE, apply, half_square, init, schedule
 
+from benchmarks.evidence.uci.methods import BATCH, WARMUP_SHARE, apply, half_square, init, schedule
 from ivon_jax import diagnostics, ivon, sample_params
 
 CHECK = 50  # steps

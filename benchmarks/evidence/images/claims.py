@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from examples._shared.reporting import mean_and_error
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # by method and seed

@@ -19,13 +19,27 @@ from collections.abc import Sequence
 try:
     import jax.numpy as jnp
     import numpy as np
-    from examples._shared.datasets import DataError, ImageData, load_dataset
+    from tqdm import tqdm
+
     from benchmarks.evidence.images.image_metrics import sample_curves
     from benchmarks.evidence.images.image_options import Options, parse_options
     from benchmarks.evidence.images.image_report import Column, format_table, write_figure
-    from benchmarks.evidence.images.image_training import average, make_model, make_predictor, make_trainer, predictions, train
-    from benchmarks.evidence.images.image_tuning import at_the_edge, format_tried, grid, select, try_settings
-    from tqdm import tqdm
+    from benchmarks.evidence.images.image_training import (
+        average,
+        make_model,
+        make_predictor,
+        make_trainer,
+        predictions,
+        train,
+    )
+    from benchmarks.evidence.images.image_tuning import (
+        at_the_edge,
+        format_tried,
+        grid,
+        select,
+        try_settings,
+    )
+    from examples._shared.datasets import DataError, ImageData, load_dataset
     from examples._shared.unfamiliar import LETTERS, letters, photo_patches
 except ModuleNotFoundError as error:
     sys.exit(f'error: {error.name} is not installed; run: pip install -e ".[examples]"')

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from benchmarks.evidence.images.claims import Results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
+
+from benchmarks.evidence.images.claims import Results
 from examples._shared.reporting import mean_and_error
 
 COLORS = {

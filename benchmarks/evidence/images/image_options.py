@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples._shared.datasets import DATASETS
 from benchmarks.evidence.images.image_training import METHODS
+from examples._shared.datasets import DATASETS
 
 EPOCHS = {"digits": 100, "mnist": 20, "cifar10": 30}
 DEFAULT_FIGURE = Path("image_classification.png")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from examples._shared import reporting
-from benchmarks.evidence.images.image_metrics import entropy, measure
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from examples._shared.reporting import cell, mean_and_error
 
+from benchmarks.evidence.images.image_metrics import entropy, measure
+from examples._shared import reporting
+from examples._shared.reporting import cell, mean_and_error
 from ivon_jax import metrics
 
 COLORS = {"SGD": "#0072B2", "AdamW": "#E69F00", "IVON, mean": "#7FBFA4", "IVON": "#00785A"}

@@ -7,10 +7,17 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from examples._shared.datasets import stratified_split
-from benchmarks.evidence.images.image_training import average, make_model, make_predictor, make_trainer, predictions, train
-from examples._shared.reporting import mean_and_error
 
+from benchmarks.evidence.images.image_training import (
+    average,
+    make_model,
+    make_predictor,
+    make_trainer,
+    predictions,
+    train,
+)
+from examples._shared.datasets import stratified_split
+from examples._shared.reporting import mean_and_error
 from ivon_jax import metrics
 
 # 48 settings each. SGD and AdamW spend them on two hyperparameters, IVON on four, hence more

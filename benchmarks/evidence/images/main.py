@@ -21,11 +21,19 @@ try:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from examples._shared.datasets import DataError, ImageData, load_dataset, stratified_split
+
     from benchmarks.evidence.images.networks import NETWORKS
     from benchmarks.evidence.images.prediction import POINTS, REPORTED, Predictor, average, evaluate
     from benchmarks.evidence.images.report import METHODS, write_report
-    from benchmarks.evidence.images.training import STEPS, Trainer, Values, fit, make_trainer, posterior, stops_of
+    from benchmarks.evidence.images.training import (
+        STEPS,
+        Trainer,
+        Values,
+        fit,
+        make_trainer,
+        posterior,
+        stops_of,
+    )
     from benchmarks.evidence.images.tuning import (
         CHOSEN,
         GRIDS,
@@ -37,9 +45,9 @@ try:
         overlong_values,
         tuning_rows,
     )
+    from examples._shared.datasets import DataError, ImageData, load_dataset, stratified_split
     from examples._shared.reporting import positive
     from examples._shared.unfamiliar import letters, photo_patches
-
     from ivon_jax import metrics
 except ModuleNotFoundError as error:
     sys.exit(f'error: {error.name} is not installed; run: pip install -e ".[examples]"')

@@ -1,12 +1,12 @@
 """The networks of `images.py`: a perceptron, and a small ResNet without batch normalisation."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
 from benchmarks.evidence.images.image_training import NUM_CLASSES
 
 Array = jax.Array

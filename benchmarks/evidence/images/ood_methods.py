@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+
 from benchmarks.evidence.images.image_training import (
     MLP,
     NUM_CLASSES,
@@ -26,7 +27,6 @@ from benchmarks.evidence.images.image_training import (
     scan_epoch,
     seed_keys,
 )
-
 from ivon_jax import Posterior, posterior, predict_samples
 
 MODEL = MLP()

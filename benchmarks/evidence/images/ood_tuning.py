@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from examples._shared.datasets import ImageData, stratified_split
+
 from benchmarks.evidence.images.image_training import average, seed_keys
 from benchmarks.evidence.images.image_tuning import Tried
 from benchmarks.evidence.images.ood_methods import Run, make_runner
-
+from examples._shared.datasets import ImageData, stratified_split
 from ivon_jax import metrics
 
 SPLITS = 5

@@ -27,14 +27,23 @@ try:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from examples._shared.datasets import ImageData, load_dataset
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from tqdm import tqdm
+
     from benchmarks.evidence.images.image_report import SET_COLORS
     from benchmarks.evidence.images.image_training import average, seed_keys
     from benchmarks.evidence.images.image_tuning import format_tried, select
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from benchmarks.evidence.images.ood_methods import METHODS, Run, make_runner
-    from benchmarks.evidence.images.ood_tuning import CHOSEN, SPLITS, edges, grid, measure, try_settings
+    from benchmarks.evidence.images.ood_tuning import (
+        CHOSEN,
+        SPLITS,
+        edges,
+        grid,
+        measure,
+        try_settings,
+    )
+    from examples._shared.datasets import ImageData, load_dataset
     from examples._shared.reporting import (
         cell,
         example_parser,
@@ -43,9 +52,7 @@ try:
         positive,
         save_figure,
     )
-    from tqdm import tqdm
     from examples._shared.unfamiliar import LETTERS, letters, photo_patches
-
     from ivon_jax import Posterior, metrics
 except ModuleNotFoundError as error:
     sys.exit(f'error: {error.name} is not installed; run: pip install -e ".[examples]"')

@@ -5,14 +5,14 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-from benchmarks.evidence.images import image_metrics
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmarks.evidence.images.image_training import IMAGES_AT_ONCE, seed_keys
-from benchmarks.evidence.images.training import Values
-from benchmarks.evidence.images.ood_methods import Swag, draw_swag
 
+from benchmarks.evidence.images import image_metrics
+from benchmarks.evidence.images.image_training import IMAGES_AT_ONCE, seed_keys
+from benchmarks.evidence.images.ood_methods import Swag, draw_swag
+from benchmarks.evidence.images.training import Values
 from ivon_jax import Posterior, metrics, sample_params
 
 REPORTED = 64  # samples behind the tables of methods that draw them

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from benchmarks._shared.journal import Journal, write_tables
 from benchmarks.evidence.images.claims import (
     Results,
     at_mean,
@@ -17,7 +19,6 @@ from benchmarks.evidence.images.claims import (
 from benchmarks.evidence.images.figure import draw
 from benchmarks.evidence.images.training import Values
 from benchmarks.evidence.images.tuning import CHOSEN, described, guarded_values, overlong_values
-from benchmarks._shared.journal import Journal, write_tables
 from examples._shared.reporting import cell, save_figure
 
 METHODS = {

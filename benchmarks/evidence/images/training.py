@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+
 from benchmarks.evidence.images.image_training import (
     WARMUP_SHARE,
     Data,
@@ -25,8 +26,14 @@ from benchmarks.evidence.images.image_training import (
     step_on_rows,
 )
 from benchmarks.evidence.images.networks import ResNet
-from benchmarks.evidence.images.ood_methods import COLLECT_SHARE, MEMBER_STRIDE, MEMBERS, RANK, Swag, swag_of
-
+from benchmarks.evidence.images.ood_methods import (
+    COLLECT_SHARE,
+    MEMBER_STRIDE,
+    MEMBERS,
+    RANK,
+    Swag,
+    swag_of,
+)
 from ivon_jax import Posterior, posterior
 
 Array = jax.Array

@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from benchmarks.evidence.images.training import Values
+
 from benchmarks.evidence.images.ood_tuning import CHOSEN as DIGITS
+from benchmarks.evidence.images.training import Values
 from examples._shared.reporting import cell
 
 Grid = dict[str, tuple[float, ...]]

@@ -14,14 +14,14 @@ from typing import Any
 from benchmarks._shared.journal import Journal, evidence_parser, read_journal, write_tables
 
 try:
-    from benchmarks.evidence.implementations import jax as implementations_jax
-    from benchmarks.evidence.implementations import torch as implementations_torch
     import jax.numpy as jnp
     import numpy as np
-    from benchmarks.evidence.implementations.task import SETTINGS, Task, Trained
-    from benchmarks._shared.measuring import interleaved, ratio_cell
-    from examples._shared.reporting import cell, mean_and_error, positive
 
+    from benchmarks._shared.measuring import interleaved, ratio_cell
+    from benchmarks.evidence.implementations import jax_side as implementations_jax
+    from benchmarks.evidence.implementations import torch_side as implementations_torch
+    from benchmarks.evidence.implementations.task import SETTINGS, Task, Trained
+    from examples._shared.reporting import cell, mean_and_error, positive
     from ivon_jax import metrics
 except ModuleNotFoundError as error:
     package = "ivon-opt" if error.name == "ivon" else error.name

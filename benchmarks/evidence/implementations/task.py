@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optax
+
 from examples._shared.datasets import load_small_digits
 
 SIZES = (64, 128, 128, 10)

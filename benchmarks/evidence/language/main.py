@@ -19,16 +19,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from benchmarks._shared.journal import Journal, evidence_parser, read_journal
+from benchmarks._shared.measuring import interleaved, jax_loop, ratios
 from benchmarks.evidence.language import model
 from benchmarks.evidence.language import report as language_report
-import numpy as np
-from examples.gpt2.data import standard_library
-from benchmarks._shared.journal import Journal, evidence_parser, read_journal
 from benchmarks.evidence.language.settings import CHOSEN, GRIDS, METHODS
 from benchmarks.evidence.language.training import Ivon, Settings, State, make_training
-from benchmarks._shared.measuring import interleaved, jax_loop, ratios
 from examples._shared.reporting import positive
-
+from examples.gpt2.data import standard_library
 from ivon_jax import metrics, predict_log_probs
 
 POINTS = 20  # of the curve at the mean; the average over samples is taken at every fourth

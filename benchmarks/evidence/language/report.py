@@ -7,9 +7,10 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from benchmarks._shared.journal import Journal, write_tables
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from benchmarks._shared.journal import Journal, write_tables
 from examples._shared.reporting import COLORS, cell, save_figure
 
 NAMES = {"AdamW": "AdamW", "Ivon": "IVON"}  # of the settings' classes

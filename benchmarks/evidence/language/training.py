@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from benchmarks.evidence.language import model
 import optax
 
+from benchmarks.evidence.language import model
 from ivon_jax import ivon, mc_value_and_grad, recipes
 
 Array = jax.Array

@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmarks.evidence.robustness import report as robustness_report
-from examples._shared.datasets import load_small_digits
-from benchmarks.evidence.images.image_training import MLP
-from benchmarks._shared.journal import Journal, evidence_parser, read_journal
-from benchmarks.evidence.robustness.training import WARMUP_SHARE, Run, train_lanes
 
+from benchmarks._shared.journal import Journal, evidence_parser, read_journal
+from benchmarks.evidence.images.image_training import MLP
+from benchmarks.evidence.robustness import report as robustness_report
+from benchmarks.evidence.robustness.training import WARMUP_SHARE, Run, train_lanes
+from examples._shared.datasets import load_small_digits
 from ivon_jax import recipes
 
 EPOCHS, SEEDS = 100, 3

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from benchmarks._shared.journal import Journal, write_tables
 from matplotlib.figure import Figure
+
+from benchmarks._shared.journal import Journal, write_tables
 from examples._shared.reporting import cell, save_figure
 
 NEAR = 0.02  # nats: a setting this close to the best one of its method is a good one

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from benchmarks.evidence.images.image_training import MLP, Data, predict, scan_epoch, seed_keys
 
+from benchmarks.evidence.images.image_training import MLP, Data, predict, scan_epoch, seed_keys
 from ivon_jax import (
     diagnostics,
     ivon,

@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmarks.evidence.uci import report as uci_report
+
 from benchmarks._shared.journal import Journal, evidence_parser, read_journal
+from benchmarks.evidence.uci import report as uci_report
 from benchmarks.evidence.uci.data import DataError, hold_out, load_splits, standardise
 from benchmarks.evidence.uci.methods import (
     GRIDS,

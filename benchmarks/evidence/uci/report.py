@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
+
 from benchmarks._shared.journal import Journal, write_tables
-from examples._shared.reporting import cell
 from benchmarks.evidence.uci.methods import GRIDS, LABELS
+from examples._shared.reporting import cell
 
 # Test RMSE and log-likelihood of MC-dropout tuned by grid search, as published for these splits.
 PUBLISHED = {"concrete": (4.82, -2.93), "power-plant": (4.01, -2.80), "yacht": (0.67, -1.25)}

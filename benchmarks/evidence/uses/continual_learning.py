@@ -22,9 +22,17 @@ from collections.abc import Sequence
 
 try:
     import numpy as np
-    from benchmarks.evidence.uses.continual_training import BENCHMARKS, METHODS, NUM_TASKS, make_runner, make_tasks
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from tqdm import tqdm
+
+    from benchmarks.evidence.uses.continual_training import (
+        BENCHMARKS,
+        METHODS,
+        NUM_TASKS,
+        make_runner,
+        make_tasks,
+    )
     from examples._shared.reporting import (
         cell,
         example_parser,
@@ -33,7 +41,6 @@ try:
         positive,
         save_figure,
     )
-    from tqdm import tqdm
 except ModuleNotFoundError as error:
     sys.exit(f'error: {error.name} is not installed; run: pip install -e ".[examples]"')
 

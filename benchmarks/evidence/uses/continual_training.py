@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from examples._shared.datasets import load_small_digits, stratified_split
 from jax.flatten_util import ravel_pytree
-from benchmarks.evidence.uses.merging_fisher import diagonal_fisher
 
+from benchmarks.evidence.uses.merging_fisher import diagonal_fisher
+from examples._shared.datasets import load_small_digits, stratified_split
 from ivon_jax import Posterior, ivon, posterior, sample_params
 
 NUM_TASKS = 5

@@ -35,6 +35,8 @@ try:
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from tqdm import tqdm
+
     from benchmarks.evidence.images.image_training import MLP
     from benchmarks.evidence.uses.leave_one_out_report import (
         Curves,
@@ -44,7 +46,6 @@ try:
         stopping_table,
         write_figure,
     )
-    from examples._shared.reporting import example_parser, positive
     from benchmarks.evidence.uses.small_digits import (
         Apply,
         Array,
@@ -59,8 +60,7 @@ try:
         unweighted,
         wrong_labels,
     )
-    from tqdm import tqdm
-
+    from examples._shared.reporting import example_parser, positive
     from ivon_jax import leave_one_out, metrics, posterior, predict_log_probs
 except ModuleNotFoundError as error:
     sys.exit(f'error: {error.name} is not installed; run: pip install -e ".[examples]"')

@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from examples._shared.reporting import COLORS, cell, format_table, mean_and_error, save_figure
 from scipy.stats import spearmanr
 
+from examples._shared.reporting import COLORS, cell, format_table, mean_and_error, save_figure
 from ivon_jax import Selection, select_by_leave_one_out
 
 

@@ -25,6 +25,10 @@ try:
     import jax.numpy as jnp
     import numpy as np
     import optax
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from sklearn.datasets import load_iris
+
     from benchmarks.evidence.uses.logistic_2d_exact import (
         PRIOR_PRECISION,
         Diagonal,
@@ -35,10 +39,14 @@ try:
         laplace,
         optimal_diagonal,
     )
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from examples._shared.reporting import COLORS, cell, example_parser, format_table, positive, save_figure
-    from sklearn.datasets import load_iris
+    from examples._shared.reporting import (
+        COLORS,
+        cell,
+        example_parser,
+        format_table,
+        positive,
+        save_figure,
+    )
 except ModuleNotFoundError as error:
     sys.exit(f'error: {error.name} is not installed; run: pip install -e ".[examples]"')
 

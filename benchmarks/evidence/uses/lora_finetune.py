@@ -29,12 +29,18 @@ try:
     import jax.numpy as jnp
     import numpy as np
     import optax
-    from benchmarks.evidence.uses.lora_data import ALPHABET, Manual, manual, source_code
-    from benchmarks.evidence.uses.lora_model import Transformer, add_adapters, logits_of, loss_fn
-    from benchmarks.evidence.uses.lora_report import Column, Curves, score, score_table, write_figure
-    from examples._shared.reporting import COLORS, cell, example_parser, format_table, positive
     from tqdm import tqdm
 
+    from benchmarks.evidence.uses.lora_data import ALPHABET, Manual, manual, source_code
+    from benchmarks.evidence.uses.lora_model import Transformer, add_adapters, logits_of, loss_fn
+    from benchmarks.evidence.uses.lora_report import (
+        Column,
+        Curves,
+        score,
+        score_table,
+        write_figure,
+    )
+    from examples._shared.reporting import COLORS, cell, example_parser, format_table, positive
     from ivon_jax import auto_sample, ivon, metrics, posterior_mean, predict_log_probs
 except ModuleNotFoundError as error:
     sys.exit(f'error: {error.name} is not installed; run: pip install -e ".[examples]"')

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from examples._shared.reporting import COLORS, cell, format_table, mean_and_error, save_figure
 
+from examples._shared.reporting import COLORS, cell, format_table, mean_and_error, save_figure
 from ivon_jax import metrics
 
 NUM_BINS = 15

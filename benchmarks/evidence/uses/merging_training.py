@@ -10,11 +10,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmarks.evidence.uses.continual_training import Net, Task, Values, batch_rows, first_prior, learn_adamw, learn_ivon
-from examples._shared.datasets import load_small_digits, stratified_split
-from benchmarks.evidence.uses.merging_fisher import diagonal_fisher
 from scipy.ndimage import rotate
 
+from benchmarks.evidence.uses.continual_training import (
+    Net,
+    Task,
+    Values,
+    batch_rows,
+    first_prior,
+    learn_adamw,
+    learn_ivon,
+)
+from benchmarks.evidence.uses.merging_fisher import diagonal_fisher
+from examples._shared.datasets import load_small_digits, stratified_split
 from ivon_jax import Posterior, merge, task_arithmetic
 
 ANGLES = {"upright": 0, "left": 30, "right": -30}  # degrees; the first is what the base learns

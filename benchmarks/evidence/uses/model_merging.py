@@ -27,6 +27,8 @@ try:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from tqdm import tqdm
+
     from benchmarks.evidence.uses.merging_training import (
         ANGLES,
         TASK_SIZE,
@@ -45,7 +47,6 @@ try:
         positive,
         save_figure,
     )
-    from tqdm import tqdm
 except ModuleNotFoundError as error:
     sys.exit(f'error: {error.name} is not installed; run: pip install -e ".[examples]"')
 

@@ -31,6 +31,8 @@ try:
     import jax.numpy as jnp
     import numpy as np
     from blackjax.diagnostics import effective_sample_size, potential_scale_reduction
+    from tqdm import tqdm
+
     from benchmarks.evidence.uses.regression_1d_methods import (
         MEMBERS,
         NOISE,
@@ -46,9 +48,17 @@ try:
         train_adamw,
         train_ivon,
     )
-    from benchmarks.evidence.uses.regression_1d_report import ADAMW, BAND, ENSEMBLE, IVON, MIXTURE, NUTS, draw, table
+    from benchmarks.evidence.uses.regression_1d_report import (
+        ADAMW,
+        BAND,
+        ENSEMBLE,
+        IVON,
+        MIXTURE,
+        NUTS,
+        draw,
+        table,
+    )
     from examples._shared.reporting import cell, example_parser, format_table, positive, save_figure
-    from tqdm import tqdm
 except ModuleNotFoundError as error:
     package = (error.name or "a package").split(".")[0]
     extras = "examples,hmc" if package == "blackjax" else "examples"

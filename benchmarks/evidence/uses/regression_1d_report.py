@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
 from benchmarks.evidence.uses.regression_1d_methods import EDGES, MEMBERS, Problem, regions
 from examples._shared.reporting import COLORS, cell, format_table
-
 from ivon_jax import Moments, metrics
 
 BAND = 1.96  # standard deviations on either side hold 95 % of a Gaussian

@@ -34,8 +34,9 @@ try:
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from tqdm import tqdm
+
     from benchmarks.evidence.images.image_training import NUM_CLASSES
-    from examples._shared.reporting import example_parser, positive
     from benchmarks.evidence.uses.sensitivity_report import (
         LEARNED,
         Agreement,
@@ -66,8 +67,7 @@ try:
         unweighted,
         wrong_labels,
     )
-    from tqdm import tqdm
-
+    from examples._shared.reporting import example_parser, positive
     from ivon_jax import Posterior, Sensitivity, group_sensitivity, posterior, sensitivity
     from ivon_jax.metrics import detection
 except ModuleNotFoundError as error:

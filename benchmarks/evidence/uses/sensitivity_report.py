@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from examples._shared.reporting import COLORS, cell, format_table, mean_and_error, save_figure
 from scipy.stats import pearsonr, spearmanr
+
+from examples._shared.reporting import COLORS, cell, format_table, mean_and_error, save_figure
 
 PICTURES = 12  # in a row
 SCORES = {  # score of an example: colour

@@ -8,8 +8,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from benchmarks.evidence.uses.small_digits import Apply, Array, PyTree, Recipe, Weighted, cross_entropy, run_epochs
 
+from benchmarks.evidence.uses.small_digits import (
+    Apply,
+    Array,
+    PyTree,
+    Recipe,
+    Weighted,
+    cross_entropy,
+    run_epochs,
+)
 from ivon_jax import Posterior, leave_one_out, posterior_mean, sensitivity
 
 REFIT_SHARE = 0.15  # of the steps to the stationary point, without an example

@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from examples._shared.datasets import load_small_digits
-from benchmarks.evidence.images.image_training import NUM_CLASSES, make_ivon_step, shuffled_batches
 
+from benchmarks.evidence.images.image_training import NUM_CLASSES, make_ivon_step, shuffled_batches
+from examples._shared.datasets import load_small_digits
 from ivon_jax import ivon, posterior_mean
 
 Array = jax.Array

@@ -8,6 +8,7 @@ from typing import Any
 import ivon  # pyright: ignore[reportMissingImports] the package ivon-opt
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
+
 from benchmarks.evidence.implementations.task import Setting, Task, Trained
 
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from benchmarks.evidence.implementations.task import Setting, Task, Trained
-from benchmarks._shared.measuring import jax_loop
 
+from benchmarks._shared.measuring import jax_loop
+from benchmarks.evidence.implementations.task import Setting, Task, Trained
 from ivon_jax import ivon, posterior, sample_params
 
 Array = jax.Array
