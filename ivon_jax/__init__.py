@@ -2,7 +2,7 @@
 
 from ivon_jax import metrics, recipes
 from ivon_jax.auto_sample import AutoSampleState, auto_sample, reseed
-from ivon_jax.diagnostics import diagnostics, learning_status
+from ivon_jax.diagnostics import Status, diagnostics, learning_status
 from ivon_jax.estimators import mc_value_and_grad
 from ivon_jax.kl import kl_divergence
 from ivon_jax.linearization import Linearized, linearize, probit_log_probs
@@ -22,16 +22,13 @@ from ivon_jax.sampling import sample_params
 from ivon_jax.saving import load, load_metadata, save
 from ivon_jax.sensitivity import (
     LeaveOneOut,
-    Selection,
     Sensitivity,
-    group_sensitivity,
     leave_one_out,
-    select_by_leave_one_out,
     sensitivity,
 )
 from ivon_jax.state import IVONState, Posterior
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AutoSampleState",
@@ -40,11 +37,10 @@ __all__ = [
     "Linearized",
     "Moments",
     "Posterior",
-    "Selection",
     "Sensitivity",
+    "Status",
     "auto_sample",
     "diagnostics",
-    "group_sensitivity",
     "ivon",
     "kl_divergence",
     "learning_status",
@@ -69,10 +65,22 @@ __all__ = [
     "reseed",
     "sample_params",
     "save",
-    "select_by_leave_one_out",
     "sensitivity",
     "signal_to_noise",
     "task_arithmetic",
     "with_ess",
     "with_mean",
 ]
+
+_REMOVED = {
+    "Selection": "the index of the smallest leave-one-out NLL, as in examples/leave_one_out.py",
+    "group_sensitivity": "jax.ops.segment_sum(scores, groups, num_groups)",
+    "select_by_leave_one_out": "the index of the smallest leave-one-out NLL, as in "
+    "examples/leave_one_out.py",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _REMOVED:
+        raise AttributeError(f"ivon_jax.{name} was removed in version 0.2: use {_REMOVED[name]}.")
+    raise AttributeError(f"module 'ivon_jax' has no attribute {name!r}")

@@ -51,8 +51,8 @@ def split_over(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
     parts = math.prod(mesh.shape[name] for name in names)
     if x.shape[0] % parts:
         raise ValueError(
-            f"batch_size={x.shape[0]} samples cannot be split over {parts} devices along {names}: "
-            "use a multiple of that."
+            f"sample_batch_size={x.shape[0]} samples cannot be split over {parts} devices along "
+            f"{names}: use a multiple of that."
         )
     if mesh.axis_types[mesh.axis_names.index(names[0])] == AxisType.Explicit:
         return jax.sharding.reshard(x, PartitionSpec(names, *jax.typeof(x).sharding.spec[1:]))

@@ -1,8 +1,10 @@
 """Validation of arguments, with messages that say what to pass instead."""
 
+import functools
 import math
 import numbers
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.core
@@ -14,6 +16,24 @@ from ivon_jax._trees import Slots
 
 PyTree = Any
 Number = float | jax.Array
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def renamed(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Refuses arguments by their names before version 0.2, `old="new"`, and gives the new ones."""
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            for old in names.keys() & kwargs.keys():
+                name = getattr(function, "__name__", "this function")
+                raise TypeError(f"{name}: the argument {old} is now called {names[old]}.")
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def check_number(

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from ivon_jax._axes import varying_axes, varying_over
-from ivon_jax._checks import check_positive
+from ivon_jax._checks import check_positive, renamed
 from ivon_jax._fusion import rounded
 from ivon_jax._lean import check_recoverable, with_means, without_means
 from ivon_jax._noise import THREEFRY, derived_keys
@@ -30,10 +30,12 @@ from ivon_jax.state import (
 PyTree = Any
 
 
+@renamed(mc_samples="num_samples")
 def auto_sample(
     tx: optax.GradientTransformation,
     key: jax.Array | int,
-    mc_samples: int = 1,
+    *,
+    num_samples: int = 1,
     store_mean: bool = True,
     antithetic: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -52,7 +54,7 @@ def auto_sample(
         `optax.chain(optax.clip_by_global_norm(1.0), ivon(...))`. Wrap once, around
         `optax.partition`: two wrappers with the same key would share draws.
       key: a PRNG key, or an integer seed. The state carries a copy of its data.
-      mc_samples: number of calls, each with its own sample, whose ĝ and n⊙ĝ are averaged
+      num_samples: number of calls, each with its own sample, whose ĝ and n⊙ĝ are averaged
         before the mean moves. Schedules inside `ivon` count steps of the mean; those of
         `optax.inject_hyperparams` count calls.
       store_mean: whether the state holds the mean. Without it the state is as large as AdamW's:
@@ -61,7 +63,7 @@ def auto_sample(
         of the size that float32 updates themselves have while σ is below a tenth of the means,
         and about twice that where it is as large as they are.
       antithetic: whether every second sample mirrors the one before, m' − εσ' after m + εσ. With
-        an even `mc_samples` both are taken at one mean. With `mc_samples=1` the mean has moved in
+        an even `num_samples` both are taken at one mean. With `num_samples=1` the mean has moved in
         between, by a step that depends on ε, and h is biased upwards: see the benchmarks.
 
     Returns:
@@ -70,7 +72,7 @@ def auto_sample(
     Raises:
       TypeError: if `key` is neither a key nor an integer; in `init`, if parameters are below
         float32 and `store_mean` is false.
-      ValueError: if `mc_samples` is not a positive integer; in `init`, if `tx` contains no
+      ValueError: if `num_samples` is not a positive integer; in `init`, if `tx` contains no
         `ivon()`; in `update`, if `params` is missing.
 
     Example:
@@ -89,7 +91,7 @@ def auto_sample(
       >>> bool(jnp.all(jnp.abs(posterior_mean(state) - 3.0) < 0.1))
       True
     """
-    mc_samples = check_positive("mc_samples", mc_samples)
+    num_samples = check_positive("num_samples", num_samples)
     key_data = _key_data(key)
     inner = optax.with_extra_args_support(tx)
 
@@ -98,7 +100,7 @@ def auto_sample(
         find_states(inner_state)
         if not store_mean:
             check_recoverable(inner_state, params)
-        if mc_samples > 1:
+        if num_samples > 1:
             inner_state = _map_states(_with_window, inner_state)
         return AutoSampleState(
             key=copy_array(key_data),
@@ -128,7 +130,7 @@ def auto_sample(
         draw = Draw(
             noise=_current_noise(state, params),
             at_sample=jnp.logical_not(state.at_mean),
-            closes=calls == mc_samples,
+            closes=calls == num_samples,
         )
         updates, inner_state = inner.update(
             grads, state.inner_state, params, noise=draw, **extra_args
@@ -142,7 +144,7 @@ def auto_sample(
             inner_state=inner_state,
         )
         if antithetic:
-            pairs_end = draw.closes if mc_samples % 2 == 0 else False
+            pairs_end = draw.closes if num_samples % 2 == 0 else False
             mirrored = ~(state.at_mean | jnp.asarray(state.mirrored) | pairs_end)
             new_state = new_state._replace(
                 key=jnp.where(mirrored, state.key, key),

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -166,10 +166,25 @@ def diagnostics(
     return {name: jnp.asarray(x, jnp.float32) for name, x in numbers.items()}
 
 
+class Status(NamedTuple):
+    """An answer to "is my posterior learning?"; `str(status)` is one line of both.
+
+    Attributes:
+      kind: "yes", "no", "at risk" (of diverging) or "broken" (not finite).
+      message: what was found, and what to change.
+    """
+
+    kind: Literal["yes", "no", "at risk", "broken"]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}"
+
+
 def learning_status(
     state: PyTree, settings: Mapping[str, Any], *, params: PyTree | None = None
-) -> str:
-    """One line that answers "is my posterior learning?", computed on the host.
+) -> Status:
+    """Answers "is my posterior learning?", on the host.
 
     Args:
       state: as in `diagnostics`.
@@ -177,32 +192,34 @@ def learning_status(
       params: as in `diagnostics`.
 
     Returns:
-      A sentence that begins with "yes", "no", "at risk" or "broken" and says what to change. It
-      warns of divergence by `update/risk`, for which `settings` must name the `learning_rate`.
+      A `Status(kind, message)`. It warns of divergence by `update/risk`, for which `settings` must
+      name the `learning_rate`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, learning_status
       >>> settings = dict(ess=100, hess_init=0.5)
-      >>> learning_status(ivon(0.1, **settings).init(jnp.ones(3)), settings)
-      'no: no step has been taken.'
+      >>> print(learning_status(ivon(0.1, **settings).init(jnp.ones(3)), settings))
+      no: no step has been taken.
     """
     numbers = {name: float(x) for name, x in diagnostics(state, settings, params=params).items()}
     if numbers["nonfinite"]:
-        return (
-            f"broken: {numbers['nonfinite'] * numbers['num_parameters']:.0f} elements of mean or "
-            "hess are not finite. Start again with a smaller learning rate, a larger hess_init or "
-            "a clip_radius."
+        return Status(
+            "broken",
+            f"{numbers['nonfinite'] * numbers['num_parameters']:.0f} elements of mean or hess are "
+            "not finite. Start again with a smaller learning rate, a larger hess_init or a "
+            "clip_radius.",
         )
     if not numbers["step"]:
         if numbers["signal_to_noise/p50"] < 0.5:
-            return (
-                "at risk: the samples are mostly noise before the first step (median |m|/σ "
-                f"{numbers['signal_to_noise/p50']:.2g}): raise hess_init or ess."
+            return Status(
+                "at risk",
+                "the samples are mostly noise before the first step (median |m|/σ "
+                f"{numbers['signal_to_noise/p50']:.2g}): raise hess_init or ess.",
             )
-        return "no: no step has been taken."
+        return Status("no", "no step has been taken.")
     if numbers["fixed"] == 1 or not numbers["num_parameters"]:
-        return "no: there is no free element to learn."
+        return Status("no", "there is no free element to learn.")
     b2, hess_init = float({**_DEFAULTS, **settings}["b2"]), float(_settings(settings)[0])
     median = numbers["hess/p50"] / hess_init
     found = (
@@ -210,24 +227,28 @@ def learning_status(
         f"more than {100 * MOVED:.0f} % of h₀ (median h/h₀ {median:.3g})"
     )
     if median > EXPLODED:
-        return f"no: h has exploded: {found}. Raise hess_init, or lower the learning rate."
+        return Status(
+            "no", f"h has exploded: {found}. Raise hess_init, or lower the learning rate."
+        )
     if numbers.get("update/risk", 0.0) > 1:
-        return (
-            "at risk: a step of the weight with the least curvature is "
-            f"{numbers['update/gain']:.3g} "
-            "times as long as under h₀, which diverges if it wakes up: set "
-            f"precision_floor={GUARD:g}, or lower the learning rate or hess_init."
+        return Status(
+            "at risk",
+            "a step of the weight with the least curvature is "
+            f"{numbers['update/gain']:.3g} times as long as under h₀, which diverges if it wakes "
+            f"up: set precision_floor={GUARD:g}, or lower the learning rate or hess_init.",
         )
     if numbers["hess/moved"] < 0.05:
         memory = 1 - b2 ** numbers["step"]
-        return (
-            f"no: h stays near its start: {found}; with b2={b2:g} it can have gone "
+        return Status(
+            "no",
+            f"h stays near its start: {found}; with b2={b2:g} it can have gone "
             f"{100 * memory:.2g} % of the way. Lower b2 or hess_init, raise the learning rate, or "
-            "train longer."
+            "train longer.",
         )
-    return (
-        f"yes: {found}; median |m|/σ is {numbers['signal_to_noise/p50']:.3g}, and "
-        f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped."
+    return Status(
+        "yes",
+        f"{found}; median |m|/σ is {numbers['signal_to_noise/p50']:.3g}, and "
+        f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped.",
     )
 
 

@@ -11,7 +11,7 @@ import optax
 
 from ivon_jax._arguments import argnums, arguments, batch_slices, check_argnums, check_keys
 from ivon_jax._axes import split_over, whole_first_axis, zeros_of
-from ivon_jax._checks import Number, check_axis_name, check_number, check_positive
+from ivon_jax._checks import Number, check_axis_name, check_number, check_positive, renamed
 from ivon_jax._lean import gaussian_at
 from ivon_jax._trees import wide_dtype
 from ivon_jax.sampling import PosteriorNoise, threefry_key
@@ -23,6 +23,7 @@ _Estimates = tuple[jax.Array, list[jax.Array], list[jax.Array]]
 _ESTIMATORS = ("reparam", "gradsq", "hutchinson")
 
 
+@renamed(batch_size="sample_batch_size")
 def mc_value_and_grad(
     fun: Callable[..., Any],
     num_samples: int = 1,
@@ -32,7 +33,7 @@ def mc_value_and_grad(
     split_batch: bool = False,
     batch_argnums: int | Sequence[int] | None = None,
     rng_argnums: int | Sequence[int] = (),
-    batch_size: int | None = None,
+    sample_batch_size: int | None = None,
     grad_transform: Callable[[PyTree], PyTree] | None = None,
     estimator: str = "reparam",
     estimator_scale: Number = 1.0,
@@ -69,7 +70,7 @@ def mc_value_and_grad(
         parameters are argument 0); all but `rng_argnums` by default.
       rng_argnums: which positional arguments of `fun` are PRNG keys, folded for each
         sample (dropout).
-      batch_size: number of samples evaluated at a time by `jax.vmap`, as in `jax.lax.map`;
+      sample_batch_size: number of samples evaluated at a time by `jax.vmap`, as in `jax.lax.map`;
         one after another by default.
       grad_transform: applied to each sample's gradient before any product is formed, such
         as clipping by the norm.
@@ -78,8 +79,8 @@ def mc_value_and_grad(
       axis_name: mapped axis (or axes) whose index is folded into the keys, and over which
         the results (not aux) are averaged.
       spmd_axis_name: under `jit` over a mesh, the mesh axis (or axes) over which the samples that
-        are evaluated at a time are split, as in `jax.vmap`. With `batch_size` the size of that
-        axis, each of its groups of devices evaluates a sample of its own, at the price of one.
+        are evaluated at a time are split, as in `jax.vmap`. With `sample_batch_size` the size of
+        that axis, each of its groups of devices evaluates a sample of its own, at the price of one.
 
     Returns:
       `f(key, state, *args, params=None) -> (value, grads, hess)`, with `state` and `params` as
@@ -108,12 +109,12 @@ def mc_value_and_grad(
     if not callable(fun):
         raise TypeError(f"fun must be a function of (params, *args); got {fun!r}.")
     num_samples = check_positive("num_samples", num_samples)
-    if batch_size is not None:
-        batch_size = check_positive("batch_size", batch_size)
-    if spmd_axis_name is not None and (batch_size is None or num_samples % batch_size):
+    if sample_batch_size is not None:
+        sample_batch_size = check_positive("sample_batch_size", sample_batch_size)
+    if spmd_axis_name and (sample_batch_size is None or num_samples % sample_batch_size):
         raise ValueError(
             "spmd_axis_name splits the samples that are evaluated at a time: give their number as "
-            f"batch_size, a divisor of num_samples={num_samples}; got batch_size={batch_size}."
+            f"sample_batch_size, a divisor of num_samples={num_samples}; got {sample_batch_size}."
         )
     if antithetic and num_samples % 2:
         raise ValueError(f"antithetic samples come in pairs: num_samples={num_samples} is odd.")
@@ -170,7 +171,7 @@ def mc_value_and_grad(
 
         samples = (jnp.arange(num_samples, dtype=jnp.int32), keys, slices)
         estimates, aux = _mean_over_samples(
-            at_sample, samples, num_samples, batch_size, spmd_axis_name
+            at_sample, samples, num_samples, sample_batch_size, spmd_axis_name
         )
         if axis_name is not None:
             estimates = jax.lax.pmean(estimates, axis_name)
@@ -264,11 +265,11 @@ def _mean_over_samples(
     at_sample: Callable[..., tuple[_Estimates, Any]],
     samples: tuple[Any, ...],
     num_samples: int,
-    batch_size: int | None,
+    sample_batch_size: int | None,
     spmd_axis_name: str | tuple[str, ...] | None,
 ) -> tuple[_Estimates, Any]:
     """The mean of the estimates over the samples, and aux stacked on axis 0."""
-    size = min(batch_size or 1, num_samples)
+    size = min(sample_batch_size or 1, num_samples)
     axes = (spmd_axis_name,) if isinstance(spmd_axis_name, str) else spmd_axis_name
     stacked_at_sample = jax.vmap(at_sample, spmd_axis_name=axes)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._axes import varying_axes, varying_over
-from ivon_jax._checks import check_positive
+from ivon_jax._checks import check_positive, renamed
 from ivon_jax._data import check_callable, check_floating_output, num_examples
 from ivon_jax._lean import gaussian_at
 from ivon_jax._trees import wide_dtype
@@ -28,8 +28,12 @@ class Linearized(NamedTuple):
     covariance: jax.Array
 
 
+@renamed(batch_size="data_batch_size")
 def linearize(
-    apply_fn: Callable[..., jax.Array], *, diagonal: bool = False, batch_size: int | None = None
+    apply_fn: Callable[..., jax.Array],
+    *,
+    diagonal: bool = False,
+    data_batch_size: int | None = None,
 ) -> Callable[..., Linearized]:
     """Mean and covariance of the outputs under f(θ) ≈ f(m) + J(θ − m), with J = ∂f/∂m.
 
@@ -40,7 +44,7 @@ def linearize(
       apply_fn: `apply_fn(params, *inputs)` maps a batch (examples on the leading axis) to
         outputs of shape (N, *out). It is called with one example at a time.
       diagonal: whether only the variance of each output is returned.
-      batch_size: number of examples worked on at a time, as in `jax.lax.map`; one by
+      data_batch_size: number of examples worked on at a time, as in `jax.lax.map`; one by
         default. Memory grows with the product of it, the number of outputs and of weights.
 
     Returns:
@@ -58,13 +62,13 @@ def linearize(
       >>> print(f(state, jnp.array([[1.0, 2.0]])).covariance.round(3))
       [0.05]
     """
-    if batch_size is not None:
-        check_positive("batch_size", batch_size)
+    if data_batch_size is not None:
+        check_positive("data_batch_size", data_batch_size)
 
     def linearized(state: PyTree, *inputs: PyTree, params: PyTree | None = None) -> Linearized:
         num_examples(inputs)
         at_example = linear_outputs(apply_fn, state, params, diagonal=diagonal)
-        mean, covariance = jax.lax.map(lambda x: at_example(*x), inputs, batch_size=batch_size)
+        mean, covariance = jax.lax.map(lambda x: at_example(*x), inputs, batch_size=data_batch_size)
         out = mean.shape[1:]
         shape = mean.shape if diagonal else (*mean.shape, *out)
         return Linearized(mean, covariance.reshape(shape))

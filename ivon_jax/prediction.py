@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._axes import varying_axes, zeros_of
-from ivon_jax._checks import check_positive
+from ivon_jax._checks import check_positive, renamed
 from ivon_jax._data import apply_in_batches
 from ivon_jax._heads import class_log_probs, gaussian_head
 from ivon_jax._lean import gaussian_at
@@ -48,11 +48,12 @@ def predict_at_mean(
     return at_mean
 
 
+@renamed(batch_size="sample_batch_size")
 def predict_samples(
     apply_fn: Callable[..., PyTree],
     num_samples: int = 64,
     *,
-    batch_size: int | None = None,
+    sample_batch_size: int | None = None,
     data_batch_size: int | None = None,
 ) -> Callable[..., PyTree]:
     """Outputs at S posterior samples, for whatever is not a plain average of them.
@@ -60,8 +61,8 @@ def predict_samples(
     Args:
       apply_fn: `apply_fn(params, *inputs)`.
       num_samples: number of posterior samples S.
-      batch_size: number of samples evaluated at a time by `jax.vmap`, as in `jax.lax.map`; one
-        after another by default.
+      sample_batch_size: number of samples evaluated at a time by `jax.vmap`; one after another by
+        default.
       data_batch_size: number of examples evaluated at a time; all by default.
 
     Returns:
@@ -77,22 +78,23 @@ def predict_samples(
       >>> f(jax.random.key(0), state, jnp.eye(2)).shape
       (8, 2)
     """
-    draws = _Draws(apply_fn, num_samples, batch_size, data_batch_size)
+    draws = _Draws(apply_fn, num_samples, sample_batch_size, data_batch_size)
 
     def at_samples(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
     ) -> PyTree:
         keys, at_key = draws.prepare(key, state, inputs, params)
-        return jax.lax.map(at_key, keys, batch_size=batch_size)
+        return jax.lax.map(at_key, keys, batch_size=sample_batch_size)
 
     return at_samples
 
 
+@renamed(batch_size="sample_batch_size")
 def predict_log_probs(
     apply_fn: Callable[..., jax.Array],
     num_samples: int = 64,
     *,
-    batch_size: int | None = None,
+    sample_batch_size: int | None = None,
     data_batch_size: int | None = None,
 ) -> Callable[..., jax.Array]:
     """Class probabilities averaged over the posterior, as logarithms.
@@ -103,7 +105,7 @@ def predict_log_probs(
     Args:
       apply_fn: `apply_fn(params, *inputs)` returns logits (..., K).
       num_samples: number of posterior samples S.
-      batch_size: number of samples evaluated at a time; one by default.
+      sample_batch_size: number of samples evaluated at a time; one by default.
       data_batch_size: number of examples evaluated at a time; all by default.
 
     Returns:
@@ -119,7 +121,7 @@ def predict_log_probs(
       >>> bool(jnp.allclose(jnp.exp(log_probs).sum(-1), 1.0))
       True
     """
-    draws = _Draws(class_log_probs(apply_fn), num_samples, batch_size, data_batch_size)
+    draws = _Draws(class_log_probs(apply_fn), num_samples, sample_batch_size, data_batch_size)
 
     def averaged(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
@@ -128,7 +130,7 @@ def predict_log_probs(
         total = _fold(
             at_key,
             keys,
-            batch_size,
+            sample_batch_size,
             start=lambda x: zeros_of(x) - jnp.inf,
             reduce=lambda group: jax.nn.logsumexp(group, axis=0),
             merge=jnp.logaddexp,
@@ -152,12 +154,13 @@ class Moments(NamedTuple):
     model_variance: jax.Array
 
 
+@renamed(batch_size="sample_batch_size")
 def predict_moments(
     apply_fn: Callable[..., Any],
     num_samples: int = 64,
     *,
     noise_variance: float | jax.Array | None = None,
-    batch_size: int | None = None,
+    sample_batch_size: int | None = None,
     data_batch_size: int | None = None,
 ) -> Callable[..., Moments]:
     """Mean and variance of a network with a Gaussian head, in memory that does not grow with S.
@@ -167,7 +170,7 @@ def predict_moments(
       num_samples: number of posterior samples S.
       noise_variance: σ² of the observations, if `apply_fn` returns the means only; of a
         shape that broadcasts to μ's.
-      batch_size: number of samples evaluated at a time; one by default.
+      sample_batch_size: number of samples evaluated at a time; one by default.
       data_batch_size: number of examples evaluated at a time; all by default.
 
     Returns:
@@ -183,7 +186,7 @@ def predict_moments(
       [1.01 1.01]
     """
     draws = _Draws(
-        gaussian_head(apply_fn, noise_variance), num_samples, batch_size, data_batch_size
+        gaussian_head(apply_fn, noise_variance), num_samples, sample_batch_size, data_batch_size
     )
 
     def moments(
@@ -198,18 +201,21 @@ def predict_moments(
             squares = jnp.sum((means - mean[None]) ** 2, axis=0)
             return jnp.full_like(mean, len(means)), mean, squares, jnp.sum(variances, axis=0)
 
-        count, mean, squares, noise = _fold(at_key, keys, batch_size, zeros_of, reduce, _pool)
+        count, mean, squares, noise = _fold(
+            at_key, keys, sample_batch_size, zeros_of, reduce, _pool
+        )
         return Moments(mean, (noise + squares) / count, squares / count)
 
     return moments
 
 
+@renamed(batch_size="sample_batch_size")
 def predict_draws(
     apply_fn: Callable[..., Any],
     num_samples: int = 64,
     *,
     noise_variance: float | jax.Array | None = None,
-    batch_size: int | None = None,
+    sample_batch_size: int | None = None,
     data_batch_size: int | None = None,
 ) -> Callable[..., jax.Array]:
     """Draws of new observations y = μ_s + σ_s ε from a network with a Gaussian head.
@@ -218,7 +224,7 @@ def predict_draws(
       apply_fn: as in `predict_moments`.
       num_samples: number of posterior samples S, with one draw of y from each.
       noise_variance: as in `predict_moments`.
-      batch_size: number of samples evaluated at a time; one by default.
+      sample_batch_size: number of samples evaluated at a time; one by default.
       data_batch_size: number of examples evaluated at a time; all by default.
 
     Returns:
@@ -236,7 +242,7 @@ def predict_draws(
     heads = predict_samples(
         gaussian_head(apply_fn, noise_variance),
         num_samples,
-        batch_size=batch_size,
+        sample_batch_size=sample_batch_size,
         data_batch_size=data_batch_size,
     )
 
@@ -263,12 +269,12 @@ class _Draws:
         self,
         apply_fn: Callable[..., PyTree],
         num_samples: int,
-        batch_size: int | None,
+        sample_batch_size: int | None,
         data_batch_size: int | None,
     ):
         self._num_samples = check_positive("num_samples", num_samples)
-        if batch_size is not None:
-            check_positive("batch_size", batch_size)
+        if sample_batch_size is not None:
+            check_positive("sample_batch_size", sample_batch_size)
         self._apply = apply_in_batches(apply_fn, data_batch_size)
 
     def prepare(
@@ -283,13 +289,13 @@ class _Draws:
 def _fold(
     at_key: Callable[[jax.Array], PyTree],
     keys: jax.Array,
-    batch_size: int | None,
+    sample_batch_size: int | None,
     start: Callable[[Any], jax.Array],
     reduce: Callable[[PyTree], PyTree],
     merge: Callable[[PyTree, PyTree], PyTree],
 ) -> PyTree:
-    """Reduces the outputs of all samples, of which only `batch_size` exist at a time."""
-    size = min(batch_size or 1, len(keys))
+    """Reduces the outputs of all samples, of which only `sample_batch_size` exist at a time."""
+    size = min(sample_batch_size or 1, len(keys))
     groups, rest = divmod(len(keys), size)
 
     def group(keys: jax.Array) -> PyTree:

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import optax
 
 from ivon_jax._checks import check_number, check_positive, is_concrete
+from ivon_jax.optimizer import ivon
 
 PyTree = Any
 
 IVON_PAPER = "arXiv:2402.17641"
 LORA_PAPERS = "arXiv:2411.04421, arXiv:2506.14280"
+THIRD_PARTY = "a public configuration of others, not the authors' publication"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +30,12 @@ class Recipe:
 
     Attributes:
       settings: keyword arguments of `ivon`; `learning_rate` is the peak.
-      batch_size: examples (sequences for a language model) per step.
+      batch_size: examples (sequences for a language model) per step, or None where the source
+        names none.
       length: how long the run was.
-      warmup: share of the run in which the rate rises linearly from 0.
-      decay: "cosine" or "linear" to 0 afterwards; cosine where the source names no schedule.
+      warmup: share of the run in which the rate rises linearly from 0, or a number of steps.
+      decay: "cosine" or "linear" to 0 afterwards, or "inverse square root"; cosine where the source
+        names no schedule.
       clip_norm: bound on the global norm of each sample's gradient, applied before the product
         with the noise (an `optax.clip_by_global_norm` before `ivon`), or None.
       test_samples: posterior samples averaged for prediction, or None where the source names no
@@ -41,7 +45,7 @@ class Recipe:
     """
 
     settings: Mapping[str, Any]
-    batch_size: int
+    batch_size: int | None
     length: str
     warmup: float
     decay: str
@@ -64,17 +68,134 @@ class Recipe:
           >>> print(settings["learning_rate"](250))
           0.2
         """
-        num_steps = check_positive("num_steps", num_steps)
-        peak = self.settings["learning_rate"]
-        warmup = round(self.warmup * num_steps)
-        rest = max(num_steps - warmup, 1)
-        if self.decay == "cosine":
-            decay = optax.cosine_decay_schedule(peak, rest)
-        else:
-            decay = optax.linear_schedule(peak, 0.0, rest)
-        if not warmup:
-            return decay
-        return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+        return _schedule(
+            self.settings["learning_rate"], num_steps, warmup=self.warmup, decay=self.decay
+        )
+
+    def optimizer(
+        self, num_steps: int, ess: float | None = None, **overrides: Any
+    ) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of the run: clipping by the global norm where it had one, then `ivon`.
+
+        The clip acts on the gradient that it is given. With a stack of samples, or with `hess=`,
+        clip each sample's instead (`mc_value_and_grad(..., grad_transform=...)`).
+
+        Args:
+          num_steps: length of your run in steps, for the schedule.
+          ess: number of terms of your training set (examples, or tokens); the run's by default.
+          **overrides: further arguments of `ivon`, in place of the run's.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from ivon_jax import auto_sample, recipes
+          >>> tx = auto_sample(recipes.GPT2_125M.optimizer(10_000, ess=1e9), key=0)
+          >>> state = tx.init({"kernel": jnp.ones((2, 2))})
+        """
+        settings = {"learning_rate": self.schedule(num_steps), **overrides}
+        if ess is not None:
+            settings["ess"] = ess
+        tx = ivon(**{**self.settings, **settings})
+        if self.clip_norm is None:
+            return tx
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), tx)
+
+
+def _schedule(peak: float, num_steps: int, warmup: float, decay: str) -> optax.Schedule:
+    """Linear warmup over a share of the run, or over a number of steps above 1, then decay."""
+    num_steps = check_positive("num_steps", num_steps)
+    steps = round(warmup * num_steps) if warmup < 1 else round(warmup)
+    rest = max(num_steps - steps, 1)
+    if decay == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest)
+    elif decay == "linear":
+        after = optax.linear_schedule(peak, 0.0, rest)
+    else:
+
+        def after(count: jax.Array) -> jax.Array:
+            # join_schedules asks for counts before the boundary too.
+            return peak * jnp.sqrt(steps / (steps + jnp.maximum(count, 0)))
+
+    if not steps:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, steps), after], [steps])
+
+
+def start(
+    params: PyTree,
+    *,
+    num_examples: int,
+    num_steps: int,
+    learning_rate: float = 0.1,
+    temperature: float = 1.0,
+) -> dict[str, Any]:
+    """Settings of `ivon` to start from on a problem without a recipe.
+
+    The rate rises over the first twentieth of the run and falls to 0 along a cosine; ess is N/τ,
+    `hess_init` comes from `hess_init_for` and `b2` from `b2_for`. Tune the rate first (0.1, 0.3,
+    1), then the temperature (1, 0.1).
+
+    Args:
+      params: initial parameters, drawn at random.
+      num_examples: N, the number of terms that the mean loss averages over in the training set.
+      num_steps: T, the length of the whole run in steps.
+      learning_rate: peak of α.
+      temperature: τ; below 1 the posterior is narrower than Bayes' ("cold").
+
+    Returns:
+      Keyword arguments of `ivon`: `learning_rate` (a schedule), `ess`, `hess_init` and `b2`.
+
+    Raises:
+      ValueError: if a number is out of its range, or the parameters are all zero or not finite.
+      TypeError: if the parameters are traced.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import ivon, recipes
+      >>> params = {"kernel": jnp.full((3, 2), 0.1)}
+      >>> settings = recipes.start(params, num_examples=10_000, num_steps=2_000)
+      >>> settings["ess"], settings["hess_init"], settings["b2"]
+      (10000.0, 0.16, 0.999)
+      >>> state = ivon(**settings).init(params)
+    """
+    rate = check_number("learning_rate", learning_rate, low=0.0, open_low=True)
+    temperature = check_number("temperature", temperature, low=0.0, open_low=True)
+    ess = check_positive("num_examples", num_examples) / float(temperature)
+    return {
+        "learning_rate": _schedule(float(rate), num_steps, warmup=0.05, decay="cosine"),
+        "ess": ess,
+        "hess_init": hess_init_for(params, ess),
+        "b2": b2_for(num_steps),
+    }
+
+
+def rate_from_adamw(
+    learning_rate: float, hess_init: float, clip_radius: float, weight_decay: float = 0.0
+) -> float:
+    """The α under which a clipped step of IVON is as long as one of AdamW: lr/((h₀+δ)ξ).
+
+    A parameter moves at most α(h₀+δ)ξ in a step; AdamW's steps are about as long as its rate. For
+    networks that are trained with a clip radius, such as transformers.
+
+    Args:
+      learning_rate: AdamW's (peak) rate.
+      hess_init: h₀.
+      clip_radius: ξ, finite.
+      weight_decay: δ.
+
+    Returns:
+      A value for `learning_rate`.
+
+    Raises:
+      ValueError: if a number is out of its range.
+
+    Example:
+      >>> from ivon_jax import recipes
+      >>> print(f"{recipes.rate_from_adamw(3e-4, hess_init=1e-3, clip_radius=1e-3):.0f}")
+      300
+    """
+    values = {"learning_rate": learning_rate, "hess_init": hess_init, "clip_radius": clip_radius}
+    lr, h0, xi = (float(check_number(k, v, low=0.0, open_low=True)) for k, v in values.items())
+    return lr / ((h0 + float(check_number("weight_decay", weight_decay, low=0.0))) * xi)
 
 
 def matrices(params: PyTree) -> PyTree:
@@ -266,4 +387,59 @@ LORA = Recipe(
     test_samples=10,
     source=LORA_PAPERS,
     note="Low-rank adapters of Llama-2-7B. Published: ess 1e6 to 1e8, hess_init 3e-4 to 1e-3.",
+)
+
+CIFAR_10_LARGE_BATCH = Recipe(
+    settings={
+        "learning_rate": 0.3,
+        "ess": 5e4,
+        "hess_init": 1.0,
+        "weight_decay": 1e-4,
+        "b2": 0.9999,
+    },
+    batch_size=256,
+    length="50,000 steps",
+    warmup=0.0,
+    decay="cosine",
+    clip_norm=None,
+    test_samples=None,
+    source=THIRD_PARTY,
+    note="ResNet-20 with filter response normalisation and SiLU, random crops and flips.",
+)
+IWSLT14 = Recipe(
+    settings={
+        "learning_rate": 0.15,
+        "ess": 1e8,
+        "hess_init": 0.1,
+        "weight_decay": 1e-4,
+        "b2": 0.99999,
+        "clip_radius": 1e-3,
+    },
+    batch_size=None,
+    length="translation, trained from scratch",
+    warmup=4000,
+    decay="inverse square root",
+    clip_norm=1.0,
+    test_samples=None,
+    source=THIRD_PARTY,
+    note="Transformer-base; 2 Monte Carlo samples in every training step.",
+)
+LORA_2B = Recipe(
+    settings={
+        "learning_rate": 0.03,
+        "ess": 1e7,
+        "hess_init": 3e-4,
+        "weight_decay": 1e-6,
+        "b2": 0.99999,
+        "clip_radius": 1e-3,
+        "rescale_lr": False,
+    },
+    batch_size=32,
+    length="fine-tuning, of a length that the source does not name",
+    warmup=512,
+    decay="cosine",
+    clip_norm=1.0,
+    test_samples=None,
+    source=THIRD_PARTY,
+    note="Low-rank adapters of Gemma-2B.",
 )

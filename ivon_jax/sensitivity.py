@@ -9,14 +9,13 @@ References: Nickl et al., The Memory-Perturbation Equation, `arXiv:2310.19273
 <https://arxiv.org/abs/2310.19273>`_.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._checks import check_positive, is_concrete
+from ivon_jax._checks import check_positive, renamed
 from ivon_jax._data import num_examples
 from ivon_jax.linearization import linear_outputs
 
@@ -39,12 +38,13 @@ class Sensitivity(NamedTuple):
     variance: jax.Array
 
 
+@renamed(batch_size="data_batch_size")
 def sensitivity(
     apply_fn: Callable[..., jax.Array],
     loss_fn: Callable[[jax.Array, Any], jax.Array],
     *,
     diagonal: bool = False,
-    batch_size: int | None = None,
+    data_batch_size: int | None = None,
 ) -> Callable[..., Sensitivity]:
     """Sensitivity of the model to each training example.
 
@@ -54,7 +54,7 @@ def sensitivity(
       loss_fn: `loss_fn(output, target)`, the negative log-likelihood ℓ of one example as a
         scalar, such as `optax.softmax_cross_entropy_with_integer_labels`.
       diagonal: whether covariances between the outputs of an example are left out of v_i.
-      batch_size: number of examples worked on at a time, as in `jax.lax.map`; one by default.
+      data_batch_size: number of examples worked on at a time, as in `jax.lax.map`; one by default.
 
     Returns:
       `f(state, *inputs, targets, params=None) -> Sensitivity`, at any time in training;
@@ -82,44 +82,7 @@ def sensitivity(
         score = jnp.sqrt(jnp.sum(deviation**2))
         return Sensitivity(score, deviation, error, variance.reshape(output.shape))
 
-    return _map_examples(apply_fn, loss_fn, perturbed, diagonal, batch_size)
-
-
-def group_sensitivity(scores: jax.Array, groups: jax.Array, num_groups: int) -> jax.Array:
-    """Sensitivity to groups of examples, such as classes: the sum over their members.
-
-    Args:
-      scores: (N,) sensitivity of each example.
-      groups: (N,) integers 0 … num_groups−1.
-      num_groups: number of groups.
-
-    Returns:
-      Shape (num_groups,); divide by the groups' sizes for a mean.
-
-    Raises:
-      TypeError: if `groups` are not integers.
-      ValueError: if the shapes differ, or a group is out of range (all sums are NaN under jit).
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from ivon_jax import group_sensitivity
-      >>> print(group_sensitivity(jnp.array([1.0, 2.0, 4.0]), jnp.array([0, 1, 0]), 2))
-      [5. 2.]
-    """
-    num_groups = check_positive("num_groups", num_groups)
-    if not jnp.issubdtype(jnp.result_type(groups), jnp.integer):
-        raise TypeError(f"groups must be integers; got {jnp.result_type(groups)}.")
-    if jnp.ndim(scores) != 1 or jnp.shape(scores) != jnp.shape(groups):
-        raise ValueError(
-            f"scores and groups must be vectors of one length; got shapes {jnp.shape(scores)} and "
-            f"{jnp.shape(groups)}."
-        )
-    scores, groups = jnp.asarray(scores), jnp.asarray(groups).astype(jnp.int32)
-    valid = (groups >= 0) & (groups < num_groups)
-    if is_concrete(valid) and not bool(jnp.all(valid)):
-        raise ValueError(f"groups must be in 0 … {num_groups - 1}.")
-    total = jax.ops.segment_sum(scores, groups, num_groups)
-    return jnp.where(jnp.all(valid), total, jnp.nan)
+    return _map_examples(apply_fn, loss_fn, perturbed, diagonal, data_batch_size)
 
 
 class LeaveOneOut(NamedTuple):
@@ -134,13 +97,14 @@ class LeaveOneOut(NamedTuple):
     output: jax.Array
 
 
+@renamed(batch_size="data_batch_size")
 def leave_one_out(
     apply_fn: Callable[..., jax.Array],
     loss_fn: Callable[[jax.Array, Any], jax.Array],
     *,
     second_order: bool = False,
     diagonal: bool = False,
-    batch_size: int | None = None,
+    data_batch_size: int | None = None,
 ) -> Callable[..., LeaveOneOut]:
     """Leave-one-out outputs and losses, from the training set alone.
 
@@ -153,7 +117,7 @@ def leave_one_out(
       loss_fn: as in `sensitivity`.
       second_order: whether the curvature of the loss is taken into account.
       diagonal: as in `sensitivity`.
-      batch_size: as in `sensitivity`.
+      data_batch_size: as in `sensitivity`.
 
     Returns:
       `f(state, *inputs, targets, params=None) -> LeaveOneOut`. With `second_order` an
@@ -182,48 +146,7 @@ def leave_one_out(
             shift = _spread(covariance, error)
         return LeaveOneOut(loss(output + shift), output + shift)
 
-    return _map_examples(apply_fn, loss_fn, without, diagonal, batch_size)
-
-
-class Selection(NamedTuple):
-    """What a sequence of leave-one-out NLLs says.
-
-    Attributes:
-      best: index of the smallest one, None if there is no finite one yet.
-      stop: whether none of the last `patience` has been better than all before them.
-    """
-
-    best: int | None
-    stop: bool
-
-
-def select_by_leave_one_out(nlls: Sequence[Any], patience: int | None = None) -> Selection:
-    """Chooses among posteriors by their leave-one-out NLL.
-
-    The posteriors may be those after each epoch (early stopping without held-out data) or
-    those of several weight decays or models (selection of the prior).
-
-    Args:
-      nlls: one number for each candidate, such as `jnp.mean(estimate.loss)`; those that are
-        not finite are never chosen.
-      patience: number of candidates without improvement after which to stop.
-
-    Returns:
-      A `Selection` of Python values; `stop` is False without `patience`.
-
-    Example:
-      >>> from ivon_jax import select_by_leave_one_out
-      >>> select_by_leave_one_out([0.9, 0.5, 0.6, 0.7], patience=2)
-      Selection(best=1, stop=True)
-    """
-    if patience is not None:
-        check_positive("patience", patience)
-    values = [float(x) for x in nlls]
-    finite = [i for i, x in enumerate(values) if math.isfinite(x)]
-    if not finite:
-        return Selection(None, False)
-    best = min(finite, key=lambda i: values[i])
-    return Selection(best, patience is not None and len(values) - 1 - best >= patience)
+    return _map_examples(apply_fn, loss_fn, without, diagonal, data_batch_size)
 
 
 _Loss = Callable[[jax.Array], jax.Array]
@@ -234,13 +157,13 @@ def _map_examples(
     loss_fn: Callable[[jax.Array, Any], jax.Array],
     finish: Callable[[_Loss, jax.Array, jax.Array], Any],
     diagonal: bool,
-    batch_size: int | None,
+    data_batch_size: int | None,
 ) -> Callable[..., Any]:
     """`finish(loss, output, covariance)` of each example."""
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (output, target); got {loss_fn!r}.")
-    if batch_size is not None:
-        check_positive("batch_size", batch_size)
+    if data_batch_size is not None:
+        check_positive("data_batch_size", data_batch_size)
 
     def mapped(
         state: PyTree, *inputs: PyTree, targets: PyTree, params: PyTree | None = None
@@ -262,7 +185,7 @@ def _map_examples(
 
             return finish(loss, *outputs(*inputs))
 
-        return jax.lax.map(at_example, (inputs, targets), batch_size=batch_size)
+        return jax.lax.map(at_example, (inputs, targets), batch_size=data_batch_size)
 
     return mapped
 

@@ -25,7 +25,7 @@ class Posterior(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Sums over the calls that one step of `auto_sample(mc_samples=k)` averages.
+    """Sums over the calls that one step of `auto_sample(num_samples=k)` averages.
 
     Attributes:
       calls: number of gradients summed, int32.
@@ -55,7 +55,7 @@ class IVONState(NamedTuple):
         with an entry for each owned leaf. With a general prior its entries are the smallest δ of
         each leaf, which the learning rate is multiplied with.
       prior: a general Gaussian prior, with trees like `mean`; `()` without one.
-      window: sums of an unfinished window of `auto_sample(mc_samples=k)`; otherwise `()`.
+      window: sums of an unfinished window of `auto_sample(num_samples=k)`; otherwise `()`.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] optax calls it so
@@ -74,7 +74,7 @@ class AutoSampleState(NamedTuple):
     Attributes:
       key: data of the key for the draws to come, uint32 of shape (2,).
       draw_key: data of the key with which the loop's current parameters were drawn.
-      calls: number of calls in the current window of `mc_samples`, int32.
+      calls: number of calls in the current window of `num_samples`, int32.
       at_mean: whether the loop's current parameters are the mean and not a sample, bool.
       inner_state: state of the wrapped transformation.
       mirrored: with `antithetic`, whether these parameters were drawn with the noise negated, bool;

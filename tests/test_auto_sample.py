@@ -73,14 +73,14 @@ def test_the_first_gradient_moves_the_mean_but_not_the_hessian():
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_mc_samples_average_gradients_and_products_and_move_the_mean_every_kth_call(clip):
+def test_num_samples_average_gradients_and_products_and_move_the_mean_every_kth_call(clip):
     k = 3
     tx = ivon(0.1, **SETTINGS)
     clipping = optax.clip_by_global_norm(0.5) if clip else optax.identity()
     reference = tx.init(PARAMS)
     params, noise, window = PARAMS, None, []
     for call, (new_params, state) in enumerate(
-        run(auto_sample(optax.chain(clipping, tx), 3, k), 9)
+        run(auto_sample(optax.chain(clipping, tx), 3, num_samples=k), 9)
     ):
         grads, _ = clipping.update(gradient(params), optax.EmptyState())
         window.append((grads, noise))
@@ -143,7 +143,7 @@ def test_a_key_a_raw_key_and_a_seed_give_the_same_stream():
 
 def test_two_inits_share_no_buffer_and_can_both_be_donated():
     key = jax.random.PRNGKey(0)
-    tx = auto_sample(ivon(0.1, **SETTINGS), key, mc_samples=2)
+    tx = auto_sample(ivon(0.1, **SETTINGS), key, num_samples=2)
     step = jax.jit(tx.update, donate_argnums=1)
     first, second = tx.init(PARAMS), tx.init(PARAMS)
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((first, second, key, PARAMS))]
@@ -180,7 +180,7 @@ def test_reseed_gives_ensemble_members_their_own_streams():
 
 
 def test_with_mean_restarts_at_the_mean_and_drops_an_unfinished_window():
-    tx = auto_sample(ivon(0.1, **SETTINGS), 0, mc_samples=3)
+    tx = auto_sample(ivon(0.1, **SETTINGS), 0, num_samples=3)
     (*_, (_, state)) = run(tx, 5)
     assert int(state.calls) == 2
     moved = with_mean(state, TARGET)
@@ -197,7 +197,7 @@ def test_with_mean_restarts_at_the_mean_and_drops_an_unfinished_window():
 
 
 def test_a_state_of_an_unfinished_window_keeps_mean_hess_momentum_and_count():
-    tx = auto_sample(ivon(0.1, **SETTINGS), 0, mc_samples=4)
+    tx = auto_sample(ivon(0.1, **SETTINGS), 0, num_samples=4)
     states = [state for _, state in run(tx, 4)]
     for state in states[:3]:
         kept = state.inner_state._replace(window=())
@@ -208,7 +208,7 @@ def test_a_state_of_an_unfinished_window_keeps_mean_hess_momentum_and_count():
 
 
 def test_every_call_draws_anew_inside_a_window():
-    tx = auto_sample(ivon(0.1, **SETTINGS), 0, mc_samples=4)
+    tx = auto_sample(ivon(0.1, **SETTINGS), 0, num_samples=4)
     seen = [float(params["b"]) for params, _ in run(tx, 8)]
     assert len(set(seen)) == 8
 
@@ -255,10 +255,10 @@ def test_a_batch_of_keys_is_refused():
         auto_sample(ivon(0.1, 10), jax.random.split(jax.random.key(0), 3))
 
 
-@pytest.mark.parametrize("mc_samples", [0, -1, 1.5, True, None])
-def test_mc_samples_must_be_a_positive_integer(mc_samples):
-    with pytest.raises(ValueError, match="mc_samples must be an integer >= 1"):
-        auto_sample(ivon(0.1, 10), 0, mc_samples)
+@pytest.mark.parametrize("num_samples", [0, -1, 1.5, True, None])
+def test_num_samples_must_be_a_positive_integer(num_samples):
+    with pytest.raises(ValueError, match="num_samples must be an integer >= 1"):
+        auto_sample(ivon(0.1, 10), 0, num_samples=num_samples)
 
 
 def test_without_params_it_says_what_to_pass():
@@ -293,7 +293,7 @@ def test_reseed_of_a_stack_of_states_needs_vmap():
 
 def test_numpy_integers_are_seeds_and_counts():
     tx = auto_sample(ivon(0.1, 10), np.int64(3), np.int64(2))
-    same = auto_sample(ivon(0.1, 10), 3, 2)
+    same = auto_sample(ivon(0.1, 10), 3, num_samples=2)
     jax.tree.map(np.testing.assert_array_equal, tx.init(PARAMS), same.init(PARAMS))
 
 
@@ -309,7 +309,7 @@ def standardized(params, state):
 
 
 @pytest.mark.parametrize(
-    ("mc_samples", "mirrors"),
+    ("num_samples", "mirrors"),
     [
         # The first gradient is at the mean; -1: the draw is the one before with its sign changed.
         (1, [0, -1, 0, -1, 0, -1, 0, -1]),
@@ -319,8 +319,8 @@ def standardized(params, state):
     ],
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_every_second_sample_mirrors_the_one_before(mc_samples, mirrors, dtype):
-    tx = auto_sample(ivon(0.1, **SETTINGS), 3, mc_samples=mc_samples, antithetic=True)
+def test_every_second_sample_mirrors_the_one_before(num_samples, mirrors, dtype):
+    tx = auto_sample(ivon(0.1, **SETTINGS), 3, num_samples=num_samples, antithetic=True)
     params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
     history = run(tx, len(mirrors), params)
     draws = [np.asarray(standardized(*x)["a"], np.float32) for x in history]
@@ -332,7 +332,7 @@ def test_every_second_sample_mirrors_the_one_before(mc_samples, mirrors, dtype):
 
 def test_in_an_even_window_the_noise_of_a_linear_gradient_cancels():
     settings = {**SETTINGS, "b1": 0.0}  # the momentum is the window's average gradient
-    history = run(auto_sample(ivon(0.1, **settings), 0, mc_samples=2, antithetic=True), 4)
+    history = run(auto_sample(ivon(0.1, **settings), 0, num_samples=2, antithetic=True), 4)
     mean = posterior_mean(history[1][1])
     averaged = history[3][1].inner_state.momentum
     assert_trees_close(averaged, gradient(mean), rtol=1e-5, atol=1e-6)

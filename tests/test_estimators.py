@@ -27,12 +27,12 @@ def assert_trees_close(x, y, **tolerances):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerances), x, y)
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 3, 4, 6, 100])
-def test_any_batch_size_gives_the_explicit_vmap_of_sample_params(batch_size):
+@pytest.mark.parametrize("sample_batch_size", [None, 1, 3, 4, 6, 100])
+def test_any_batch_size_gives_the_explicit_vmap_of_sample_params(sample_batch_size):
     state = make_state()
     samples, noise = jax.vmap(sample_params, (0, None))(jax.random.split(KEY, 6), state)
     values, stack = jax.vmap(jax.value_and_grad(loss), (0, None, None))(samples, X, Y)
-    f = mc_value_and_grad(loss, 6, batch_size=batch_size)
+    f = mc_value_and_grad(loss, 6, sample_batch_size=sample_batch_size)
     value, grads, hess = f(KEY, state, X, Y)
     np.testing.assert_allclose(value, values.mean(), rtol=1e-6)
     assert_trees_close(grads, jax.tree.map(lambda g: g.mean(axis=0), stack), **REORDERED)
@@ -73,12 +73,14 @@ def test_antithetic_pairs_are_the_mean_plus_and_minus_one_noise():
     assert not np.allclose(np.abs(centred["b"][0]), np.abs(centred["b"][2]))
 
 
-@pytest.mark.parametrize("batch_size", [None, 2, 3])
-def test_split_batch_gives_each_sample_its_own_slice_in_order(batch_size):
+@pytest.mark.parametrize("sample_batch_size", [None, 2, 3])
+def test_split_batch_gives_each_sample_its_own_slice_in_order(sample_batch_size):
     def with_aux(params, x, y):
         return loss(params, x, y), x
 
-    f = mc_value_and_grad(with_aux, 4, has_aux=True, split_batch=True, batch_size=batch_size)
+    f = mc_value_and_grad(
+        with_aux, 4, has_aux=True, split_batch=True, sample_batch_size=sample_batch_size
+    )
     (_, slices), _, _ = f(KEY, make_state(), X, Y)
     np.testing.assert_array_equal(slices, X.reshape(4, 2, 3))
 
@@ -108,7 +110,7 @@ def test_aux_is_stacked_and_the_value_averaged():
         return value, {"value": value}
 
     for num_samples in (1, 5):
-        f = mc_value_and_grad(with_aux, num_samples, has_aux=True, batch_size=2)
+        f = mc_value_and_grad(with_aux, num_samples, has_aux=True, sample_batch_size=2)
         (value, aux), _, _ = f(KEY, make_state())
         assert aux["value"].shape == (num_samples,)
         np.testing.assert_allclose(value, aux["value"].mean(), rtol=1e-5)
@@ -246,7 +248,7 @@ def test_axis_name_draws_on_each_device_and_averages(with_vma):
         ({"num_samples": 0}, "num_samples must be an integer >= 1"),
         ({"num_samples": 2.0}, "num_samples must be an integer >= 1"),
         ({"num_samples": 3, "antithetic": True}, "come in pairs"),
-        ({"batch_size": 0}, "batch_size must be an integer >= 1"),
+        ({"sample_batch_size": 0}, "sample_batch_size must be an integer >= 1"),
         ({"estimator": "fisher"}, "estimator must be one of"),
         ({"estimator_scale": 2.0}, "'gradsq' only"),
         ({"estimator": "gradsq", "estimator_scale": -1.0}, "estimator_scale must be > 0"),

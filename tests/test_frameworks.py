@@ -57,7 +57,7 @@ def test_every_use_takes_the_model(build):
     samples = [sample_params(k, state, params)[0] for k in jax.random.split(KEY, 4)]
     expected = np.mean([jax.nn.softmax(apply(s, X)) for s in samples], axis=0)
     np.testing.assert_allclose(np.exp(log_probs), expected, rtol=1e-4)
-    lin = linearize(apply, batch_size=6)(state, X, params=params)
+    lin = linearize(apply, data_batch_size=6)(state, X, params=params)
     np.testing.assert_allclose(lin.mean, apply(params, X), rtol=1e-5)
     loss = lambda f, y: -jax.nn.log_softmax(f)[y]  # noqa: E731
     estimate = leave_one_out(apply, loss)(posterior(state), X, targets=LABELS, params=params)

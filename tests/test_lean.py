@@ -69,7 +69,7 @@ def run(tx, steps=10, params=PARAMS, state=None):
     return params, state
 
 
-@pytest.mark.parametrize("options", [{}, {"mc_samples": 3}, {"antithetic": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_samples": 3}, {"antithetic": True}], ids=str)
 @pytest.mark.parametrize("build", [chained, partitioned, in_two, fixed_element])
 def test_it_takes_the_steps_of_a_stored_mean(build, options):
     lean = run(auto_sample(build(), 0, store_mean=False, **options))

@@ -43,13 +43,13 @@ def covariance_by_differences(q, x, step=1e-6):
     return total
 
 
-@pytest.mark.parametrize("batch_size", [None, 4, 6])
-def test_the_covariance_is_that_of_finite_differences(batch_size):
+@pytest.mark.parametrize("data_batch_size", [None, 4, 6])
+def test_the_covariance_is_that_of_finite_differences(data_batch_size):
     with jax.enable_x64(True):
         wide, x = q(dtype=np.float64), X.astype(jnp.float64)
         expected = covariance_by_differences(wide, x)
-        full = jax.jit(linearize(network, batch_size=batch_size))(wide, x)
-        diagonal = linearize(network, diagonal=True, batch_size=batch_size)(wide, x)
+        full = jax.jit(linearize(network, data_batch_size=data_batch_size))(wide, x)
+        diagonal = linearize(network, diagonal=True, data_batch_size=data_batch_size)(wide, x)
         np.testing.assert_allclose(full.mean, network(wide.mean, x), rtol=1e-12)
         np.testing.assert_allclose(full.covariance, expected, rtol=1e-7, atol=1e-9)
         np.testing.assert_allclose(
@@ -70,9 +70,9 @@ def test_sampling_tends_to_the_linearised_predictive_as_sigma_tends_to_zero(scal
     with jax.enable_x64(True):
         narrow, x = q(scale, np.float64), X.astype(jnp.float64)
         exact = jax.tree.map(np.asarray, linearize(network)(narrow, x))
-        f = predict_samples(network, samples, batch_size=2000)
+        f = predict_samples(network, samples, sample_batch_size=2000)
         drawn = np.asarray(f(jax.random.key(0), narrow, x))
-        f = predict_moments(network, samples, noise_variance=0.0, batch_size=2000)
+        f = predict_moments(network, samples, noise_variance=0.0, sample_batch_size=2000)
         moments = jax.tree.map(np.asarray, f(jax.random.key(0), narrow, x))
     sd = np.sqrt(np.diagonal(exact.covariance, axis1=1, axis2=2))
     assert np.all(np.abs(moments.mean - exact.mean) < 5 * sd / np.sqrt(samples) + 10 * sd**2)
@@ -134,8 +134,8 @@ def test_bad_input_is_refused():
         linearize(lambda p, x: (network(p, x), x))(q(), X)
     with pytest.raises(TypeError, match="apply_fn must be a function"):
         linearize(q())(q(), X)
-    with pytest.raises(ValueError, match="batch_size must be an integer"):
-        linearize(network, batch_size=0)
+    with pytest.raises(ValueError, match="data_batch_size must be an integer"):
+        linearize(network, data_batch_size=0)
     with pytest.raises(ValueError, match="equally many"):
         linearize(network)(q(), jnp.float32(1.0))
     for shapes in (((3,), (2, 2)), ((4, 1), (4, 1)), ((), ())):

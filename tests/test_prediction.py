@@ -36,16 +36,22 @@ def outputs_by_hand(num_samples, q=Q):
     return jnp.stack([apply(sample_params(k, q)[0], X) for k in keys])
 
 
-@pytest.mark.parametrize(("batch_size", "data_batch_size"), SIZES)
-def test_samples_are_those_of_sample_params_for_every_batch_size(batch_size, data_batch_size):
-    f = predict_samples(apply, 7, batch_size=batch_size, data_batch_size=data_batch_size)
+@pytest.mark.parametrize(("sample_batch_size", "data_batch_size"), SIZES)
+def test_samples_are_those_of_sample_params_for_every_batch_size(
+    sample_batch_size, data_batch_size
+):
+    f = predict_samples(
+        apply, 7, sample_batch_size=sample_batch_size, data_batch_size=data_batch_size
+    )
     for call in (f, jax.jit(f)):
         np.testing.assert_allclose(call(KEY, Q, X), outputs_by_hand(7), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("batch_size", "data_batch_size"), SIZES)
-def test_log_probs_average_probabilities_and_not_logits(batch_size, data_batch_size):
-    f = predict_log_probs(apply, 7, batch_size=batch_size, data_batch_size=data_batch_size)
+@pytest.mark.parametrize(("sample_batch_size", "data_batch_size"), SIZES)
+def test_log_probs_average_probabilities_and_not_logits(sample_batch_size, data_batch_size):
+    f = predict_log_probs(
+        apply, 7, sample_batch_size=sample_batch_size, data_batch_size=data_batch_size
+    )
     expected = np.log(np.mean(jax.nn.softmax(outputs_by_hand(7)), axis=0))
     for call in (f, jax.jit(f)):
         np.testing.assert_allclose(call(KEY, Q, X), expected, rtol=1e-4, atol=1e-5)
@@ -54,7 +60,7 @@ def test_log_probs_average_probabilities_and_not_logits(batch_size, data_batch_s
 def test_log_probs_keep_classes_that_every_sample_rules_out():
     apply_fn = lambda params, x: jnp.stack([params["w"][0, 0] * x[:, 0] * 0, x[:, 0] - jnp.inf], -1)  # noqa: E731
     for size in (1, 3):
-        log_probs = predict_log_probs(apply_fn, 3, batch_size=size)(KEY, Q, X)
+        log_probs = predict_log_probs(apply_fn, 3, sample_batch_size=size)(KEY, Q, X)
         np.testing.assert_array_equal(log_probs, [[0.0, -np.inf]] * 10)
 
 
@@ -65,14 +71,14 @@ def test_the_average_of_many_samples_converges_to_quadrature():
     exact = 1 / (1 + np.exp(-(1.5 + 2.0 * nodes)))
     mean, spread = exact @ weights / weights.sum(), 0.5
     apply_fn = lambda w, x: jnp.stack([w[0] * x[:, 0], 0 * x[:, 0]], -1)  # noqa: E731
-    f = jax.jit(predict_log_probs(apply_fn, 4000, batch_size=500))
+    f = jax.jit(predict_log_probs(apply_fn, 4000, sample_batch_size=500))
     got = jnp.exp(f(KEY, q, jnp.ones((1, 1))))[0, 0]
     assert abs(got - mean) < 4 * spread / np.sqrt(4000)
 
 
-@pytest.mark.parametrize("batch_size", [None, 7, 50])
+@pytest.mark.parametrize("sample_batch_size", [None, 7, 50])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_moments_are_those_of_the_mixture_without_cancellation(batch_size, offset):
+def test_moments_are_those_of_the_mixture_without_cancellation(sample_batch_size, offset):
     def head(params, x):
         mean = apply(params, x)
         return mean + jnp.asarray(offset, mean.dtype), jnp.exp(mean)
@@ -80,8 +86,10 @@ def test_moments_are_those_of_the_mixture_without_cancellation(batch_size, offse
     with jax.enable_x64(True):
         q = jax.tree.map(lambda x: x.astype(jnp.float64), Q)
         x = X.astype(jnp.float64)
-        samples = np.asarray(predict_samples(apply, 50, batch_size=50)(KEY, q, x))
-        got = predict_moments(head, 50, batch_size=batch_size, data_batch_size=4)(KEY, q, x)
+        samples = np.asarray(predict_samples(apply, 50, sample_batch_size=50)(KEY, q, x))
+        got = predict_moments(head, 50, sample_batch_size=sample_batch_size, data_batch_size=4)(
+            KEY, q, x
+        )
         got = jax.tree.map(np.asarray, got)
     mean, model = samples.mean(0), samples.var(0)
     np.testing.assert_allclose(got.mean, mean + offset, rtol=1e-12)
@@ -100,8 +108,8 @@ def test_a_known_noise_variance_is_added(noise_variance):
 def test_linear_models_have_exact_moments_and_draws():
     """x·w with w ~ N(m, 1/p) is N(x·m, |x|²/p); bounds of 5 standard errors over 4000 samples."""
     exact_mean, exact_variance = X @ Q.mean["w"], np.sum(np.square(X), -1, keepdims=True) / 2.0
-    moments = predict_moments(apply, 4000, noise_variance=1.0, batch_size=2000)(KEY, Q, X)
-    draws = predict_draws(apply, 4000, noise_variance=1.0, batch_size=2000)(KEY, Q, X)
+    moments = predict_moments(apply, 4000, noise_variance=1.0, sample_batch_size=2000)(KEY, Q, X)
+    draws = predict_draws(apply, 4000, noise_variance=1.0, sample_batch_size=2000)(KEY, Q, X)
     total = exact_variance + 1.0
     for mean, variance in [(moments.mean, moments.variance), (draws.mean(0), draws.var(0))]:
         assert np.all(np.abs(mean - exact_mean) < 5 * np.sqrt(total / 4000))
@@ -113,7 +121,7 @@ def test_draws_add_the_noise_of_the_head_to_the_samples():
     draws = predict_draws(apply, 6, noise_variance=0.0)(KEY, Q, X)
     # Two programs, which older versions of XLA round differently.
     np.testing.assert_allclose(draws, samples, rtol=1e-4, atol=1e-6)
-    size = {"num_samples": 2000, "batch_size": 2000}
+    size = {"num_samples": 2000, "sample_batch_size": 2000}
     head = lambda p, x: (apply(p, x), jnp.full((len(x), 3), 4.0))  # noqa: E731
     samples = np.asarray(predict_samples(apply, **size)(KEY, Q, X))
     residual = (np.asarray(predict_draws(head, **size)(KEY, Q, X)) - samples) / 2
@@ -167,7 +175,7 @@ def test_states_of_partitioned_optimizers_predict_with_the_leaves_that_ivon_does
 
 def test_memory_does_not_grow_with_the_number_of_samples():
     def temporaries(num_samples):
-        f = jax.jit(predict_log_probs(apply, num_samples, batch_size=4, data_batch_size=5))
+        f = jax.jit(predict_log_probs(apply, num_samples, sample_batch_size=4, data_batch_size=5))
         return f.lower(KEY, Q, X).compile().memory_analysis().temp_size_in_bytes
 
     keys = 8 * 4000  # bytes of the keys themselves, twice at most
@@ -180,7 +188,7 @@ def test_memory_does_not_grow_with_the_number_of_samples():
     [predict_samples, predict_log_probs, predict_moments, predict_draws],
 )
 def test_numbers_of_samples_and_sizes_must_be_positive(build):
-    for wrong in ({"num_samples": 0}, {"num_samples": 2.0}, {"batch_size": 0},
+    for wrong in ({"num_samples": 0}, {"num_samples": 2.0}, {"sample_batch_size": 0},
                   {"data_batch_size": -1}):  # fmt: skip
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be an integer >= 1"):
             build(apply, **wrong)

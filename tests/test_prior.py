@@ -95,7 +95,7 @@ def test_elements_of_infinite_precision_stay_at_the_priors_mean(way):
     if way == "noise":
         params, state = train(tx)
     elif way in ("auto", "window"):
-        tx = auto_sample(tx, 0, mc_samples=2 if way == "window" else 1)
+        tx = auto_sample(tx, 0, num_samples=2 if way == "window" else 1)
         params, state = PARAMS, tx.init(PARAMS)
         for _ in range(6):
             updates, state = tx.update(jax.grad(loss)(params), state, params)

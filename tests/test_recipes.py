@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from ivon_jax import ivon, recipes
+from ivon_jax import auto_sample, ivon, posterior, recipes
 
 ALL = {name: x for name, x in vars(recipes).items() if isinstance(x, recipes.Recipe)}
 
@@ -19,7 +19,7 @@ def test_every_recipe_is_a_set_of_keywords_of_ivon(name):
     assert new.ess == np.float32(recipe.settings["ess"])
     with pytest.raises(TypeError, match="does not support item assignment"):
         recipe.settings["ess"] = 1.0
-    assert recipe.source.startswith("arXiv") and recipe.length and recipe.batch_size > 0
+    assert recipe.source and recipe.length and (recipe.batch_size is None or recipe.batch_size > 0)
 
 
 def test_the_largest_step_of_gpt2_is_the_rate_that_adamw_uses():
@@ -38,15 +38,17 @@ def test_the_largest_step_of_gpt2_is_the_rate_that_adamw_uses():
 
 @pytest.mark.parametrize("name", ALL)
 def test_schedules_start_low_reach_the_peak_and_end_at_zero(name):
-    recipe, steps = ALL[name], 1000
+    recipe = ALL[name]
+    steps = max(1000, round(2 * recipe.warmup))
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules need it
         rate = np.array([recipe.schedule(steps)(t) for t in range(steps + 1)])
     peak = recipe.settings["learning_rate"]
-    warmup = round(recipe.warmup * steps)
+    warmup = round(recipe.warmup * steps if recipe.warmup < 1 else recipe.warmup)
     np.testing.assert_allclose(rate[warmup], peak, rtol=1e-6)
     assert rate[0] == (0 if warmup else pytest.approx(peak))
     assert np.all(np.diff(rate[: warmup + 1]) > 0) and np.all(np.diff(rate[warmup:]) < 0)
-    np.testing.assert_allclose(rate[-1], 0.0, atol=1e-6 * peak)
+    end = peak / np.sqrt(2) if recipe.decay == "inverse square root" else 0.0
+    np.testing.assert_allclose(rate[-1], end, rtol=1e-6, atol=1e-6 * peak)
     with jax.numpy_dtype_promotion("standard"):
         assert np.isfinite(recipe.schedule(1)(0))
     with pytest.raises(ValueError, match="num_steps must be an integer"):
@@ -94,3 +96,47 @@ def test_the_suggested_b2_leaves_the_share_of_the_initial_curvature_that_publish
     assert recipes.b2_for(1) == 0.9
     with pytest.raises(ValueError, match="num_steps must be an integer"):
         recipes.b2_for(0)
+
+
+def test_start_gives_settings_that_train_and_their_closed_forms():
+    params = {"bias": jnp.zeros(3), "kernel": jnp.full((3, 2), 0.1)}
+    settings = recipes.start(params, num_examples=1000, num_steps=200, temperature=0.1)
+    assert settings["ess"] == 10_000 and settings["b2"] == 0.99
+    sigma = 1 / np.sqrt(settings["ess"] * settings["hess_init"])
+    np.testing.assert_allclose(sigma, 0.25 * 0.1, rtol=0.01)
+    with jax.numpy_dtype_promotion("standard"):
+        rate = [float(settings["learning_rate"](t)) for t in (0, 10, 200)]
+    np.testing.assert_allclose(rate, [0.0, 0.1, 0.0], atol=1e-7)
+    assert ivon(**settings).init(params).ess == 10_000
+
+
+@pytest.mark.parametrize("name", ["num_examples", "num_steps", "learning_rate", "temperature"])
+def test_start_refuses_bad_numbers_by_name(name):
+    given = {"num_examples": 10, "num_steps": 10, name: 0}
+    with pytest.raises(ValueError, match=name):
+        recipes.start({"kernel": jnp.ones((2, 2))}, **given)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_optimizer_of_a_recipe_clips_where_the_run_did(name):
+    recipe = ALL[name]
+    params = {"bias": jnp.ones(2), "kernel": jnp.ones((2, 2))}
+    tx = auto_sample(recipe.optimizer(100, ess=123.0), 0)
+    state = tx.init(params)
+    assert posterior(state).mean.keys() == params.keys()
+    large = jax.tree.map(lambda x: 1e3 * x, params)
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = tx.update(large, state, params)
+    inner = state.inner_state if recipe.clip_norm is None else state.inner_state[1]
+    assert inner.ess == 123.0
+    norm = optax.tree.norm(inner.momentum) / 0.1
+    expected = optax.tree.norm(large) if recipe.clip_norm is None else recipe.clip_norm
+    np.testing.assert_allclose(norm, expected, rtol=1e-5)
+
+
+def test_the_rate_of_gpt2_is_that_of_adamw_over_the_longest_step():
+    s = recipes.GPT2_125M.settings
+    rate = recipes.rate_from_adamw(3e-4, s["hess_init"], s["clip_radius"], s["weight_decay"])
+    np.testing.assert_allclose(rate, s["learning_rate"], rtol=2e-3)
+    with pytest.raises(ValueError, match="clip_radius must be > 0 and finite"):
+        recipes.rate_from_adamw(3e-4, 1e-3, float("inf"))

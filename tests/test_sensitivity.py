@@ -1,19 +1,15 @@
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import ivon_jax
 from ivon_jax import (
-    Selection,
-    group_sensitivity,
     ivon,
     leave_one_out,
     linearize,
     posterior,
-    select_by_leave_one_out,
     sensitivity,
 )
 
@@ -33,7 +29,7 @@ def state():
 
 
 def test_classification_uses_the_full_covariance_and_p_minus_y(state):
-    got = sensitivity(network, cross_entropy, batch_size=3)(state, X, targets=LABELS)
+    got = sensitivity(network, cross_entropy, data_batch_size=3)(state, X, targets=LABELS)
     lin = linearize(network)(state, X)
     error = jax.nn.softmax(network(state.mean, X)) - jax.nn.one_hot(LABELS, 3)
     np.testing.assert_allclose(got.error, error, rtol=1e-4, atol=1e-6)
@@ -65,7 +61,7 @@ def test_the_temperature_scales_the_score(state):
 @pytest.mark.parametrize("second_order", [False, True])
 def test_leave_one_out_formulas(second_order, state):
     """(I − vH)⁻¹ v e by plain linear algebra."""
-    got = leave_one_out(network, cross_entropy, second_order=second_order, batch_size=7)(
+    got = leave_one_out(network, cross_entropy, second_order=second_order, data_batch_size=7)(
         state, X, targets=LABELS
     )
     lin = linearize(network)(state, X)
@@ -92,29 +88,10 @@ def test_images_as_outputs_and_jit(state):
     assert f(posterior(state, temperature=0.01), X, targets=targets).output.shape == (7, 3, 1)
 
 
-def test_groups_are_sums_over_their_members():
-    scores = jnp.arange(7.0)
-    np.testing.assert_array_equal(group_sensitivity(scores, LABELS, 4), [9.0, 5.0, 7.0, 0.0])
-    with pytest.raises(TypeError, match="groups must be integers"):
-        group_sensitivity(scores, scores, 3)
-    with pytest.raises(ValueError, match="one length"):
-        group_sensitivity(scores, LABELS[1:], 3)
-    with pytest.raises(ValueError, match=r"0 … 1"):
-        group_sensitivity(scores, LABELS, 2)
-    assert np.isnan(jax.jit(lambda g: group_sensitivity(scores, g, 2))(LABELS)).all()
-    many = jnp.arange(7, dtype=jnp.uint8)
-    np.testing.assert_array_equal(group_sensitivity(scores, many, 256)[:7], scores)
-
-
-def test_selection_of_the_best_and_of_when_to_stop():
-    assert select_by_leave_one_out([3.0, 1.0, 2.0]) == Selection(1, False)
-    assert select_by_leave_one_out([3.0, 1.0, 2.0], patience=2) == Selection(1, False)
-    assert select_by_leave_one_out([3.0, 1.0, 2.0, 1.0], patience=2) == Selection(1, True)
-    values = [jnp.float32(math.nan), np.inf, jnp.float32(2.0), -math.inf]
-    assert select_by_leave_one_out(values) == Selection(2, False)
-    assert select_by_leave_one_out([math.nan] * 5, patience=1) == Selection(None, False)
-    with pytest.raises(ValueError, match="patience must be an integer >= 1"):
-        select_by_leave_one_out([1.0], patience=0)
+@pytest.mark.parametrize("name", ["group_sensitivity", "select_by_leave_one_out", "Selection"])
+def test_removed_functions_say_what_to_use(name):
+    with pytest.raises(AttributeError, match=r"was removed in version 0\.2: use "):
+        getattr(ivon_jax, name)
 
 
 @pytest.mark.parametrize("build", [sensitivity, leave_one_out])
@@ -128,5 +105,5 @@ def test_bad_input_is_refused(build, state):
         build(network, LABELS)
     with pytest.raises(TypeError, match="targets"):
         f(state, X, LABELS)
-    with pytest.raises(ValueError, match="batch_size must be"):
-        build(network, cross_entropy, batch_size=0)
+    with pytest.raises(ValueError, match="data_batch_size must be"):
+        build(network, cross_entropy, data_batch_size=0)

@@ -110,7 +110,7 @@ CLIP = optax.clip_by_global_norm(1.0)
 OPTIMIZERS = {
     "ivon": ivon(0.1, 100.0),
     "auto_sample of a chain": auto_sample(optax.chain(CLIP, ivon(0.1, 100.0)), key=0),
-    "auto_sample in windows": auto_sample(ivon(0.1, 100.0), key=0, mc_samples=2),
+    "auto_sample in windows": auto_sample(ivon(0.1, 100.0), key=0, num_samples=2),
 }
 
 

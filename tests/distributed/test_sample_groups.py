@@ -41,7 +41,7 @@ def assert_close(result, expected):
 @pytest.mark.parametrize("num_samples", [4, 8])
 def test_samples_split_over_a_mesh_axis_equal_those_on_one_device(kind, num_samples):
     mesh, state, batch = on_mesh(kind)
-    options = {"num_samples": num_samples, "batch_size": 4, "split_batch": True}
+    options = {"num_samples": num_samples, "sample_batch_size": 4, "split_batch": True}
     f = mc_value_and_grad(loss, **options, spmd_axis_name="data")
     with jax.set_mesh(mesh):
         result = jax.jit(f)(jax.random.key(1), state, batch)
@@ -69,7 +69,7 @@ def test_a_sample_for_each_group_costs_what_one_sample_costs():
             return f.lower(jax.random.key(1), state, batch).compile()
 
     one = compiled()
-    four = compiled(num_samples=4, batch_size=4, split_batch=True, spmd_axis_name="data")
+    four = compiled(num_samples=4, sample_batch_size=4, split_batch=True, spmd_axis_name="data")
     flops = [c.cost_analysis()["flops"] for c in (one, four)]
     # Four draws on one device of the eight would be more than twice the work.
     assert flops[1] < 1.2 * flops[0]
@@ -78,17 +78,20 @@ def test_a_sample_for_each_group_costs_what_one_sample_costs():
 
 @pytest.mark.parametrize("name", ["data", ("rows", "data")])
 def test_without_a_mesh_that_has_the_axis_the_error_says_what_to_do(name):
-    f = mc_value_and_grad(loss, num_samples=4, batch_size=4, spmd_axis_name=name)
+    f = mc_value_and_grad(loss, num_samples=4, sample_batch_size=4, spmd_axis_name=name)
     state = ivon(0.1, ess=50.0).init(PARAMS)
     with pytest.raises(ValueError, match=r"spmd_axis_name.*jax\.set_mesh"):
         jax.jit(f)(jax.random.key(1), state, X)
 
 
 def test_samples_that_cannot_be_split_are_refused():
-    for wrong in ({}, {"batch_size": 3}):
-        with pytest.raises(ValueError, match="give their number as batch_size"):
+    for wrong in ({}, {"sample_batch_size": 3}):
+        with pytest.raises(ValueError, match="give their number as sample_batch_size"):
             mc_value_and_grad(loss, num_samples=4, **wrong, spmd_axis_name="data")
     mesh, state, batch = on_mesh(AUTO)
-    f = mc_value_and_grad(loss, num_samples=6, batch_size=6, spmd_axis_name="data")
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"batch_size=6 .* over 4 devices"):
+    f = mc_value_and_grad(loss, num_samples=6, sample_batch_size=6, spmd_axis_name="data")
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match=r"sample_batch_size=6 .* over 4 devices"),
+    ):
         jax.jit(f)(jax.random.key(1), state, batch)

@@ -79,8 +79,8 @@ def explicit(x, key=shared_key, axis_name=None, loss=loss, at=same, scale=1.0):
     return statistics(tx.update(grads, state, noise=noise)[1])
 
 
-def drop_in(x, seed=None, axis_name=None, loss=loss, start=same, scale=1.0, mc_samples=1):
-    tx = auto_sample(optimizer(axis_name), key=0, mc_samples=mc_samples)
+def drop_in(x, seed=None, axis_name=None, loss=loss, start=same, scale=1.0, num_samples=1):
+    tx = auto_sample(optimizer(axis_name), key=0, num_samples=num_samples)
     params, state = start(PARAMS), tx.init(PARAMS)
     if seed is not None:
         state = reseed(state, seed())
@@ -137,7 +137,7 @@ ROWS = {
             *("stacked", "stacked", "stacked"),
         ),
         "reseeded, windows of two calls, axis_name": Row(
-            partial(drop_in, seed=own_key, axis_name="d", start=varying, mc_samples=2),
+            partial(drop_in, seed=own_key, axis_name="d", start=varying, num_samples=2),
             *("stacked windows", "stacked windows", "stacked windows"),
         ),
         "reseeded, no axis_name": Row(
@@ -188,7 +188,7 @@ def references(learner):
         if learner == "auto_sample":
             stacked = partial(step, **own, axis_name="d")
             labels["stacked"] = mapped(stacked)(SHARDS)
-            labels["stacked windows"] = mapped(partial(stacked, mc_samples=2))(SHARDS)
+            labels["stacked windows"] = mapped(partial(stacked, num_samples=2))(SHARDS)
         return labels
 
     return jax.device_get(jax.jit(all_of_them)())
@@ -258,7 +258,7 @@ def test_no_two_labels_mean_the_same(learner):
 
 
 def test_a_scan_carries_what_differs_by_device_once_the_window_is_marked_as_varying():
-    tx = auto_sample(optimizer("d"), key=0, mc_samples=2)
+    tx = auto_sample(optimizer("d"), key=0, num_samples=2)
 
     def steps(x):
         state = reseed(tx.init(PARAMS), own_key())

@@ -40,7 +40,7 @@ USES = {
     "leave_one_out": lambda q, x, y: leave_one_out(apply, CROSS_ENTROPY, second_order=True)(
         q, x, targets=y
     ),
-    "predict": lambda q, x, y: predict_log_probs(apply, 5, batch_size=2)(KEY, q, x),
+    "predict": lambda q, x, y: predict_log_probs(apply, 5, sample_batch_size=2)(KEY, q, x),
 }
 
 

@@ -80,7 +80,7 @@ def assert_unbiased(estimates, expected, relative_se):
     assert np.all(se < relative_se * np.abs(expected)), se / np.abs(expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"antithetic": True, "batch_size": 24}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"antithetic": True, "sample_batch_size": 24}], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_reparam_gives_value_gradient_and_hessian_diagonal_under_q(loss, options):
     fun, moments = LOSSES[loss]
@@ -110,7 +110,9 @@ def test_under_q_is_not_at_the_mean():
 def test_hutchinson_is_unbiased_for_the_hessian_diagonal_at_the_mean(loss, antithetic):
     fun, moments = LOSSES[loss]
     state = wide_state()
-    f = mc_value_and_grad(fun, 4, antithetic=antithetic, estimator="hutchinson", batch_size=4)
+    f = mc_value_and_grad(
+        fun, 4, antithetic=antithetic, estimator="hutchinson", sample_batch_size=4
+    )
     _, _, hess = replicates(f, state, 10_000)
     mean = flat(posterior(state).mean)
     assert_unbiased(flat(hess), moments(mean, 0 * mean)[2], relative_se=0.01)
@@ -159,7 +161,7 @@ def test_gradsq_times_the_batch_size_is_the_fisher_diagonal_of_a_well_specified_
         split_batch=split_batch,
         estimator="gradsq",
         estimator_scale=scale,
-        batch_size=samples,
+        sample_batch_size=samples,
     )
 
     def replicate(key, state):

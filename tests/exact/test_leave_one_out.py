@@ -48,7 +48,11 @@ def test_leave_one_out_of_ridge_regression_is_exact(diagonal, temperature):
         trained = Posterior(jnp.asarray(m), jnp.asarray(np.diag(a)) / temperature)
         q = posterior(trained, temperature=1 / temperature)
         f = leave_one_out(
-            lambda w, x: x @ w, squared_error, second_order=True, diagonal=diagonal, batch_size=5
+            lambda w, x: x @ w,
+            squared_error,
+            second_order=True,
+            diagonal=diagonal,
+            data_batch_size=5,
         )
         got = f(q, jnp.asarray(x), targets=jnp.asarray(y))
         np.testing.assert_allclose(got.output, exact, rtol=1e-12, atol=1e-12)
@@ -155,7 +159,9 @@ def apply(w, x):
 def test_sensitivity_to_real_data_correlates_with_retraining(trained_logistic):
     q, change = trained_logistic
     x, y = (jnp.asarray(z, jnp.float32) for z in tumours())
-    got = sensitivity(apply, optax.sigmoid_binary_cross_entropy, batch_size=40)(q, x, targets=y)
+    got = sensitivity(apply, optax.sigmoid_binary_cross_entropy, data_batch_size=40)(
+        q, x, targets=y
+    )
     assert np.corrcoef(got.deviation, change)[0, 1] > 0.9
     assert np.corrcoef(got.score, np.abs(change))[0, 1] > 0.9
 

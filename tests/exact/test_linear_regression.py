@@ -102,7 +102,9 @@ def test_mc_value_and_grad_reaches_the_closed_form(estimator, prior):
     """Antithetic pairs give the exact gradient of a quadratic: m has only float32 rounding."""
     x, y = data()
     tx = optimizer(0.2, **PRIORS[prior])
-    f = mc_value_and_grad(loss, num_samples=8, batch_size=8, antithetic=True, estimator=estimator)
+    f = mc_value_and_grad(
+        loss, num_samples=8, sample_batch_size=8, antithetic=True, estimator=estimator
+    )
 
     def step(key, params, state):
         _, grads, hess = f(key, state, jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))

@@ -131,7 +131,7 @@ def assert_optimal(q):
 def test_mc_value_and_grad_ends_at_the_optimum_of_the_elbo():
     x, steps = jnp.asarray(data(), jnp.float32), 20_000
     tx = optimizer(0.1, steps)
-    f = mc_value_and_grad(loss, num_samples=4, antithetic=True, batch_size=4)
+    f = mc_value_and_grad(loss, num_samples=4, antithetic=True, sample_batch_size=4)
 
     def step(key, params, state):
         _, grads, hess = f(key, state, x)

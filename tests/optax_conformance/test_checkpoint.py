@@ -59,7 +59,7 @@ RUNS = {
     "auto": Run(lambda seed: auto_sample(_injected(0), seed), explicit=False),
     # Four steps of a window of three: the checkpoint falls into the middle of a window.
     "auto_window": Run(
-        lambda seed: auto_sample(ivon(0.1, ess=50.0), seed, mc_samples=3), explicit=False
+        lambda seed: auto_sample(ivon(0.1, ess=50.0), seed, num_samples=3), explicit=False
     ),
 }
 

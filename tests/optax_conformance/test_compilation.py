@@ -84,7 +84,7 @@ RUNS = {
         lambda: auto_sample(optax.chain(optax.clip_by_global_norm(1.0), ivon(0.1, 100)), 0),
         _plain_step,
     ),
-    "auto_window": Run(lambda: auto_sample(ivon(0.1, 100), 0, mc_samples=3), _plain_step),
+    "auto_window": Run(lambda: auto_sample(ivon(0.1, 100), 0, num_samples=3), _plain_step),
     "auto_injected": Run(lambda: auto_sample(_injected(), 0), _plain_step),
 }
 every_run = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)

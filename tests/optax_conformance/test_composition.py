@@ -374,11 +374,11 @@ def test_two_ivons_with_different_settings_own_disjoint_leaves():
         assert_trees_equal(posterior_mean(state)[part], alone_state.mean)
 
 
-@pytest.mark.parametrize("mc_samples", [1, 2])
-def test_two_ivons_share_one_auto_sample(mc_samples):
-    tx = auto_sample(_two_ivons(), 0, mc_samples=mc_samples)
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_two_ivons_share_one_auto_sample(num_samples):
+    tx = auto_sample(_two_ivons(), 0, num_samples=num_samples)
     params, state = NESTED, tx.init(NESTED)
-    for _ in range(mc_samples):
+    for _ in range(num_samples):
         updates, state = tx.update(NESTED_GRADS, state, params)
         params = optax.apply_updates(params, updates)
     mean = posterior_mean(state)
@@ -412,7 +412,7 @@ class FiniteForm(NamedTuple):
 FINITE_FORMS = {
     "explicit": FiniteForm(base, explicit=True),
     "auto": FiniteForm(lambda: auto_sample(base(), 0), explicit=False),
-    "auto_window": FiniteForm(lambda: auto_sample(base(), 0, mc_samples=2), explicit=False),
+    "auto_window": FiniteForm(lambda: auto_sample(base(), 0, num_samples=2), explicit=False),
 }
 every_finite_form = pytest.mark.parametrize("form", FINITE_FORMS.values(), ids=FINITE_FORMS)
 
@@ -529,7 +529,7 @@ def _step_of(tx: optax.GradientTransformation, explicit: bool) -> Any:
 FORMS = {
     "explicit": (base, True),
     "auto": (lambda: auto_sample(base(), 0), False),
-    "auto_window": (lambda: auto_sample(base(), 0, mc_samples=2), False),
+    "auto_window": (lambda: auto_sample(base(), 0, num_samples=2), False),
     "inject": (lambda: optax.inject_hyperparams(ivon)(0.1, ess=100.0), True),
     "auto_inject": (
         lambda: auto_sample(optax.chain(CLIP, optax.inject_hyperparams(ivon)(0.1, ess=100.0)), 0),
@@ -613,7 +613,7 @@ def test_fresh_parameters_and_state_may_be_donated_together(build, explicit):
 
 
 def test_donating_the_state_leaves_parameters_posterior_and_other_states_alive():
-    tx = auto_sample(base(), jax.random.key(3), mc_samples=2)
+    tx = auto_sample(base(), jax.random.key(3), num_samples=2)
     params = jax.tree.map(jnp.copy, PARAMS)
     state, other = tx.init(params), tx.init(params)
     q, mean = posterior(state), posterior_mean(state)
@@ -714,7 +714,7 @@ def _train_one(tree: Any, grads: Any) -> tuple[Any, Any]:
     updates, _ = tx.update(grads, state, tree, noise=noise)
     assert jax.tree.structure(updates) == jax.tree.structure(tree)
     reached = optax.apply_updates(tree, updates)
-    auto = auto_sample(base(), 0, mc_samples=2)
+    auto = auto_sample(base(), 0, num_samples=2)
     automatic, state = tree, auto.init(tree)
     for _ in range(2):
         updates, state = auto.update(grads, state, automatic)

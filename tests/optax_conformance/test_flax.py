@@ -38,8 +38,8 @@ def explicit() -> optax.GradientTransformationExtraArgs:
 
 
 @functools.cache
-def automatic(mc_samples: int = 1) -> optax.GradientTransformationExtraArgs:
-    return auto_sample(explicit(), 0, mc_samples=mc_samples)
+def automatic(num_samples: int = 1) -> optax.GradientTransformationExtraArgs:
+    return auto_sample(explicit(), 0, num_samples=num_samples)
 
 
 def assert_leaves_equal(a: Any, b: Any) -> None:
@@ -62,11 +62,11 @@ class Linen(nn.Module):
         return nn.Dense(1)(x)
 
 
-@pytest.mark.parametrize("mc_samples", [1, 2])
-def test_linen_train_state_trains_with_auto_sample(mc_samples):
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_linen_train_state_trains_with_auto_sample(num_samples):
     model = Linen()
     params = model.init(jax.random.key(0), X)
-    train = TrainState.create(apply_fn=model.apply, params=params, tx=automatic(mc_samples))
+    train = TrainState.create(apply_fn=model.apply, params=params, tx=automatic(num_samples))
 
     def loss(params):
         return jnp.mean(jnp.square(train.apply_fn(params, X) - Y))
@@ -131,9 +131,9 @@ def nnx_model(tx: optax.GradientTransformation) -> tuple[Nnx, nnx.Optimizer]:
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
-@pytest.mark.parametrize("mc_samples", [1, 2])
-def test_nnx_optimizer_trains_with_auto_sample(mc_samples):
-    model, optimizer = nnx_model(automatic(mc_samples))
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_nnx_optimizer_trains_with_auto_sample(num_samples):
+    model, optimizer = nnx_model(automatic(num_samples))
     before = nnx_loss(model)
     for _ in range(20):
         nnx_step(model, optimizer)
