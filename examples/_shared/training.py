@@ -1,13 +1,11 @@
-"""The training loop of all examples: nothing in it knows which optimizer it runs."""
+"""The training loop of the examples; nothing in it knows which optimizer it runs."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from tqdm import trange
+from tqdm import tqdm
 
 PyTree = Any
 
@@ -25,18 +23,18 @@ def train(
 ) -> tuple[PyTree, PyTree]:
     """Minimises the mean of `loss_fn(params, batch)` over shuffled minibatches.
 
-    Several seeds are one compiled program. Give each its own noise, too:
+    The whole run is one compiled program, of one seed or of several:
 
         def fit(params, key):
-            noise_key, shuffle_key = jax.random.split(key)
+            noise_key, shuffle_key = jax.random.split(key)  # noise of its own for every seed
             tx = auto_sample(ivon(**settings), noise_key)
             return train(tx, loss_fn, params, data, key=shuffle_key, epochs=20, batch_size=50)
 
         params, states = jax.vmap(fit)(stacked_params, keys)
 
     Args:
-      tx: any optax optimizer, such as `optax.adamw(1e-3)` or `auto_sample(ivon(...), key)`.
-      loss_fn: the mean loss of a batch; `batch` has the structure of `data`.
+      tx: an optax optimizer, such as `optax.adamw(1e-3)` or `auto_sample(ivon(...), key)`.
+      loss_fn: the mean loss of a batch, which has the structure of `data`.
       params: initial parameters.
       data: arrays with the examples on axis 0.
       key: decides the order of the examples.
@@ -49,21 +47,27 @@ def train(
       sample: predict with the state.
     """
 
-    def step(data, carry, rows):
+    def step(carry, rows, data):
         params, state = carry
         batch = jax.tree.map(lambda x: x[rows], data)
         grads = jax.grad(loss_fn)(params, batch)
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    @partial(jax.jit, donate_argnums=1)
-    def epoch(data, carry, key):
-        return jax.lax.scan(partial(step, data), carry, shuffled_rows(key, data, batch_size))[0]
+    @jax.jit
+    def run(params, data, key):
+        def epoch(carry, key):
+            rows = shuffled_rows(key, data, batch_size)
+            carry, _ = jax.lax.scan(lambda carry, rows: step(carry, rows, data), carry, rows)
+            jax.debug.callback(lambda: bar.update())  # once per epoch, also under vmap
+            return carry, None
 
-    carry = jax.tree.map(jnp.array, params), tx.init(params)  # a copy, since epochs donate
-    for number in trange(epochs, unit="epoch", disable=not progress):
-        carry = epoch(data, carry, jax.random.fold_in(key, number))
-    return carry
+        return jax.lax.scan(epoch, (params, tx.init(params)), jax.random.split(key, epochs))[0]
+
+    with tqdm(total=epochs, unit="epoch", disable=not progress) as bar:
+        trained = run(params, data, key)
+        jax.effects_barrier()  # the bar is complete before it is closed
+    return trained
 
 
 def shuffled_rows(key: jax.Array, data: PyTree, batch_size: int) -> jax.Array:
@@ -77,7 +81,7 @@ def shuffled_rows(key: jax.Array, data: PyTree, batch_size: int) -> jax.Array:
 
 
 def classification_loss(apply_fn: Callable[..., Any]) -> Callable[[PyTree, PyTree], jax.Array]:
-    """The mean cross-entropy of a batch `(inputs, labels)`; `apply_fn(params, inputs)` is logits."""
+    """The mean cross-entropy of a batch `(inputs, labels)`, given `apply_fn(params, inputs)`."""
 
     def loss_fn(params, batch):
         inputs, labels = batch
