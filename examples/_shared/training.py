@@ -54,17 +54,22 @@ def train(
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
+    bar = tqdm(total=epochs, unit="epoch", disable=not progress)
+
+    def count() -> None:
+        bar.update()
+
     @jax.jit
     def run(params, data, key):
         def epoch(carry, key):
             rows = shuffled_rows(key, data, batch_size)
             carry, _ = jax.lax.scan(lambda carry, rows: step(carry, rows, data), carry, rows)
-            jax.debug.callback(lambda: bar.update())  # once per epoch, also under vmap
+            jax.debug.callback(count)  # once per epoch, also under vmap
             return carry, None
 
         return jax.lax.scan(epoch, (params, tx.init(params)), jax.random.split(key, epochs))[0]
 
-    with tqdm(total=epochs, unit="epoch", disable=not progress) as bar:
+    with bar:
         trained = run(params, data, key)
         jax.effects_barrier()  # the bar is complete before it is closed
     return trained
