@@ -11,10 +11,9 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from ivon_jax._axes import varying_axes
-from ivon_jax._trees import Slots
+from ivon_jax._core.axes import varying_axes
+from ivon_jax._core.trees import PyTree, Slots
 
-PyTree = Any
 Number = float | jax.Array
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

@@ -1,15 +1,12 @@
 """Which leaves get weight decay."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.core
 import numpy as np
 
-from ivon_jax._trees import is_masked, without_nnx
-
-PyTree = Any
+from ivon_jax._core.trees import PyTree, is_masked, without_nnx
 
 
 def decay_flags(

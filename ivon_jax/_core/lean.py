@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ivon_jax._fusion import computed_once, rounded
-from ivon_jax._noise import THREEFRY, gaussian_noise
-from ivon_jax._trees import Slots, get_field, wide_dtype, without_nnx
-from ivon_jax.state import (
+from ivon_jax._core.compiler import computed_once, rounded
+from ivon_jax._core.noise import THREEFRY, gaussian_noise
+from ivon_jax._core.state import (
     AutoSampleState,
     IVONState,
     Posterior,
@@ -22,8 +21,7 @@ from ivon_jax.state import (
     merge_owned,
     precision_leaves,
 )
-
-PyTree = Any
+from ivon_jax._core.trees import PyTree, Slots, get_field, wide_dtype, without_nnx
 
 
 def gaussian_at(state: PyTree, params: PyTree | None) -> Posterior:

@@ -10,11 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._checks import Number, check_floating, check_number, check_precision, is_concrete
-from ivon_jax._trees import Slots, wide_dtype, without_nnx
-from ivon_jax.state import Posterior, gaussian
-
-PyTree = Any
+from ivon_jax._core.checks import Number, check_floating, check_number, check_precision, is_concrete
+from ivon_jax._core.state import Posterior, gaussian
+from ivon_jax._core.trees import PyTree, Slots, wide_dtype, without_nnx
 
 
 def merge(

@@ -7,11 +7,9 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from ivon_jax._checks import Number, check_floating, check_precision
-from ivon_jax._trees import Slots, copy_array
-from ivon_jax.state import IVONState, Posterior
-
-PyTree = Any
+from ivon_jax._core.checks import Number, check_floating, check_precision
+from ivon_jax._core.state import IVONState, Posterior
+from ivon_jax._core.trees import PyTree, Slots, copy_array
 
 DEFAULT_WEIGHT_DECAY = 1e-4
 

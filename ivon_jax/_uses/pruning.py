@@ -1,16 +1,12 @@
 """Pruning the weights that the posterior cannot tell from zero."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._checks import Number, check_number
-from ivon_jax._order import lower_quantiles
-from ivon_jax._trees import Slots
-from ivon_jax.state import Posterior, gaussian
-
-PyTree = Any
+from ivon_jax._core.checks import Number, check_number
+from ivon_jax._core.state import Posterior, gaussian
+from ivon_jax._core.trees import PyTree, Slots
+from ivon_jax._uses.order import lower_quantiles
 
 
 def signal_to_noise(state: PyTree) -> PyTree:

@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivon_jax._checks import is_concrete
-from ivon_jax._data import check_callable, check_floating_output
-from ivon_jax._trees import wide_dtype
-
-PyTree = Any
+from ivon_jax._core.checks import is_concrete
+from ivon_jax._core.trees import PyTree, wide_dtype
+from ivon_jax._uses.data import check_callable, check_floating_output
 
 
 def class_log_probs(apply_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ivon_jax._arguments import argnums, arguments, batch_slices, check_argnums, check_keys
-from ivon_jax._axes import split_over, whole_first_axis, zeros_of
-from ivon_jax._checks import Number, check_axis_name, check_number, check_positive, renamed
-from ivon_jax._lean import gaussian_at
-from ivon_jax._trees import wide_dtype
-from ivon_jax.sampling import PosteriorNoise, threefry_key
+from ivon_jax._core.arguments import argnums, arguments, batch_slices, check_argnums, check_keys
+from ivon_jax._core.axes import split_over, whole_first_axis, zeros_of
+from ivon_jax._core.checks import Number, check_axis_name, check_number, check_positive, renamed
+from ivon_jax._core.lean import gaussian_at
+from ivon_jax._core.sampling import PosteriorNoise, threefry_key
+from ivon_jax._core.trees import PyTree, wide_dtype
 
-PyTree = Any
 # Value, gradients and the statistic that ĥ is made of, the last two for floating leaves.
 _Estimates = tuple[jax.Array, list[jax.Array], list[jax.Array]]
 

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._checks import check_positive
-
-PyTree = Any
+from ivon_jax._core.checks import check_positive
+from ivon_jax._core.trees import PyTree
 
 
 def num_examples(inputs: PyTree) -> int:

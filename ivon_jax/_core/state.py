@@ -6,10 +6,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._checks import check_precision
-from ivon_jax._trees import Slots, get_field, has_fields, is_masked, wide_dtype, without_nnx
-
-PyTree = Any
+from ivon_jax._core.checks import check_precision
+from ivon_jax._core.trees import (
+    PyTree,
+    Slots,
+    get_field,
+    has_fields,
+    is_masked,
+    wide_dtype,
+    without_nnx,
+)
 
 
 class Posterior(NamedTuple):

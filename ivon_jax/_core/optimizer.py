@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ivon_jax._checks import (
+from ivon_jax._core.checks import (
     Number,
     check_axis_name,
     check_exactly_one,
@@ -19,9 +19,9 @@ from ivon_jax._checks import (
     check_scalar,
     check_varying,
 )
-from ivon_jax._fusion import computed_once
-from ivon_jax._masks import decay_flags
-from ivon_jax._prior import (
+from ivon_jax._core.compiler import computed_once
+from ivon_jax._core.masks import decay_flags
+from ivon_jax._core.priors import (
     DEFAULT_WEIGHT_DECAY,
     check_prior,
     check_same_prior,
@@ -29,11 +29,9 @@ from ivon_jax._prior import (
     smallest_decay,
     start_at_prior,
 )
-from ivon_jax._trees import Slots, copy_array, wide_dtype, without_nnx
-from ivon_jax._window import Draw, mean_statistics, step_or_wait
-from ivon_jax.state import IVONState, Posterior, check_single, decay_leaves, leaf_weight_decay
-
-PyTree = Any
+from ivon_jax._core.state import IVONState, Posterior, check_single, decay_leaves, leaf_weight_decay
+from ivon_jax._core.trees import PyTree, Slots, copy_array, wide_dtype, without_nnx
+from ivon_jax._core.windows import Draw, mean_statistics, step_or_wait
 
 PRECISION_FLOOR = 2.0**-20
 """Smallest `precision_floor`: eight units of float32 rounding, a σ 1000 times σ₀."""

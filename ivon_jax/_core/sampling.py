@@ -6,13 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._fusion import computed_once, rounded
-from ivon_jax._lean import gaussian_at
-from ivon_jax._noise import THREEFRY, gaussian_noise
-from ivon_jax._trees import Slots
-from ivon_jax.state import Posterior, fill_unowned, wide_zeros
-
-PyTree = Any
+from ivon_jax._core.compiler import computed_once, rounded
+from ivon_jax._core.lean import gaussian_at
+from ivon_jax._core.noise import THREEFRY, gaussian_noise
+from ivon_jax._core.state import Posterior, fill_unowned, wide_zeros
+from ivon_jax._core.trees import PyTree, Slots
 
 
 def key_words(key: Any) -> jax.Array:

@@ -1,16 +1,14 @@
 """From gradients and noise to a step: at once, or when a window of `auto_sample` closes."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._checks import check_floating
-from ivon_jax._trees import Slots
-from ivon_jax.state import IVONState, Window, precision_leaves
-
-PyTree = Any
+from ivon_jax._core.checks import check_floating
+from ivon_jax._core.state import IVONState, Window, precision_leaves
+from ivon_jax._core.trees import PyTree, Slots
 
 
 class Draw(NamedTuple):

@@ -1,14 +1,10 @@
 """The divergence of one diagonal Gaussian from another."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._trees import Slots
-from ivon_jax.state import Posterior, gaussian
-
-PyTree = Any
+from ivon_jax._core.state import Posterior, gaussian
+from ivon_jax._core.trees import PyTree, Slots
 
 
 def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ivon_jax.sampling import key_words
-
-PyTree = Any
+from ivon_jax._core.sampling import key_words
+from ivon_jax._core.trees import PyTree
 
 
 def batch_slices(

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._axes import varying_axes, zeros_of
-from ivon_jax._checks import check_positive, renamed
-from ivon_jax._data import apply_in_batches
-from ivon_jax._heads import class_log_probs, gaussian_head
-from ivon_jax._lean import gaussian_at
-from ivon_jax.sampling import PosteriorNoise, threefry_key
-
-PyTree = Any
+from ivon_jax._core.axes import varying_axes, zeros_of
+from ivon_jax._core.checks import check_positive, renamed
+from ivon_jax._core.lean import gaussian_at
+from ivon_jax._core.sampling import PosteriorNoise, threefry_key
+from ivon_jax._core.trees import PyTree
+from ivon_jax._uses.data import apply_in_batches
+from ivon_jax._uses.heads import class_log_probs, gaussian_head
 
 
 def predict_at_mean(

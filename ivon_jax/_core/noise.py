@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivon_jax._fusion import computed_once, running_sums
+from ivon_jax._core.compiler import computed_once, running_sums
 
 THREEFRY = "threefry2x32"
 

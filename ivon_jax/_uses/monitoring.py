@@ -7,13 +7,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._checks import Number, check_number, check_scalar, is_concrete
-from ivon_jax._lean import with_means
-from ivon_jax._order import lower_quantiles
-from ivon_jax.kl import divergence
-from ivon_jax.optimizer import ivon
-from ivon_jax.pruning import ratio_leaves
-from ivon_jax.state import (
+from ivon_jax._core.checks import Number, check_number, check_scalar, is_concrete
+from ivon_jax._core.kl import divergence
+from ivon_jax._core.lean import with_means
+from ivon_jax._core.optimizer import ivon
+from ivon_jax._core.state import (
     IVONState,
     decay_leaves,
     find_states,
@@ -21,8 +19,9 @@ from ivon_jax.state import (
     precision_leaves,
     prior_gaussian,
 )
-
-PyTree = Any
+from ivon_jax._core.trees import PyTree
+from ivon_jax._uses.order import lower_quantiles
+from ivon_jax._uses.pruning import ratio_leaves
 
 PERCENTILES = (1, 25, 50, 75, 99)
 MOVED = 0.1

@@ -5,10 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._checks import Number, check_floating, check_number
-from ivon_jax._lean import gaussian_at, with_means
-from ivon_jax._trees import Slots, copy_array, get_field, set_fields
-from ivon_jax.state import (
+from ivon_jax._core.checks import Number, check_floating, check_number
+from ivon_jax._core.lean import gaussian_at, with_means
+from ivon_jax._core.state import (
     Posterior,
     check_single,
     decay_leaves,
@@ -21,8 +20,7 @@ from ivon_jax.state import (
     prior_gaussian,
     wide_zeros,
 )
-
-PyTree = Any
+from ivon_jax._core.trees import PyTree, Slots, copy_array, get_field, set_fields
 
 
 def posterior(state: PyTree, params: PyTree | None = None, temperature: Number = 1.0) -> Posterior:

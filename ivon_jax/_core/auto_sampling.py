@@ -7,16 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ivon_jax._axes import varying_axes, varying_over
-from ivon_jax._checks import check_positive, renamed
-from ivon_jax._fusion import rounded
-from ivon_jax._lean import check_recoverable, with_means, without_means
-from ivon_jax._noise import THREEFRY, derived_keys
-from ivon_jax._trees import Slots, copy_array, get_field, set_fields, wide_dtype
-from ivon_jax._window import Draw
-from ivon_jax.optimizer import difference
-from ivon_jax.sampling import PosteriorNoise, threefry_key
-from ivon_jax.state import (
+from ivon_jax._core.axes import varying_axes, varying_over
+from ivon_jax._core.checks import check_positive, renamed
+from ivon_jax._core.compiler import rounded
+from ivon_jax._core.lean import check_recoverable, with_means, without_means
+from ivon_jax._core.noise import THREEFRY, derived_keys
+from ivon_jax._core.optimizer import difference
+from ivon_jax._core.sampling import PosteriorNoise, threefry_key
+from ivon_jax._core.state import (
     AutoSampleState,
     IVONState,
     Window,
@@ -26,8 +24,8 @@ from ivon_jax.state import (
     is_auto_sample_state,
     is_ivon_state,
 )
-
-PyTree = Any
+from ivon_jax._core.trees import PyTree, Slots, copy_array, get_field, set_fields, wide_dtype
+from ivon_jax._core.windows import Draw
 
 
 @renamed(mc_samples="num_samples")
