@@ -3,7 +3,7 @@
 Run `python examples/logistic_2d.py`. Twenty iris flowers (every fifth versicolor and virginica of
 scikit-learn's data) are classified by standardised petal length and width under a Gaussian prior.
 So few flowers leave a wide, skewed posterior, which a grid gives exactly. Look at IVON's Gaussian
-beside it, and at the probabilities far from the data: a point estimate is the most certain there.
+beside it, and at the probabilities far from the data, where SGD, which ends at the mode, is sure.
 
 IVON's ess is the number of flowers and its weight decay is the prior precision over ess: plain
 Bayes. The best diagonal Gaussian, found on the grid, says what the diagonal alone costs.
@@ -11,7 +11,7 @@ Bayes. The best diagonal Gaussian, found on the grid, says what the diagonal alo
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,8 +97,8 @@ def fit(x: np.ndarray, y: np.ndarray, seeds: int, epochs: int) -> tuple[np.ndarr
 
     def run(tx: optax.GradientTransformation, key: Array, label: str):
         start, loss_fn = jnp.zeros(2), classification_loss(apply)
-        length = {"epochs": epochs, "batch_size": BATCH_SIZE}
-        return train(tx, loss_fn, start, data, key=key, label=label, **length)
+        options: Any = {"epochs": epochs, "batch_size": BATCH_SIZE, "label": label}
+        return train(tx, loss_fn, start, data, key=key, **options)
 
     def run_sgd(key: Array) -> Array:
         tx = optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule(0.1)))
@@ -126,15 +126,10 @@ def exact_posterior(grid: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarra
     return log_joint - np.logaddexp.reduce(log_joint, axis=None)
 
 
-def on_grid(q: Gaussian, grid: np.ndarray) -> np.ndarray:
-    """Log-probabilities of a Gaussian on the cells of the grid."""
-    log_q = -0.5 * (((grid - q.mean) / q.std) ** 2).sum(axis=-1)
-    return log_q - np.logaddexp.reduce(log_q, axis=None)
-
-
 def divergence(q: Gaussian, grid: np.ndarray, log_posterior: np.ndarray) -> float:
     """KL(q‖p) by summation over the grid."""
-    log_q = on_grid(q, grid)
+    log_q = -0.5 * (((grid - q.mean) / q.std) ** 2).sum(axis=-1)
+    log_q -= np.logaddexp.reduce(log_q, axis=None)
     return float(np.sum(np.exp(log_q) * (log_q - log_posterior)))
 
 
@@ -177,11 +172,10 @@ def table(
 def draw_posteriors(ax: Axes, grid, log_posterior, q: Gaussian, point: np.ndarray) -> None:
     """The exact density, and ellipses of one and two standard deviations of IVON's Gaussian."""
     ax.contourf(TICKS, TICKS, np.exp(log_posterior).T, 12, cmap="Greys")
-    for weights in (1, 2):
-        angle = np.linspace(0.0, 2 * np.pi, 200)
-        circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-        label = "IVON, 1 and 2 σ" if weights == 1 else None
-        ax.plot(*(q.mean + weights * q.std * circle).T, color=COLORS["IVON"], label=label)
+    angle = np.linspace(0.0, 2 * np.pi, 200)
+    circle = q.std * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    for size, label in ((1, "IVON, 1 and 2 σ"), (2, None)):
+        ax.plot(*(q.mean + size * circle).T, color=COLORS["IVON"], label=label)
     exact = moments(grid, log_posterior).mean
     ax.plot(*exact, "+", color="black", markersize=12, markeredgewidth=2, label="exact mean")
     ax.plot(*point, "X", color=COLORS["SGD"], markersize=9, label="SGD")
