@@ -133,9 +133,9 @@ def divergence(q: Gaussian, grid: np.ndarray, log_posterior: np.ndarray) -> floa
     return float(np.sum(np.exp(log_q) * (log_q - log_posterior)))
 
 
-def moments(grid: np.ndarray, log_p: np.ndarray) -> Gaussian:
-    """Mean and standard deviations of a density on the grid."""
-    p = np.exp(log_p)[..., None]
+def moments(grid: np.ndarray, log_posterior: np.ndarray) -> Gaussian:
+    """Mean and standard deviations of the exact posterior."""
+    p = np.exp(log_posterior)[..., None]
     mean = (p * grid).sum(axis=(0, 1))
     return Gaussian(mean, np.sqrt((p * (grid - mean) ** 2).sum(axis=(0, 1))))
 
@@ -153,9 +153,7 @@ def best_diagonal(grid: np.ndarray, log_posterior: np.ndarray) -> Gaussian:
 # --- Table and figure -----------------------------------------------------------------------------
 
 
-def table(
-    grid: np.ndarray, log_posterior: np.ndarray, learned: list[Gaussian], points: np.ndarray
-) -> str:
+def table(grid, log_posterior, learned: list[Gaussian], points: np.ndarray) -> str:
     """Means, standard deviations and KL(q‖p) by method."""
     rows = [["", "w1 mean", "w1 std", "w2 mean", "w2 std", "KL(q‖p)"]]
     exact, best = moments(grid, log_posterior), best_diagonal(grid, log_posterior)
