@@ -151,8 +151,8 @@ def compare(
     outputs[AT_MEAN] = jax.lax.map(lambda state: at_mean(state, images), states)
     at_samples = predict_samples(log_probs, COUNTS[-1], data_batch_size=500)
     samples = jax.lax.map(lambda x: at_samples(*x, images), (keys[:, 2], states))
-    sums = np.logaddexp.accumulate(np.asarray(samples), axis=1)
-    averages = jnp.stack([sums[:, count - 1] - np.log(count) for count in COUNTS])
+    sums = [jax.nn.logsumexp(samples[:, :count], axis=1) for count in COUNTS]
+    averages = jnp.stack(sums) - jnp.log(jnp.array(COUNTS))[:, None, None, None]
     outputs[AVERAGED] = averages[-1]
     predictions = {
         column: dict(zip(SET_COLORS, jnp.split(x, ends, axis=1), strict=True))
@@ -206,7 +206,7 @@ def draw(predictions: Predictions, averages: Array, labels: Array, title: str) -
     bins = np.linspace(0.0, np.log(10), 31)
     for ax, column in zip(axes[1], ("SGD", "AdamW", AVERAGED), strict=True):
         for name, log_probs in predictions[column].items():
-            entropies = metrics.predictive_entropy(log_probs)
+            entropies = np.maximum(metrics.predictive_entropy(log_probs), 0.0)  # rounding
             share = np.histogram(entropies, bins)[0] / entropies.size
             style: Any = {"fill": True, "alpha": 0.35} if name == "test images" else {"lw": 1.6}
             ax.stairs(share, bins, color=SET_COLORS[name], label=name, **style)
