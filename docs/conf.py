@@ -53,6 +53,7 @@ html_theme_options = {
     "show_toc_level": 2,
     "use_download_button": False,
     "use_fullscreen_button": False,
+    "navbar_persistent": [],
 }
 html_copy_source = False
 
@@ -63,30 +64,32 @@ if REPOSITORY:
 
 
 def link_to_repository(app, page, source):
-    """Links to files outside docs/ lead to the repository, where it has an address."""
-    if not REPOSITORY:
-        return
+    """Links to files outside docs/ lead to the repository; without an address they are text."""
     folder = Path(app.srcdir, page).parent
 
-    def absolute(match: re.Match) -> str:
-        target = (folder / match[1]).resolve()
-        if target.is_relative_to(app.srcdir) or not target.exists():
+    def replaced(match: re.Match) -> str:
+        text, target, anchor = match.groups()
+        path = (folder / target).resolve()
+        if path.is_relative_to(app.srcdir):
             return match[0]
-        kind = "tree" if target.is_dir() else "blob"
-        return f"]({REPOSITORY}/{kind}/main/{target.relative_to(ROOT)}{match[2] or ''})"
+        if not REPOSITORY:
+            return text
+        kind = "tree" if path.is_dir() else "blob"
+        return f"[{text}]({REPOSITORY}/{kind}/main/{path.relative_to(ROOT)}{anchor})"
 
-    source[0] = re.sub(r"(?<!\!\[\])\]\((\.\./[^)#\s]+)(#[^)]*)?\)", absolute, source[0])
+    source[0] = re.sub(r"(?<!!)\[([^]]*)\]\((\.\./[^)#\s]+)(#[^)]*|)\)", replaced, source[0])
 
 
-def escape_bars(app, what, name, obj, options, lines):
-    """|m| is a norm in the docstrings, not a substitution."""
-    lines[:] = [
-        line if line.lstrip().startswith((">>>", "...")) else line.replace("|", r"\|")
-        for line in lines
-    ]
+def mend_docstring(app, what, name, obj, options, lines):
+    """Writes what the docstrings mean, where reStructuredText would read markup."""
+    for i, line in enumerate(lines):
+        if not line.lstrip().startswith((">>>", "...")):
+            line = line.replace("|", r"\|")  # |m| is a size, not a substitution
+            line = re.sub(r"(?<=, )\*(?=\w)", r"\\*", line)  # a shape (N, *out)
+            lines[i] = re.sub(r"(`[^`]+`)(?=\w)", r"\1\\ ", line)  # the plural of `code`
 
 
 def setup(app):
     """Connects the two functions above."""
     app.connect("source-read", link_to_repository)
-    app.connect("autodoc-process-docstring", escape_bars)
+    app.connect("autodoc-process-docstring", mend_docstring)
