@@ -1,15 +1,29 @@
 """IVON for JAX: variational learning for large networks at the price of AdamW."""
 
 from ivon_jax import metrics, recipes
-from ivon_jax.auto_sample import AutoSampleState, auto_sample, reseed
-from ivon_jax.diagnostics import Status, diagnostics, learning_status
-from ivon_jax.estimators import mc_value_and_grad
-from ivon_jax.kl import kl_divergence
-from ivon_jax.linearization import Linearized, linearize, probit_log_probs
-from ivon_jax.merging import merge, task_arithmetic
-from ivon_jax.optimizer import ivon
-from ivon_jax.posterior import posterior, posterior_mean, prior_of, with_ess, with_mean
-from ivon_jax.prediction import (
+from ivon_jax._core.auto_sampling import AutoSampleState, auto_sample, reseed
+from ivon_jax._core.estimators import mc_value_and_grad
+from ivon_jax._core.optimizer import ivon
+from ivon_jax._core.posteriors import (
+    kl_divergence,
+    posterior,
+    posterior_mean,
+    prior_of,
+    with_ess,
+    with_mean,
+)
+from ivon_jax._core.sampling import sample_params
+from ivon_jax._core.state import IVONState, Posterior
+from ivon_jax._uses.linearization import Linearized, linearize, probit_log_probs
+from ivon_jax._uses.merging import merge, task_arithmetic
+from ivon_jax._uses.monitoring import Status, diagnostics, learning_status
+from ivon_jax._uses.perturbation import (
+    LeaveOneOut,
+    Sensitivity,
+    leave_one_out,
+    sensitivity,
+)
+from ivon_jax._uses.prediction import (
     Moments,
     predict_at_mean,
     predict_draws,
@@ -17,16 +31,8 @@ from ivon_jax.prediction import (
     predict_moments,
     predict_samples,
 )
-from ivon_jax.pruning import prune, signal_to_noise
-from ivon_jax.sampling import sample_params
-from ivon_jax.saving import load, load_metadata, save
-from ivon_jax.sensitivity import (
-    LeaveOneOut,
-    Sensitivity,
-    leave_one_out,
-    sensitivity,
-)
-from ivon_jax.state import IVONState, Posterior
+from ivon_jax._uses.pruning import prune, signal_to_noise
+from ivon_jax._uses.saving import load, load_metadata, save
 
 __version__ = "0.2.0"
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._checks import check_positive, is_concrete
-from ivon_jax._detection import Detection, detection
-from ivon_jax._log_probs import checked_labels, checked_log_probs
-from ivon_jax._trees import wide_dtype
+from ivon_jax._core.checks import check_positive, is_concrete
+from ivon_jax._core.trees import wide_dtype
+from ivon_jax._uses.detection import Detection, detection
+from ivon_jax._uses.log_probs import checked_labels, checked_log_probs
 
 __all__ = [
     "CalibrationBins",

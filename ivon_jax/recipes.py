@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ivon_jax._checks import check_number, check_positive, is_concrete
-from ivon_jax.optimizer import ivon
-
-PyTree = Any
+from ivon_jax._core.checks import check_number, check_positive, is_concrete
+from ivon_jax._core.optimizer import ivon
+from ivon_jax._core.trees import PyTree
 
 IVON_PAPER = "arXiv:2402.17641"
 LORA_PAPERS = "arXiv:2411.04421, arXiv:2506.14280"

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import special, stats
 
 from ivon_jax import Posterior, sample_params
-from ivon_jax._noise import SMALL, _bits, _normal, standard_normals
+from ivon_jax._core.noise import SMALL, _bits, _normal, standard_normals
 
 KEY = jax.random.key(3, impl="threefry2x32")
 
@@ -32,7 +32,7 @@ def test_every_draw_is_the_quantile_of_its_bits(monkeypatch):
     # Every |u| that can occur: the odd multiples of 2⁻²³ below 1.
     positive = np.arange(2**22, dtype=np.uint32) << 9
     both = np.stack([positive, ~positive])
-    monkeypatch.setattr("ivon_jax._noise._bits", lambda key, number, like: jnp.array(both))
+    monkeypatch.setattr("ivon_jax._core.noise._bits", lambda key, number, like: jnp.array(both))
     drawn = _normal.__wrapped__(KEY, jnp.uint32(0), jnp.ones(both.shape))
     u = (2 * np.arange(2**22) + 1) / 2.0**23
     expected = np.sqrt(2) * special.erfinv(u)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from ivon_jax import ivon, posterior_mean, sample_params
-from ivon_jax.optimizer import PRECISION_FLOOR
+from ivon_jax._core.optimizer import PRECISION_FLOOR
 
 PARAMS = {"a": {"w": jnp.arange(6.0).reshape(3, 2) / 6.0}, "b": jnp.ones(2)}
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ivon_jax import ivon, posterior, sample_params
-from ivon_jax.optimizer import PRECISION_FLOOR
+from ivon_jax._core.optimizer import PRECISION_FLOOR
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 SIZE = 8

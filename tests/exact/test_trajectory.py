@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from ivon_jax import ivon
-from ivon_jax.optimizer import PRECISION_FLOOR
+from ivon_jax._core.optimizer import PRECISION_FLOOR
 
 STEPS = 20
 PARAMS = {"b": np.array([0.3, -1.2]), "w": np.linspace(-1.5, 2.0, 6).reshape(3, 2)}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from ivon_jax import Posterior, ivon, posterior, posterior_mean, sample_params
-from ivon_jax.optimizer import PRECISION_FLOOR
+from ivon_jax._core.optimizer import PRECISION_FLOOR
 
 METHODS = ("sgd", "adamw", "ivon")
 WARMUP_SHARE = 0.05  # of the steps

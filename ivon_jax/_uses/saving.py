@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivon_jax._trees import without_nnx
-from ivon_jax.state import Posterior, gaussian
-
-PyTree = Any
+from ivon_jax._core.state import Posterior, gaussian
+from ivon_jax._core.trees import PyTree, without_nnx
 
 FORMAT = "ivon_jax.posterior.v1"
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivon_jax._checks import is_concrete
-from ivon_jax._trees import wide_dtype
+from ivon_jax._core.checks import is_concrete
+from ivon_jax._core.trees import wide_dtype
 
 
 def checked_log_probs(log_probs: Any) -> jax.Array:

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._checks import check_positive, renamed
-from ivon_jax._data import num_examples
-from ivon_jax.linearization import linear_outputs
-
-PyTree = Any
+from ivon_jax._core.checks import check_positive, renamed
+from ivon_jax._core.trees import PyTree
+from ivon_jax._uses.linearization import linear_outputs
+from ivon_jax._uses.networks import num_examples
 
 
 class Sensitivity(NamedTuple):

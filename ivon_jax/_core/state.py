@@ -1,0 +1,327 @@
+"""The states of `ivon` and `auto_sample`, the Gaussian they stand for, and finding it anywhere."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ivon_jax._core.checks import check_precision
+from ivon_jax._core.compiler import materialized, rounded
+from ivon_jax._core.noise import THREEFRY, gaussian_noise
+from ivon_jax._core.rule import LeafPrior
+from ivon_jax._core.trees import (
+    Owned,
+    PyTree,
+    get_field,
+    has_fields,
+    is_masked,
+    without_nnx,
+)
+
+
+class Posterior(NamedTuple):
+    """A Gaussian with diagonal precision over a tree of parameters.
+
+    Attributes:
+      mean: tree of means.
+      precision: tree of precisions 1/σ², of the same structure; +inf means *fixed*.
+    """
+
+    mean: PyTree
+    precision: PyTree
+
+
+class GaussianPrior(NamedTuple):
+    """A general Gaussian prior N(m₀, 1/s₀) in a state.
+
+    Attributes:
+      mean: tree of m₀.
+      precision: tree of s₀; +inf fixes the element at m₀, 0 is flat.
+      smallest: smallest s₀ of each leaf, float32; 0 for a leaf that is fixed throughout.
+    """
+
+    mean: PyTree
+    precision: PyTree
+    smallest: jax.Array
+
+
+class Window(NamedTuple):
+    """Sums over the calls that one step of `auto_sample(num_samples=k)` averages.
+
+    Attributes:
+      calls: number of gradients summed, int32.
+      draws: how many of them were taken at a posterior sample (not at the mean), int32.
+      grads: Σ ĝ, a tree like the mean.
+      products: Σ n⊙ĝ, likewise.
+    """
+
+    calls: jax.Array
+    draws: jax.Array
+    grads: PyTree
+    products: PyTree
+
+
+class IVONState(NamedTuple):
+    """State of `ivon`: the posterior N(mean, 1 / (ess (hess + weight_decay))) and its momentum.
+
+    Leaves that IVON does not own are `optax.MaskedNode` in the three trees.
+
+    Attributes:
+      count: number of steps taken, int32.
+      mean: posterior mean m, at least float32.
+      hess: estimate h of the diagonal Hessian of the mean loss per example.
+      momentum: moving average g of the gradients.
+      ess: effective sample size λ under which the current posterior stands, float32.
+      weight_decay: prior precision δ per example, float32: a scalar, or with a mask a vector
+        with an entry for each owned leaf; `()` with a general prior.
+      prior: a general Gaussian prior; `()` without one.
+      window: sums of an unfinished window of `auto_sample(num_samples=k)`; otherwise `()`.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] optax calls it so
+    mean: PyTree
+    hess: PyTree
+    momentum: PyTree
+    ess: jax.Array
+    weight_decay: Any = ()
+    prior: GaussianPrior | tuple[()] = ()
+    window: Window | tuple[()] = ()
+
+
+class AutoSampleState(NamedTuple):
+    """State of `auto_sample`.
+
+    Attributes:
+      key: data of the key for the draws to come, uint32 of shape (2,).
+      draw_key: data of the key with which the loop's current parameters were drawn.
+      calls: number of calls in the current window of `num_samples`, int32.
+      at_mean: whether the loop's current parameters are the mean and not a sample, bool.
+      inner_state: state of the wrapped transformation.
+      mirrored: with `antithetic`, whether these parameters were drawn with the noise negated, bool;
+        otherwise `()`.
+    """
+
+    key: jax.Array
+    draw_key: jax.Array
+    calls: jax.Array
+    at_mean: jax.Array
+    inner_state: Any
+    mirrored: jax.Array | tuple[()] = ()
+
+
+def is_ivon_state(node: Any) -> bool:
+    """Whether a node is an `IVONState`, or the mapping that `flax.nnx.state` makes of it."""
+    return has_fields(node, IVONState)
+
+
+def is_auto_sample_state(node: Any) -> bool:
+    """Whether a node is an `AutoSampleState`, or the mapping that `flax.nnx.state` makes of it."""
+    return has_fields(node, AutoSampleState)
+
+
+def is_lean(state: IVONState) -> bool:
+    """Whether the state does not store its mean (`auto_sample(store_mean=False)`)."""
+    return bool(jax.tree.leaves(state.hess)) and not jax.tree.leaves(state.mean)
+
+
+def find_states(state: PyTree) -> list[IVONState]:
+    """Every `IVONState` in a nested optax or `flax.nnx` state, in tree order.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    nodes = [x for x in jax.tree.leaves(state, is_leaf=is_ivon_state) if is_ivon_state(x)]
+    if not nodes:
+        raise ValueError(
+            f"found no IVONState in a state of type {type(state).__name__}. Pass what the "
+            "optimizer's init or update returned; the optimizer must contain ivon()."
+        )
+    return [_as_state(node) for node in nodes]
+
+
+def map_states(f: Callable[[Any], Any], state: PyTree) -> PyTree:
+    """The nested state with `f(node)` in place of every `IVONState`."""
+    return jax.tree.map(lambda x: f(x) if is_ivon_state(x) else x, state, is_leaf=is_ivon_state)
+
+
+def _as_state(node: Any) -> IVONState:
+    fields = without_nnx({field: get_field(node, field) for field in IVONState._fields})
+    if fields["prior"]:
+        prior = {f: get_field(fields["prior"], f) for f in GaussianPrior._fields}
+        fields["prior"] = GaussianPrior(**prior)
+    return IVONState(**fields)
+
+
+def check_single(state: Any) -> None:
+    """Refuses what is not the `IVONState` of one model.
+
+    Raises:
+      TypeError: if it is not an `IVONState`.
+      ValueError: if it is a stack of states, whose ess would be broadcast along a wrong axis.
+    """
+    if not isinstance(state, IVONState):
+        raise TypeError(
+            f"expected the state of ivon(), got {type(state).__name__}: pass what the init or "
+            "update of this same transformation returned."
+        )
+    if jnp.shape(state.ess):
+        raise ValueError(
+            f"this is a stack of states (ess has shape {jnp.shape(state.ess)}): map over it, as in "
+            "jax.vmap(posterior)(states)."
+        )
+
+
+def leaf_priors(state: IVONState) -> list[LeafPrior]:
+    """The prior of each owned leaf under the state's ess."""
+    if isinstance(state.prior, GaussianPrior):
+        centers, precisions, smallest = state.prior
+        rates = smallest / state.ess
+        return [
+            LeafPrior(m0, s0 / state.ess.astype(s0.dtype), rates[i])
+            for i, (m0, s0) in enumerate(
+                zip(jax.tree.leaves(centers), jax.tree.leaves(precisions), strict=True)
+            )
+        ]
+    decay = state.weight_decay
+    deltas = [decay[i] if decay.ndim else decay for i in range(len(jax.tree.leaves(state.hess)))]
+    return [LeafPrior(0.0, delta, delta) for delta in deltas]
+
+
+def precision_leaves(state: IVONState) -> list[jax.Array]:
+    """λ(h+δ) of each owned leaf."""
+    check_single(state)
+    return [
+        state.ess.astype(h.dtype) * (h + prior.delta.astype(h.dtype))
+        for h, prior in zip(jax.tree.leaves(state.hess), leaf_priors(state), strict=True)
+    ]
+
+
+def gaussian(state: PyTree, params: PyTree | None = None) -> Posterior:
+    """Mean and precision of a `Posterior`, or of all IVON states in `state`, without copies.
+
+    Leaves that no state owns are `MaskedNode`.
+
+    Args:
+      state: a `Posterior`, or a nested state.
+      params: the loop's parameters, from which a mean that is not stored is recovered.
+
+    Raises:
+      ValueError: if a `Posterior` has a precision that is known and negative or NaN, or `params`
+        are needed and are not given.
+    """
+    if isinstance(state, Posterior):
+        check_precision("precision", state.precision)
+        return without_nnx(state)
+    state = with_means(state, params)
+    return Posterior(gaussian_mean(state), _precision(find_states(state)))
+
+
+def gaussian_mean(state: PyTree) -> PyTree:
+    """The mean alone, as in `gaussian`."""
+    if isinstance(state, Posterior):
+        return without_nnx(state.mean)
+    parts = find_states(state)
+    if any(map(is_lean, parts)):
+        raise ValueError(
+            "this state does not store the mean (auto_sample with store_mean=False), which is "
+            "recovered from the parameters of the loop: give them as well, as in "
+            "posterior(state, params), with the whole state of auto_sample; what takes a state "
+            "only takes that posterior."
+        )
+    return functools.reduce(_merge_owned, [part.mean for part in parts])
+
+
+def prior_gaussian(state: PyTree) -> Posterior:
+    """The prior of all IVON states in `state`, as in `gaussian`."""
+    parts = find_states(state)
+    flat = [part._replace(hess=jax.tree.map(jnp.zeros_like, part.hess)) for part in parts]
+    means = [part.prior.mean if part.prior else part.hess for part in flat]
+    precisions = [part.prior.precision if part.prior else _precision([part]) for part in flat]
+    return Posterior(
+        functools.reduce(_merge_owned, means), functools.reduce(_merge_owned, precisions)
+    )
+
+
+def owned_leaves(state: PyTree) -> Owned:
+    """Which leaves of the parameters belong to the IVON states in `state`."""
+    return Owned(functools.reduce(_merge_owned, [part.hess for part in find_states(state)]))
+
+
+def with_means(state: PyTree, params: PyTree | None) -> PyTree:
+    """The state with the means in it, m = θ − n, where `auto_sample` does not store them.
+
+    Raises:
+      ValueError: if `params` do not fit the state.
+    """
+    if isinstance(state, Posterior) or params is None:
+        return state
+
+    def recover(node: Any) -> Any:
+        if not is_auto_sample_state(node):
+            return node
+        if not any(map(is_lean, find_states(get_field(node, "inner_state")))):
+            return node
+        plain = without_nnx({f: get_field(node, f) for f in AutoSampleState._fields})
+        return _recovered(AutoSampleState(**plain), params)
+
+    return jax.tree.map(recover, state, is_leaf=is_auto_sample_state)
+
+
+def without_means(state: PyTree) -> PyTree:
+    """The state with every mean left out."""
+
+    def drop(node: IVONState) -> IVONState:
+        return node._replace(mean=jax.tree.map(lambda _: optax.MaskedNode(), node.mean))
+
+    return map_states(drop, state)
+
+
+def current_noise(state: AutoSampleState) -> list[jax.Array]:
+    """The noise of the sample that the state's keys stand for, for each owned leaf."""
+    precision = _precision(find_states(state.inner_state))
+    sign = 1.0 if isinstance(state.mirrored, tuple) else jnp.where(state.mirrored, -1.0, 1.0)
+    key = jax.random.wrap_key_data(state.draw_key, impl=THREEFRY)
+    return gaussian_noise(key, jax.tree.leaves(precision), sign)
+
+
+def _recovered(state: AutoSampleState, params: PyTree) -> AutoSampleState:
+    own = owned_leaves(state.inner_state)
+    owned, _ = own.split("params", params)
+    own.check_shapes("params", owned)
+    noise = [jnp.where(state.at_mean, 0, rounded(n)) for n in current_noise(state)]
+    means = [p.astype(n.dtype) - n for p, n in zip(owned, noise, strict=True)]
+    mean = own.join(materialized(means))
+
+    def fill(node: Any) -> IVONState:
+        (part,) = find_states(node)
+        mine = Owned(part.hess)
+        return part._replace(mean=mine.join(mine.split("the mean", mean)[0]))
+
+    return state._replace(inner_state=map_states(fill, state.inner_state))
+
+
+def _precision(parts: list[IVONState]) -> PyTree:
+    trees = [
+        jax.tree.unflatten(jax.tree.structure(part.hess), precision_leaves(part)) for part in parts
+    ]
+    return functools.reduce(_merge_owned, trees)
+
+
+def _merge_owned(a: PyTree, b: PyTree) -> PyTree:
+    """Fills the `MaskedNode`s of `a` from `b`, as `optax.partition` has split them."""
+    if is_masked(a):
+        return b
+    if is_masked(b):
+        return a
+    children_a, treedef_a = jax.tree.flatten(a, is_leaf=lambda x: x is not a)
+    children_b, treedef_b = jax.tree.flatten(b, is_leaf=lambda x: x is not b)
+    is_leaf = len(children_a) == 1 and children_a[0] is a
+    if is_leaf or treedef_a != treedef_b:
+        raise ValueError(
+            "the state holds several IVON states for the same parameters, or for different "
+            "models: pass the one that is meant."
+        )
+    return treedef_a.unflatten(map(_merge_owned, children_a, children_b))
