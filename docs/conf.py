@@ -64,7 +64,7 @@ if REPOSITORY:
 
 
 def link_to_repository(app, page, source):
-    """Links to files outside docs/ lead to the repository; without an address they are text."""
+    """Links to files outside docs/ lead to the repository, or to a copy while it has no address."""
     folder = Path(app.srcdir, page).parent
 
     def replaced(match: re.Match) -> str:
@@ -73,7 +73,8 @@ def link_to_repository(app, page, source):
         if path.is_relative_to(app.srcdir):
             return match[0]
         if not REPOSITORY:
-            return text
+            text = text.strip("`")
+            return f"{{download}}`{text} <{target}>`" if path.is_file() else text
         kind = "tree" if path.is_dir() else "blob"
         return f"[{text}]({REPOSITORY}/{kind}/main/{path.relative_to(ROOT)}{anchor})"
 

@@ -113,8 +113,9 @@ def test_files_that_a_page_names_exist(page):
     included = re.findall(r"^```\{(?:include|image|figure)\} (\S+)", text, re.MULTILINE)
     for name in [*links, *included]:
         assert (page.parent / name).exists(), name
-    for name in re.findall(r"python ((?:examples|benchmarks)/[\w/]+\.py)", text):
-        assert (ROOT / name).exists(), name
+    paths = r"(?:python |`)((?:ivon_jax|examples|benchmarks|docs|tests)/[\w/.]*)"
+    for name in re.findall(paths, text):
+        assert "NAME" in name or (ROOT / name).exists(), name
 
 
 def public_symbols(module: ModuleType) -> list[str]:
