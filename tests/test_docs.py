@@ -131,9 +131,7 @@ def public_symbols(module: ModuleType) -> list[str]:
 SYMBOLS = [(m, n) for m in (ivon_jax, metrics, recipes) for n in public_symbols(m)]
 
 
-@pytest.mark.parametrize(
-    ("module", "name"), SYMBOLS, ids=[f"{m.__name__}.{n}" for m, n in SYMBOLS]
-)
+@pytest.mark.parametrize(("module", "name"), SYMBOLS, ids=[f"{m.__name__}.{n}" for m, n in SYMBOLS])
 def test_a_public_symbol_is_documented(module, name):
     text = "".join(page.read_text(encoding="utf-8") for page in API_PAGES)
     path = f"{module.__name__}.{name}"
