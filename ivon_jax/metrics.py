@@ -47,7 +47,6 @@ def nll(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
         label is outside 0 … K−1, or the log-probabilities are not normalised.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> log_probs = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
       >>> print(f"{metrics.nll(log_probs, jnp.array([0, 1])):.4f}")
@@ -65,7 +64,6 @@ def accuracy(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
       labels: (...) integer labels.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> log_probs = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
       >>> print(metrics.accuracy(log_probs, jnp.array([0, 0])))
@@ -84,7 +82,6 @@ def top_k_accuracy(log_probs: jax.Array, labels: jax.Array, k: int) -> jax.Array
       k: number of classes, 1 ≤ k ≤ K.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> log_probs = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
       >>> print(metrics.top_k_accuracy(log_probs, jnp.array([1]), k=2))
@@ -105,7 +102,6 @@ def brier(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
       labels: (...) integer labels.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> print(metrics.brier(jnp.log(jnp.array([[0.5, 0.5]])), jnp.array([0])))
       0.5
@@ -147,7 +143,6 @@ def calibration_bins(
       `CalibrationBins` of shape (num_bins,).
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> log_probs = jnp.log(jnp.array([[0.6, 0.4], [0.1, 0.9]]))
       >>> metrics.calibration_bins(log_probs, jnp.array([0, 0]), num_bins=2).count
@@ -192,7 +187,6 @@ def ece(
       Naeini et al. 2015; Guo et al. 2017, `arXiv:1706.04599 <https://arxiv.org/abs/1706.04599>`_.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> log_probs = jnp.log(jnp.array([[0.75, 0.25], [0.25, 0.75]]))
       >>> print(metrics.ece(log_probs, jnp.array([0, 0])))
@@ -214,7 +208,6 @@ def predictive_entropy(log_probs: jax.Array) -> jax.Array:
       Shape (...), between 0 and log K.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> print(metrics.predictive_entropy(jnp.log(jnp.array([[0.5, 0.5], [1.0, 0.0]]))).round(3))
       [0.693 0.   ]
@@ -240,7 +233,6 @@ def mutual_information(sample_log_probs: jax.Array) -> jax.Array:
       ValueError: if there is no sample axis.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> disagreeing = jnp.log(jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]]))  # S = 2, one example
       >>> print(metrics.mutual_information(disagreeing).round(3))
@@ -275,7 +267,6 @@ def gaussian_nll(mean: jax.Array, variance: jax.Array, targets: jax.Array) -> ja
       ValueError: if the shapes differ or a variance is not positive.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> print(f"{metrics.gaussian_nll(jnp.zeros(2), jnp.ones(2), jnp.zeros(2)):.4f}")
       0.9189

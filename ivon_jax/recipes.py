@@ -85,7 +85,6 @@ class Recipe:
           **overrides: further arguments of `ivon`, in place of the run's.
 
         Example:
-          >>> import jax.numpy as jnp
           >>> from ivon_jax import auto_sample, recipes
           >>> tx = auto_sample(recipes.GPT2_125M.optimizer(10_000, ess=1e9), key=0)
           >>> state = tx.init({"kernel": jnp.ones((2, 2))})
@@ -148,7 +147,6 @@ def start(
       TypeError: if the parameters are traced.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, recipes
       >>> params = {"kernel": jnp.full((3, 2), 0.1)}
       >>> settings = recipes.start(params, num_examples=10_000, num_steps=2_000)
@@ -203,7 +201,6 @@ def matrices(params: PyTree) -> PyTree:
     (Where layers are stacked for a scan, vectors have two axes too: write a mask by name then.)
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import recipes
       >>> recipes.matrices({"bias": jnp.zeros(2), "kernel": jnp.zeros((3, 2))})
       {'bias': False, 'kernel': True}
@@ -232,7 +229,6 @@ def hess_init_for(params: PyTree, ess: float, *, noise: float = 0.25) -> float:
       TypeError: if the parameters are traced.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import recipes
       >>> recipes.hess_init_for({"kernel": jnp.full((3, 2), 0.1)}, ess=10_000)
       0.16

@@ -82,7 +82,6 @@ def auto_sample(
         `ivon()`; in `update`, if `params` is missing.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
       >>> from ivon_jax import auto_sample, ivon, posterior_mean
       >>> tx = auto_sample(ivon(0.2, ess=1000, weight_decay=0.0), key=0)
       >>> params = jnp.zeros(2)
@@ -192,7 +191,6 @@ def reseed(state: PyTree, key: jax.Array | int) -> PyTree:
       ValueError: if there is no `AutoSampleState` in the state.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import auto_sample, ivon, reseed
       >>> state = auto_sample(ivon(0.1, ess=100), key=0).init(jnp.ones(3))
       >>> bool((reseed(state, 1).key == state.key).all())

@@ -100,7 +100,6 @@ def mc_value_and_grad(
         named in `rng_argnums` is not a key.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> from ivon_jax import ivon, mc_value_and_grad
       >>> tx = ivon(0.1, ess=100)
       >>> state = tx.init(jnp.ones(3))

@@ -117,7 +117,6 @@ def ivon(
       `arXiv:2402.17641 <https://arxiv.org/abs/2402.17641>`_.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
       >>> from ivon_jax import ivon, sample_params
       >>> loss = lambda w: 0.5 * jnp.sum((w - 3.0) ** 2)
       >>> params = jnp.zeros(2)

@@ -42,7 +42,6 @@ def posterior(state: PyTree, params: PyTree | None = None, temperature: Number =
         temperature is not positive.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, posterior
       >>> state = ivon(0.1, ess=100, hess_init=0.5, weight_decay=0.5).init(jnp.zeros(2))
       >>> posterior(state, temperature=2.0).precision
@@ -82,7 +81,6 @@ def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:
       ValueError: if `state` contains no `IVONState`, or `params` does not fit it.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, posterior_mean
       >>> posterior_mean(ivon(0.1, ess=100).init({"w": jnp.ones(2)}))
       {'w': Array([1., 1.], dtype=float32)}
@@ -109,7 +107,6 @@ def prior_of(state: PyTree, params: PyTree | None = None) -> Posterior:
       ValueError: if `state` contains no `IVONState`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, prior_of
       >>> prior_of(ivon(0.1, ess=100, weight_decay=0.5).init(jnp.ones(2))).precision
       Array([50., 50.], dtype=float32)
@@ -136,7 +133,6 @@ def with_mean(state: PyTree, params: PyTree) -> PyTree:
       ValueError: if `state` contains no `IVONState`, or `params` does not fit it.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, posterior_mean, with_mean
       >>> state = ivon(0.1, ess=100).init(jnp.ones(2))
       >>> posterior_mean(with_mean(state, jnp.zeros(2)))
@@ -197,7 +193,6 @@ def with_ess(state: PyTree, ess: Number) -> PyTree:
       ValueError: if `state` contains no `IVONState`, or `ess` is not positive.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, posterior, with_ess
       >>> state = ivon(0.1, ess=100, hess_init=0.5, weight_decay=0.5).init(jnp.ones(2))
       >>> posterior(with_ess(state, 50)).precision  # as before
@@ -246,7 +241,6 @@ def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
       ValueError: if the trees do not fit.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import Posterior, kl_divergence
       >>> q = Posterior(jnp.array([1.0]), jnp.array([1.0]))
       >>> print(kl_divergence(q, Posterior(jnp.zeros(1), jnp.ones(1))))

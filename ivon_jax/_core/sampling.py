@@ -77,7 +77,6 @@ def sample_params(
         does not fit it.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> from ivon_jax import ivon, sample_params
       >>> state = ivon(0.1, ess=100).init({"w": jnp.ones(3)})
       >>> sample, noise = sample_params(jax.random.key(0), state)

@@ -53,7 +53,6 @@ def linearize(
       ValueError: when called, if the inputs have no common leading axis.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, linearize
       >>> state = ivon(0.1, ess=100, weight_decay=0.0).init(jnp.ones(2))  # σ = 0.1
       >>> f = linearize(lambda w, x: x @ w)
@@ -93,7 +92,6 @@ def probit_log_probs(mean: jax.Array, covariance: jax.Array) -> jax.Array:
       MacKay, The evidence framework applied to classification networks, 1992.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import probit_log_probs
       >>> log_probs = probit_log_probs(jnp.array([2.0, 0.0]), jnp.array([9.0, 9.0]))
       >>> print(f"{jnp.exp(log_probs)[0]:.2f}")

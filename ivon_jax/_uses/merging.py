@@ -61,7 +61,6 @@ def merge(
         become NaN.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import Posterior, merge
       >>> a = Posterior(jnp.array([0.0]), jnp.array([1.0]))
       >>> b = Posterior(jnp.array([4.0]), jnp.array([3.0]))
@@ -100,7 +99,6 @@ def task_arithmetic(
       ValueError: if the trees do not fit.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import task_arithmetic
       >>> task_arithmetic([jnp.array([2.0]), jnp.array([3.0])], jnp.array([1.0]))
       Array([4.], dtype=float32)

@@ -92,7 +92,6 @@ def diagnostics(
         each by itself then.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import diagnostics, ivon
       >>> settings = dict(ess=100, hess_init=0.5, weight_decay=0.5)
       >>> state = ivon(0.1, **settings).init(jnp.ones(3))
@@ -193,7 +192,6 @@ def learning_status(
       name the `learning_rate`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, learning_status
       >>> settings = dict(ess=100, hess_init=0.5)
       >>> print(learning_status(ivon(0.1, **settings).init(jnp.ones(3)), settings))

@@ -64,7 +64,6 @@ def sensitivity(
         not a scalar.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, posterior, sensitivity
       >>> state = ivon(0.1, ess=10, weight_decay=0.0).init(jnp.ones(2))
       >>> squared_error = lambda f, y: 0.5 * (f - y) ** 2
@@ -126,7 +125,6 @@ def leave_one_out(
       first order is the safer choice.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import Posterior, leave_one_out
       >>> squared_error = lambda f, y: 0.5 * (f - y) ** 2
       >>> f = leave_one_out(lambda w, x: x @ w, squared_error, second_order=True)

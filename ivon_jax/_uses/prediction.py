@@ -32,7 +32,6 @@ def predict_at_mean(
       `f(state, *inputs, params=None) -> outputs`; `state` and `params` as in `sample_params`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, predict_at_mean
       >>> state = ivon(0.1, ess=100).init(jnp.ones(2))
       >>> predict_at_mean(lambda w, x: x @ w)(state, jnp.eye(2))
@@ -69,7 +68,6 @@ def predict_samples(
       batch size, and for every function in this module.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> from ivon_jax import ivon, predict_samples
       >>> state = ivon(0.1, ess=100).init(jnp.ones(2))
       >>> f = jax.jit(predict_samples(lambda w, x: x @ w, num_samples=8))
@@ -111,7 +109,6 @@ def predict_log_probs(
       arguments as in `predict_samples`.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> from ivon_jax import ivon, predict_log_probs
       >>> state = ivon(0.1, ess=100).init(jnp.ones((2, 3)))
       >>> f = jax.jit(predict_log_probs(lambda w, x: x @ w, num_samples=8))
@@ -176,7 +173,6 @@ def predict_moments(
       The variance is NaN where a σ² is negative.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> from ivon_jax import ivon, predict_moments
       >>> state = ivon(0.1, ess=100, weight_decay=0.0).init(jnp.ones(2))  # σ = 0.1
       >>> f = predict_moments(lambda w, x: x @ w, num_samples=1000, noise_variance=1.0)
@@ -232,7 +228,6 @@ def predict_draws(
       in `predict_samples`.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> from ivon_jax import ivon, predict_draws
       >>> state = ivon(0.1, ess=100).init(jnp.ones(2))
       >>> f = predict_draws(lambda w, x: x @ w, num_samples=8, noise_variance=1.0)

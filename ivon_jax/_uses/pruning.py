@@ -18,7 +18,6 @@ def signal_to_noise(state: PyTree) -> PyTree:
       A tree like the posterior's mean.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import Posterior, signal_to_noise
       >>> print(signal_to_noise(Posterior(jnp.array([3.0, -1.0]), jnp.array([4.0, 1.0]))))
       [6. 1.]
@@ -51,7 +50,6 @@ def prune(
       ValueError: if not exactly one of `fraction` and `threshold` is given, or it is out of range.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import Posterior, prune
       >>> pruned, kept = prune(Posterior(jnp.array([3.0, -1.0]), jnp.ones(2)), fraction=0.5)
       >>> pruned.mean, kept
