@@ -37,11 +37,7 @@ def varying_over(zeros: jax.Array, names: frozenset[str]) -> jax.Array:
 
 
 def split_over(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """The array with its leading axis split over these axes of the mesh in `jax.set_mesh`.
-
-    Raises:
-      ValueError: if no mesh is set, if it does not have these axes, or if they do not divide it.
-    """
+    """The array with its leading axis split over these axes of the mesh in `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     if not set(names) <= set(mesh.axis_names):
         raise ValueError(

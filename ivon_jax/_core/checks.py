@@ -53,10 +53,6 @@ def check_number(
       high: bound that must not be reached.
       open_low: whether `low` itself is refused.
       allow_inf: whether +inf is accepted.
-
-    Raises:
-      TypeError: if it is not a real number, or an array with less than float32 precision.
-      ValueError: if it is NaN or out of range.
     """
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         _check_array(name, value)
@@ -92,11 +88,7 @@ def is_concrete(*arrays: Any) -> bool:
 
 
 def check_positive(name: str, value: Any) -> int:
-    """A Python integer of at least one.
-
-    Raises:
-      ValueError: if it is anything else.
-    """
+    """A Python integer of at least one."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1; got {value!r}.")
     return int(value)

@@ -86,12 +86,7 @@ class GeneralPrior(NamedTuple):
 def prior_source(
     weight_decay: Number | None, mask: Any, prior: Posterior | None
 ) -> WeightDecay | GeneralPrior:
-    """The prior that these arguments of `ivon` stand for.
-
-    Raises:
-      TypeError: if `prior` is not a `Posterior`.
-      ValueError: if a number is out of its range, or `prior` is given beside the others.
-    """
+    """The prior that these arguments of `ivon` stand for."""
     if prior is None:
         delta = DEFAULT_WEIGHT_DECAY if weight_decay is None else weight_decay
         return WeightDecay(check_number("weight_decay", delta, low=0.0), mask)
@@ -112,12 +107,7 @@ def prior_source(
 def decay_flags(
     mask: PyTree | Callable[[PyTree], PyTree], mean: PyTree, params: PyTree
 ) -> np.ndarray:
-    """One float32 0 or 1 for each owned leaf of `mean`, from a mask as in `optax.adamw`.
-
-    Raises:
-      TypeError: if a leaf of the mask is not a bool.
-      ValueError: if the mask is one single bool, or does not fit the parameters.
-    """
+    """One float32 0 or 1 for each owned leaf of `mean`, from a mask as in `optax.adamw`."""
     if not jax.tree.leaves(mean):
         # No leaf is owned, or optax has put its placeholder in place of the parameters.
         return np.zeros(0, np.float32)

@@ -14,12 +14,7 @@ from ivon_jax._core.trees import Owned, PyTree, wide_zeros
 
 
 def key_words(key: Any) -> jax.Array:
-    """The uint32 words of a single typed or raw key.
-
-    Raises:
-      TypeError: if it is not a key.
-      ValueError: if it is a batch of keys.
-    """
+    """The uint32 words of a single typed or raw key."""
     dtype = getattr(key, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         batch, words = key.shape, jax.random.key_data(key)

@@ -127,11 +127,7 @@ def is_lean(state: IVONState) -> bool:
 
 
 def find_states(state: PyTree) -> list[IVONState]:
-    """Every `IVONState` in a nested optax or `flax.nnx` state, in tree order.
-
-    Raises:
-      ValueError: if there is none.
-    """
+    """Every `IVONState` in a nested optax or `flax.nnx` state, in tree order."""
     nodes = [x for x in jax.tree.leaves(state, is_leaf=is_ivon_state) if is_ivon_state(x)]
     if not nodes:
         raise ValueError(
@@ -155,12 +151,7 @@ def _as_state(node: Any) -> IVONState:
 
 
 def check_single(state: Any) -> None:
-    """Refuses what is not the `IVONState` of one model.
-
-    Raises:
-      TypeError: if it is not an `IVONState`.
-      ValueError: if it is a stack of states, whose ess would be broadcast along a wrong axis.
-    """
+    """Refuses what is not the `IVONState` of one model."""
     if not isinstance(state, IVONState):
         raise TypeError(
             f"expected the state of ivon(), got {type(state).__name__}: pass what the init or "
@@ -206,10 +197,6 @@ def gaussian(state: PyTree, params: PyTree | None = None) -> Posterior:
     Args:
       state: a `Posterior`, or a nested state.
       params: the loop's parameters, from which a mean that is not stored is recovered.
-
-    Raises:
-      ValueError: if a `Posterior` has a precision that is known and negative or NaN, or `params`
-        are needed and are not given.
     """
     if isinstance(state, Posterior):
         check_precision("precision", state.precision)
@@ -250,11 +237,7 @@ def owned_leaves(state: PyTree) -> Owned:
 
 
 def with_means(state: PyTree, params: PyTree | None) -> PyTree:
-    """The state with the means in it, m = θ − n, where `auto_sample` does not store them.
-
-    Raises:
-      ValueError: if `params` do not fit the state.
-    """
+    """The state with the means in it, m = θ − n, where `auto_sample` does not store them."""
     if isinstance(state, Posterior) or params is None:
         return state
 

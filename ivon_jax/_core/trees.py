@@ -148,12 +148,7 @@ class Owned:
                 )
 
     def num_samples(self, **trees: list[jax.Array]) -> int | None:
-        """The common length S of a leading Monte Carlo axis, or None if no leaf has one.
-
-        Raises:
-          ValueError: if the leaves disagree: a mean of gradients times a stack of
-            noise would be a product of means, whose expectation is zero.
-        """
+        """The common length S of a leading Monte Carlo axis, or None if no leaf has one."""
         first: tuple[str, str, int | None] | None = None
         for name, leaves in trees.items():
             for path, x, m in zip(self.paths, leaves, self.leaves, strict=True):

@@ -12,11 +12,7 @@ from ivon_jax._core.trees import PyTree, wide_dtype
 
 
 def num_examples(inputs: PyTree) -> int:
-    """The common length of the leading axes.
-
-    Raises:
-      ValueError: if there is none.
-    """
+    """The common length of the leading axes."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(inputs)]
     lengths = {shape[0] for shape in shapes if shape}
     if len(lengths) != 1 or () in shapes:

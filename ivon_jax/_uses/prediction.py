@@ -74,12 +74,12 @@ def predict_samples(
       >>> f(jax.random.key(0), state, jnp.eye(2)).shape
       (8, 2)
     """
-    draws = _Draws(apply_fn, num_samples, sample_batch_size, data_batch_size)
+    prepare = _sampled(apply_fn, num_samples, sample_batch_size, data_batch_size)
 
     def at_samples(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
     ) -> PyTree:
-        keys, at_key = draws.prepare(key, state, inputs, params)
+        keys, at_key = prepare(key, state, inputs, params)
         return jax.lax.map(at_key, keys, batch_size=sample_batch_size)
 
     return at_samples
@@ -96,13 +96,11 @@ def predict_log_probs(
     """Class probabilities averaged over the posterior, as logarithms.
 
     log p(y|x) = logsumexp_s log_softmax f(x; θ_s) − log S: probabilities are averaged, not
-    logits. Samples are added up one group after another, so that memory does not grow with S.
+    logits. Memory does not grow with S.
 
     Args:
       apply_fn: `apply_fn(params, *inputs)` returns logits (..., K).
-      num_samples: number of posterior samples S.
-      sample_batch_size: number of samples evaluated at a time; one by default.
-      data_batch_size: number of examples evaluated at a time; all by default.
+      num_samples, sample_batch_size, data_batch_size: as in `predict_samples`.
 
     Returns:
       `f(key, state, *inputs, params=None) -> log_probs` of shape (..., K), at least float32;
@@ -116,12 +114,12 @@ def predict_log_probs(
       >>> bool(jnp.allclose(jnp.exp(log_probs).sum(-1), 1.0))
       True
     """
-    draws = _Draws(class_log_probs(apply_fn), num_samples, sample_batch_size, data_batch_size)
+    prepare = _sampled(class_log_probs(apply_fn), num_samples, sample_batch_size, data_batch_size)
 
     def averaged(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
     ) -> jax.Array:
-        keys, at_key = draws.prepare(key, state, inputs, params)
+        keys, at_key = prepare(key, state, inputs, params)
         at_keys = one_or_many(at_key)
         total, _ = fold_in_groups(
             lambda keys: (jax.nn.logsumexp(at_keys(keys), axis=0), None),
@@ -165,8 +163,7 @@ def predict_moments(
       num_samples: number of posterior samples S.
       noise_variance: σ² of the observations, if `apply_fn` returns the means only; of a
         shape that broadcasts to μ's.
-      sample_batch_size: number of samples evaluated at a time; one by default.
-      data_batch_size: number of examples evaluated at a time; all by default.
+      sample_batch_size, data_batch_size: as in `predict_samples`.
 
     Returns:
       `f(key, state, *inputs, params=None) -> Moments`; arguments as in `predict_samples`.
@@ -179,15 +176,14 @@ def predict_moments(
       >>> print(f(jax.random.key(0), state, jnp.eye(2)).variance.round(2))
       [1.01 1.01]
     """
-    draws = _Draws(
+    prepare = _sampled(
         gaussian_head(apply_fn, noise_variance), num_samples, sample_batch_size, data_batch_size
     )
 
     def moments(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
     ) -> Moments:
-        keys, at_key = draws.prepare(key, state, inputs, params)
-
+        keys, at_key = prepare(key, state, inputs, params)
         at_keys = one_or_many(at_key)
 
         def group(keys: jax.Array) -> Any:
@@ -217,11 +213,9 @@ def predict_draws(
     """Draws of new observations y = μ_s + σ_s ε from a network with a Gaussian head.
 
     Args:
-      apply_fn: as in `predict_moments`.
+      apply_fn, noise_variance: as in `predict_moments`.
       num_samples: number of posterior samples S, with one draw of y from each.
-      noise_variance: as in `predict_moments`.
-      sample_batch_size: number of samples evaluated at a time; one by default.
-      data_batch_size: number of examples evaluated at a time; all by default.
+      sample_batch_size, data_batch_size: as in `predict_samples`.
 
     Returns:
       `f(key, state, *inputs, params=None) -> y` with the draws on a new axis 0; arguments as
@@ -257,28 +251,25 @@ def predict_draws(
     return drawn
 
 
-class _Draws:
-    """The keys of S samples, and the outputs of the network at the sample of one key."""
+def _sampled(
+    apply_fn: Callable[..., PyTree],
+    num_samples: int,
+    sample_batch_size: int | None,
+    data_batch_size: int | None,
+) -> Callable[..., tuple[jax.Array, Callable[[jax.Array], PyTree]]]:
+    """Of a posterior and inputs: the keys of S samples, and the outputs at the sample of a key."""
+    check_positive("num_samples", num_samples)
+    if sample_batch_size is not None:
+        check_positive("sample_batch_size", sample_batch_size)
+    apply = apply_in_batches(apply_fn, data_batch_size)
 
-    def __init__(
-        self,
-        apply_fn: Callable[..., PyTree],
-        num_samples: int,
-        sample_batch_size: int | None,
-        data_batch_size: int | None,
-    ):
-        self._num_samples = check_positive("num_samples", num_samples)
-        if sample_batch_size is not None:
-            check_positive("sample_batch_size", sample_batch_size)
-        self._apply = apply_in_batches(apply_fn, data_batch_size)
-
-    def prepare(
-        self, key: jax.Array, state: PyTree, inputs: tuple[PyTree, ...], params: PyTree | None
-    ) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
+    def prepare(key: jax.Array, state: PyTree, inputs: tuple[PyTree, ...], params: PyTree) -> Any:
         q = PosteriorNoise(gaussian(state, params), params)
         with jax.threefry_partitionable(True):
-            keys = jax.random.split(threefry_key(key), self._num_samples)
-        return keys, lambda k: self._apply(q.displaced(q.draw(k)), *inputs)
+            keys = jax.random.split(threefry_key(key), num_samples)
+        return keys, lambda k: apply(q.displaced(q.draw(k)), *inputs)
+
+    return prepare
 
 
 def _pool(a: Any, b: Any) -> Any:
