@@ -31,6 +31,7 @@ from ivon_jax._core.trees import (
     difference,
     get_field,
     set_fields,
+    unflatten_like,
     wide_dtype,
 )
 from ivon_jax._core.windows import Draw
@@ -164,7 +165,7 @@ def auto_sample(
         samples = map(displaced, means, current_noise(new_state))
         moves = [difference(x, p, p.dtype) for x, p in zip(samples, owned, strict=True)]
         moved = own.join(moves, own.split("updates", updates)[1])
-        updates = jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(moved))
+        updates = unflatten_like(updates, jax.tree.leaves(moved))
         if not store_mean:
             new_state = new_state._replace(inner_state=without_means(inner_state))
         return updates, new_state

@@ -23,7 +23,7 @@ from ivon_jax._core.checks import (
 from ivon_jax._core.compiler import materialized
 from ivon_jax._core.priors import prior_source
 from ivon_jax._core.state import IVONState, Posterior, check_single, leaf_priors
-from ivon_jax._core.trees import Owned, PyTree, copy_array, difference, wide_dtype
+from ivon_jax._core.trees import Owned, PyTree, copy_array, difference, unflatten_like, wide_dtype
 from ivon_jax._core.windows import Draw, mean_statistics, step_or_wait
 
 PRECISION_FLOOR = 2.0**-20
@@ -80,9 +80,9 @@ def ivon(
       b2: β₂, decay of the Hessian's moving average.
       weight_decay: δ, precision of the Gaussian prior per example; 0 is a flat prior. 1e-4 by
         default, or what `prior` says.
-      mask: leaves that get weight decay, as in `optax.adamw`: a tree of bools, of which
-        it may be a prefix, or a function of the parameters (of the mean, where `update` is not
-        given them) that returns one. The others have δ = 0.
+      mask: leaves that get weight decay, as in `optax.adamw`: a tree of bools (or a prefix of it),
+        or a function of the parameters (of the mean, where `update` is not given them) that
+        returns one. The others have δ = 0.
       clip_radius: ξ, bound on each element of u. The largest move of a parameter in one
         step is α(h₀+δ)ξ.
       precision_floor: smallest new h+δ as a share of h₀+δ. The default only keeps the precision
@@ -155,8 +155,7 @@ def ivon(
 
     def init(params: PyTree) -> IVONState:
         mean = jax.tree_util.tree_map_with_path(_owned_mean, params)
-        prior_fields = source.fields(mean, params)
-        mean = source.start(mean, prior_fields)
+        mean, prior_fields = source.init(mean, params)
         return IVONState(
             count=jnp.zeros([], jnp.int32),
             mean=mean,
@@ -171,10 +170,7 @@ def ivon(
     new_mean = jax.jit(functools.partial(rule.new_mean, constants))
 
     def step(
-        prior_fields: dict[str, Any],
-        state: IVONState,
-        grads: list[jax.Array],
-        hess: list[jax.Array],
+        prior_fields: dict[str, Any], state: IVONState, grads: list[Any], hess: list[Any]
     ) -> IVONState:
         """Lines 3 to 7 of the algorithm, for averaged ĝ and ĥ."""
         if axis_name is not None:
@@ -188,14 +184,13 @@ def ivon(
         priors = leaf_priors(new)
         h_and_g = list(map(statistics, h, g, grads, hess, old_deltas, priors))
         h, momentum = materialized([h for h, _ in h_and_g]), [g for _, g in h_and_g]
-        m = materialized(
-            list(map(functools.partial(new_mean, rate, count), m, h, momentum, priors))
-        )
+        take = functools.partial(new_mean, rate, count)
+        m = materialized(list(map(take, m, h, momentum, priors)))
         momentum = [x.astype(old.dtype) for x, old in zip(momentum, g, strict=True)]
         return new._replace(
-            mean=jax.tree.unflatten(jax.tree.structure(state.mean), m),
-            hess=jax.tree.unflatten(jax.tree.structure(state.hess), h),
-            momentum=jax.tree.unflatten(jax.tree.structure(state.momentum), momentum),
+            mean=unflatten_like(state.mean, m),
+            hess=unflatten_like(state.hess, h),
+            momentum=unflatten_like(state.momentum, momentum),
         )
 
     def update(
@@ -232,7 +227,7 @@ def ivon(
         moves = list(map(difference, jax.tree.leaves(new_state.mean), base, dtypes))
         updates = own.join(moves, jax.tree.map(_no_update, others))
         like = grads if params is None else params
-        return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(updates)), new_state
+        return unflatten_like(like, jax.tree.leaves(updates)), new_state
 
     # optax types a state as any tree of arrays.
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

@@ -21,7 +21,15 @@ from ivon_jax._core.state import (
     prior_gaussian,
     with_means,
 )
-from ivon_jax._core.trees import Owned, PyTree, copy_array, get_field, set_fields, wide_zeros
+from ivon_jax._core.trees import (
+    Owned,
+    PyTree,
+    copy_array,
+    get_field,
+    set_fields,
+    unflatten_like,
+    wide_zeros,
+)
 
 
 def posterior(state: PyTree, params: PyTree | None = None, temperature: Number = 1.0) -> Posterior:
@@ -169,7 +177,7 @@ def _moved(state: PyTree, params: PyTree) -> PyTree:
         prior.where_fixed(prior.center, copy_array(jnp.asarray(p, h.dtype)))
         for p, h, prior in zip(owned, own.leaves, leaf_priors(part), strict=True)
     ]
-    mean = jax.tree.unflatten(jax.tree.structure(get_field(state, "mean")), leaves)
+    mean = unflatten_like(get_field(state, "mean"), leaves)
     return set_fields(state, mean=mean, window=window)
 
 
@@ -216,9 +224,9 @@ def with_ess(state: PyTree, ess: Number) -> PyTree:
         hess = list(map(rescale_leaf, jax.tree.leaves(part.hess), deltas))
         return set_fields(
             node,
-            hess=jax.tree.unflatten(jax.tree.structure(get_field(node, "hess")), hess),
+            hess=unflatten_like(get_field(node, "hess"), hess),
             # The leaf may sit in a flax.nnx Variable, which is kept.
-            ess=jax.tree.unflatten(jax.tree.structure(get_field(node, "ess")), [new_ess]),
+            ess=unflatten_like(get_field(node, "ess"), [new_ess]),
         )
 
     return map_states(rescale, state)

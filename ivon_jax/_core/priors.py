@@ -25,7 +25,16 @@ class WeightDecay(NamedTuple):
     delta: Number
     mask: Any
 
-    def fields(self, mean: PyTree, params: PyTree) -> dict[str, Any]:
+    def init(self, mean: PyTree, params: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """The initial mean, and the state's fields that hold the prior."""
+        return mean, self._fields_of(mean, params)
+
+    def update(self, state: IVONState, params: PyTree | None) -> dict[str, Any]:
+        """The fields for the next state, with this call's δ."""
+        _check_same_kind(state, general=False)
+        return self._fields_of(state.mean, state.mean if params is None else params)
+
+    def _fields_of(self, mean: PyTree, params: PyTree) -> dict[str, Any]:
         """δ: a float32 scalar, or with a mask a vector with one entry for each owned leaf."""
         # A copy even of an injected hyperparameter, so that donating the state frees neither.
         delta = jnp.array(self.delta, jnp.float32)
@@ -33,27 +42,17 @@ class WeightDecay(NamedTuple):
             delta = delta * decay_flags(self.mask, without_nnx(mean), params)
         return {"weight_decay": delta}
 
-    def start(self, mean: PyTree, fields: dict[str, Any]) -> PyTree:
-        """The initial mean: the parameters."""
-        del fields
-        return mean
-
-    def update(self, state: IVONState, params: PyTree | None) -> dict[str, Any]:
-        """The fields for the next state, with this call's δ."""
-        _check_same_kind(state, general=False)
-        return self.fields(state.mean, state.mean if params is None else params)
-
 
 class GeneralPrior(NamedTuple):
     """A Gaussian N(m₀, 1/s₀) such as yesterday's posterior: δ = s₀/λ, element by element."""
 
     prior: Posterior
 
-    def fields(self, mean: PyTree, params: PyTree) -> dict[str, Any]:
-        """Copies of m₀ and s₀ for the owned leaves, and the smallest s₀ of each.
+    def init(self, mean: PyTree, params: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """The mean, with m₀ where s₀ is infinite, and copies of m₀ and s₀ for the owned leaves.
 
-        Element by element, α(h₀+δ)/(h+δ) would make steps of confident weights as long as h₀/h:
-        the rate is multiplied by h₀ plus the smallest δ.
+        The smallest s₀ of each leaf is kept for the factor h₀+δ of the rate: with δ element by
+        element, α(h₀+δ)/(h+δ) would make steps of confident weights as long as h₀/h.
         """
         del params
         own = Owned(mean)
@@ -67,14 +66,10 @@ class GeneralPrior(NamedTuple):
             treedef.unflatten(precision),
             jnp.where(jnp.isinf(stacked), 0, stacked),  # zero for a leaf that is fixed throughout
         )
-        return {"weight_decay": (), "prior": prior}
-
-    def start(self, mean: PyTree, fields: dict[str, Any]) -> PyTree:
-        """The initial mean: the parameters, and m₀ where s₀ is infinite."""
-        prior = fields["prior"]
-        return jax.tree.map(
+        mean = jax.tree.map(
             lambda m, m0, s0: jnp.where(jnp.isinf(s0), m0, m), mean, prior.mean, prior.precision
         )
+        return mean, {"weight_decay": (), "prior": prior}
 
     def update(self, state: IVONState, params: PyTree | None) -> dict[str, Any]:
         """Nothing: the prior stays as it is in the state."""

@@ -17,6 +17,7 @@ from ivon_jax._core.trees import (
     get_field,
     has_fields,
     is_masked,
+    unflatten_like,
     without_nnx,
 )
 
@@ -285,9 +286,7 @@ def _recovered(state: AutoSampleState, params: PyTree) -> AutoSampleState:
 
 
 def _precision(parts: list[IVONState]) -> PyTree:
-    trees = [
-        jax.tree.unflatten(jax.tree.structure(part.hess), precision_leaves(part)) for part in parts
-    ]
+    trees = [unflatten_like(part.hess, precision_leaves(part)) for part in parts]
     return functools.reduce(_merge_owned, trees)
 
 

@@ -54,8 +54,13 @@ def set_fields(node: Any, **fields: Any) -> Any:
     """The node with those of the fields replaced that it has."""
     if isinstance(node, Mapping):
         new = {key: fields.get(key, child) for key, child in node.items()}
-        return jax.tree.unflatten(jax.tree.structure(node), jax.tree.leaves(new))
+        return unflatten_like(node, jax.tree.leaves(new))
     return node._replace(**fields)
+
+
+def unflatten_like(tree: PyTree, leaves: list[Any]) -> PyTree:
+    """A tree of this structure with other leaves."""
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def copy_array(x: Any) -> jax.Array:

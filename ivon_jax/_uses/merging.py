@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ivon_jax._core.checks import Number, check_floating, check_number, check_precision, is_concrete
 from ivon_jax._core.state import Posterior, gaussian
-from ivon_jax._core.trees import Owned, PyTree, wide_dtype, without_nnx
+from ivon_jax._core.trees import Owned, PyTree, unflatten_like, wide_dtype, without_nnx
 
 
 def merge(
@@ -109,7 +109,7 @@ def task_arithmetic(
         return Posterior(tree, jax.tree.map(_unit_precision, tree))
 
     merged = merge([unit(p) for p in params], weights=weights, base=unit(base)).mean
-    return jax.tree.unflatten(jax.tree.structure(base), jax.tree.leaves(merged))
+    return unflatten_like(base, jax.tree.leaves(merged))
 
 
 def _unit_precision(x: Any) -> jax.Array:

@@ -100,7 +100,9 @@ def predict_log_probs(
 
     Args:
       apply_fn: `apply_fn(params, *inputs)` returns logits (..., K).
-      num_samples, sample_batch_size, data_batch_size: as in `predict_samples`.
+      num_samples: as in `predict_samples`.
+      sample_batch_size: as in `predict_samples`.
+      data_batch_size: as in `predict_samples`.
 
     Returns:
       `f(key, state, *inputs, params=None) -> log_probs` of shape (..., K), at least float32;
@@ -163,7 +165,8 @@ def predict_moments(
       num_samples: number of posterior samples S.
       noise_variance: σ² of the observations, if `apply_fn` returns the means only; of a
         shape that broadcasts to μ's.
-      sample_batch_size, data_batch_size: as in `predict_samples`.
+      sample_batch_size: as in `predict_samples`.
+      data_batch_size: as in `predict_samples`.
 
     Returns:
       `f(key, state, *inputs, params=None) -> Moments`; arguments as in `predict_samples`.
@@ -213,9 +216,11 @@ def predict_draws(
     """Draws of new observations y = μ_s + σ_s ε from a network with a Gaussian head.
 
     Args:
-      apply_fn, noise_variance: as in `predict_moments`.
+      apply_fn: as in `predict_moments`.
       num_samples: number of posterior samples S, with one draw of y from each.
-      sample_batch_size, data_batch_size: as in `predict_samples`.
+      noise_variance: as in `predict_moments`.
+      sample_batch_size: as in `predict_samples`.
+      data_batch_size: as in `predict_samples`.
 
     Returns:
       `f(key, state, *inputs, params=None) -> y` with the draws on a new axis 0; arguments as
