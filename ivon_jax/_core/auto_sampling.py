@@ -177,8 +177,7 @@ def auto_sample(
 def reseed(state: PyTree, key: jax.Array | int) -> PyTree:
     """Gives the `auto_sample` inside a state a stream of its own, from the next draw on.
 
-    For ensemble members or devices that start from one `init`:
-    `jax.vmap(reseed)(states, keys)`.
+    For ensemble members or devices that start from one `init`: `jax.vmap(reseed)(states, keys)`.
 
     Args:
       state: a state that contains one or several `AutoSampleState`.

@@ -36,8 +36,7 @@ def posterior(state: PyTree, params: PyTree | None = None, temperature: Number =
     """The posterior N(m, diag 1/(λ(h+δ))) that a state stands for.
 
     Args:
-      state: an `IVONState`, or any nested optax or `flax.nnx` state that contains one or
-        several.
+      state: an `IVONState`, or any nested optax or `flax.nnx` state that contains one or several.
       params: the parameters; if given, leaves that IVON does not own are taken from it
         with precision +inf, which means *fixed*. Otherwise they are `optax.MaskedNode`.
       temperature: τ > 0; the precision is divided by it, so τ < 1 sharpens.

@@ -49,9 +49,8 @@ def sample_params(
 ) -> tuple[PyTree, PyTree]:
     """Draws parameters θ = m + n from the posterior, n = ε/√(λ(h+δ)), ε ~ N(0, I).
 
-    The draws are the same for any sharding and number of devices, and for any
-    key implementation with the same key data. For several samples, `jax.vmap`
-    over the keys.
+    The draws are the same for any sharding and number of devices, and for any key implementation
+    with the same key data. For several samples, `jax.vmap` over the keys.
 
     Args:
       key: a typed or raw PRNG key.
