@@ -48,13 +48,11 @@ def auto_sample(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the training loop's parameters at a posterior sample.
 
-    One line turns a loop that was written for AdamW into variational learning:
-    `optax.apply_updates(params, updates)` lands on the *next* sample θ' = m' + n',
-    and the noise of the current one is recovered as θ − m (regenerated from the key
-    for parameters below float32). Evaluate, and save for evaluation, with
-    `posterior_mean(state)` or `sample_params`, not with the loop's parameters.
-
-    The first gradient is taken at the mean; it moves the mean but not `hess`.
+    One line turns a loop written for AdamW into variational learning: `optax.apply_updates(params,
+    updates)` lands on the *next* sample θ' = m' + n', and the noise of the current one is recovered
+    as θ − m (redrawn from the key for parameters below float32). Evaluate and save
+    `posterior_mean(state)`, not the loop's parameters. The first gradient is taken at the mean; it
+    moves the mean but not `hess`.
 
     Args:
       tx: `ivon(...)`, or a transformation that contains it, such as
@@ -66,12 +64,11 @@ def auto_sample(
         `optax.inject_hyperparams` count calls.
       store_mean: whether the state holds the mean. Without it the state is as large as AdamW's:
         the mean is recovered as θ − n, with n drawn again from its key, and what needs the mean
-        takes the loop's parameters, as in `posterior(state, params)`. Rounding adds a random walk
-        of the size that float32 updates themselves have while σ is below a tenth of the means,
-        and about twice that where it is as large as they are.
+        takes the loop's parameters, as in `posterior(state, params)`. The recovery adds about the
+        rounding of a float32 update, twice that where σ is as large as the means.
       antithetic: whether every second sample mirrors the one before, m' − εσ' after m + εσ. With
-        an even `num_samples` both are taken at one mean. With `num_samples=1` the mean has moved in
-        between, by a step that depends on ε, and h is biased upwards: see the benchmarks.
+        an even `num_samples` both are taken at one mean. With `num_samples=1` the mean moves in
+        between, by a step that depends on ε, and h is biased upwards.
 
     Returns:
       A transformation whose `update(grads, state, params)` needs the loop's parameters.
@@ -132,8 +129,7 @@ def auto_sample(
                 "transformation inside it with sample_params."
             )
         own = owned_leaves(state.inner_state)
-        owned, _ = own.split("params", params)
-        own.check_shapes("params", owned)
+        owned = own.checked("params", params)
         if not store_mean:
             state = with_means(state, params)
         calls = state.calls + 1
@@ -231,13 +227,10 @@ def _key_data(key: jax.Array | int) -> jax.Array:
 
 
 def _with_window(state: IVONState) -> IVONState:
-    def zeros() -> PyTree:
-        return jax.tree.map(jnp.zeros_like, state.mean)
-
-    def zero() -> jax.Array:
-        return jnp.zeros([], jnp.int32)
-
-    return state._replace(window=Window(zero(), zero(), zeros(), zeros()))
+    # Buffers of their own, so that donation does not meet one twice.
+    calls, draws = (jnp.zeros([], jnp.int32) for _ in range(2))
+    grads, products = (jax.tree.map(jnp.zeros_like, state.mean) for _ in range(2))
+    return state._replace(window=Window(calls, draws, grads, products))
 
 
 def _noise_of(state: AutoSampleState, owned: list[jax.Array]) -> list[jax.Array]:

@@ -93,10 +93,8 @@ def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:
       {'w': Array([1., 1.], dtype=float32)}
     """
     own = Owned(gaussian_mean(with_means(state, params)))
-    mean = [copy_array(m) for m in own.leaves]
-    if params is None:
-        return own.join(mean)
-    return own.fill(mean, params, copy_array)
+    mean = list(map(copy_array, own.leaves))
+    return own.join(mean) if params is None else own.fill(mean, params, copy_array)
 
 
 def prior_of(state: PyTree, params: PyTree | None = None) -> Posterior:
@@ -124,10 +122,9 @@ def prior_of(state: PyTree, params: PyTree | None = None) -> Posterior:
 def with_mean(state: PyTree, params: PyTree) -> PyTree:
     """The state with its posterior mean moved to `params`.
 
-    Call it after editing or loading parameters: the state owns the mean, and the next
-    update would otherwise undo the edit. Curvature, momentum and step count are kept. In
-    a state of `auto_sample` the next gradient counts as taken at the mean, so continue
-    the loop with these `params`.
+    Call it after editing or loading parameters: the state owns the mean, and the next update would
+    otherwise undo the edit. Curvature, momentum and step count are kept. In a state of
+    `auto_sample` the next gradient counts as taken at the mean: continue with these `params`.
 
     Args:
       state: any nested state that contains one or several `IVONState`.
@@ -165,8 +162,7 @@ def with_mean(state: PyTree, params: PyTree) -> PyTree:
 def _moved(state: PyTree, params: PyTree) -> PyTree:
     (part,) = find_states(state)
     own = Owned(part.hess)
-    owned, _ = own.split("params", params)
-    own.check_shapes("params", owned)
+    owned = own.checked("params", params)
     # Gradients summed at the old mean say nothing about the new one.
     window = jax.tree.map(jnp.zeros_like, get_field(state, "window"))
     if is_lean(part):  # the loop's parameters will be the mean
@@ -255,18 +251,11 @@ def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
     """
     q, prior = gaussian(q), gaussian(prior)
     own = Owned(q.mean)
-    trees = {
-        "q.precision": q.precision,
-        "prior.mean": prior.mean,
-        "prior.precision": prior.precision,
-    }
-    leaves = []
-    for name, tree in trees.items():
-        split, _ = own.split(name, tree)
-        own.check_shapes(name, split)
-        leaves.append(split)
+    precisions = own.checked("q.precision", q.precision)
+    centers = own.checked("prior.mean", prior.mean)
+    prior_precisions = own.checked("prior.precision", prior.precision)
     total = jnp.zeros([])
-    for m, p, m0, p0 in zip(own.leaves, *leaves, strict=True):
+    for m, p, m0, p0 in zip(own.leaves, precisions, centers, prior_precisions, strict=True):
         p0, shift = p0.astype(p.dtype), m.astype(p.dtype) - m0.astype(p.dtype)
         fixed, only_prior = jnp.isinf(p), jnp.isinf(p0) & ~jnp.isinf(p)
         # Not p0 > 0, so that a NaN is counted and seen.

@@ -168,13 +168,11 @@ def check_single(state: Any) -> None:
 def leaf_priors(state: IVONState) -> list[LeafPrior]:
     """The prior of each owned leaf under the state's ess."""
     if isinstance(state.prior, GaussianPrior):
-        centers, precisions, smallest = state.prior
-        rates = smallest / state.ess
+        rates = state.prior.smallest / state.ess
+        pairs = zip(*map(jax.tree.leaves, state.prior[:2]), strict=True)
         return [
             LeafPrior(m0, s0 / state.ess.astype(s0.dtype), rates[i])
-            for i, (m0, s0) in enumerate(
-                zip(jax.tree.leaves(centers), jax.tree.leaves(precisions), strict=True)
-            )
+            for i, (m0, s0) in enumerate(pairs)
         ]
     decay = state.weight_decay
     deltas = [decay[i] if decay.ndim else decay for i in range(len(jax.tree.leaves(state.hess)))]
@@ -193,11 +191,8 @@ def precision_leaves(state: IVONState) -> list[jax.Array]:
 def gaussian(state: PyTree, params: PyTree | None = None) -> Posterior:
     """Mean and precision of a `Posterior`, or of all IVON states in `state`, without copies.
 
-    Leaves that no state owns are `MaskedNode`.
-
-    Args:
-      state: a `Posterior`, or a nested state.
-      params: the loop's parameters, from which a mean that is not stored is recovered.
+    Leaves that no state owns are `MaskedNode`. A mean that is not stored is recovered from the
+    loop's `params`.
     """
     if isinstance(state, Posterior):
         check_precision("precision", state.precision)
@@ -272,8 +267,7 @@ def current_noise(state: AutoSampleState) -> list[jax.Array]:
 
 def _recovered(state: AutoSampleState, params: PyTree) -> AutoSampleState:
     own = owned_leaves(state.inner_state)
-    owned, _ = own.split("params", params)
-    own.check_shapes("params", owned)
+    owned = own.checked("params", params)
     noise = [jnp.where(state.at_mean, 0, n) for n in current_noise(state)]
     mean = own.join(means_of(owned, noise))
 

@@ -127,6 +127,12 @@ class Owned:
                 owned.append(x)
         return owned, others
 
+    def checked(self, name: str, tree: PyTree) -> list[jax.Array]:
+        """The owned leaves of `tree`, which must have the shapes of the mean's."""
+        owned, _ = self.split(name, tree)
+        self.check_shapes(name, owned)
+        return owned
+
     def join(self, owned: list[Any], others: list[PyTree] | None = None) -> PyTree:
         """The inverse of `split`; without `others` their positions hold `MaskedNode`."""
         left = iter(owned)
