@@ -1,4 +1,4 @@
-"""IVON for JAX: variational learning for large networks at the price of AdamW."""
+"""IVON for JAX: variational learning for large networks at the cost of AdamW."""
 
 from ivon_jax import metrics, recipes
 from ivon_jax._core.auto_sampling import AutoSampleState, auto_sample, reseed
@@ -43,11 +43,11 @@ __all__ += ["diagnostics", "learning_status", "load", "load_metadata", "save"]
 __all__ += ["LeaveOneOut", "Linearized", "Moments", "Sensitivity", "Status"]
 __all__ += ["metrics", "recipes"]
 
+_BEST = "the index of the smallest leave-one-out NLL, as in examples/leave_one_out.py"
 _REMOVED = {
-    "Selection": "the index of the smallest leave-one-out NLL, as in examples/leave_one_out.py",
+    "Selection": _BEST,
     "group_sensitivity": "jax.ops.segment_sum(scores, groups, num_groups)",
-    "select_by_leave_one_out": "the index of the smallest leave-one-out NLL, as in "
-    "examples/leave_one_out.py",
+    "select_by_leave_one_out": _BEST,
 }
 
 

@@ -9,11 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def varying_axes(aval: Any) -> frozenset[str]:
-    """Mesh axes over which an array of this type varies; empty where jax does not track it.
-
-    Args:
-      aval: `jax.typeof(x)`, or a `jax.ShapeDtypeStruct` from `jax.eval_shape`.
-    """
+    """Mesh axes over which an array of this type varies; empty where jax does not track it."""
     manual = getattr(aval, "manual_axis_type", None)
     axes = getattr(aval, "vma", None) if manual is None else manual.varying
     return frozenset(axes or ())

@@ -46,13 +46,7 @@ def check_number(
 ) -> Number:
     """A Python float for a concrete number in [low, high), or the traced number as it is.
 
-    Args:
-      name: the argument's name, for the message.
-      value: a Python or NumPy number, or a scalar array, concrete or traced.
-      low: smallest value.
-      high: bound that must not be reached.
-      open_low: whether `low` itself is refused.
-      allow_inf: whether +inf is accepted.
+    With `open_low`, `low` itself is refused; with `allow_inf`, +inf is accepted.
     """
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         _check_array(name, value)
@@ -68,14 +62,8 @@ def check_number(
     above = number >= high or math.isinf(stored)
     if math.isnan(number) or below or (above and not (allow_inf and number == math.inf)):
         left = f"> {low:g}" if open_low else f">= {low:g}" if low > -math.inf else "a number"
-        right = (
-            ""
-            if allow_inf
-            else " and finite in float32"
-            if high == math.inf
-            else f" and < {high:g}"
-        )
-        raise ValueError(f"{name} must be {left}{right}; got {number!r}.")
+        right = " and finite in float32" if high == math.inf else f" and < {high:g}"
+        raise ValueError(f"{name} must be {left}{'' if allow_inf else right}; got {number!r}.")
     return number
 
 

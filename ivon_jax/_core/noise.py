@@ -50,10 +50,7 @@ def gaussian_noise(
 ) -> list[jax.Array]:
     """Independent draws n ~ N(0, 1/precision) for a list of leaves; zero where it is infinite.
 
-    Args:
-      key: a typed threefry key.
-      precision: precision of each leaf, in the dtype of the draw.
-      sign: what they are multiplied with, 1 or -1.
+    They are multiplied by `sign`, 1 or -1, and have the dtypes of the precisions.
     """
     draws = standard_normals(key, precision)
     return [
@@ -81,10 +78,6 @@ def standard_normals(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
 
     The uniform draw behind a float32 one takes 2²³ values, symmetric about zero; the largest |ε| is
     5.3. float64 is left to `jax.random.normal`; narrower dtypes are rounded from float32.
-
-    Args:
-      key: a typed threefry key.
-      like: arrays whose values do not matter.
     """
     if not like:
         return []

@@ -67,9 +67,8 @@ def ivon(
     drawn; the rest of the step uses, and the new state stores, those given here.
 
     The state owns the mean: `updates` is the new mean minus `params`, so that
-    `optax.apply_updates(params, updates)` lands on the new mean whatever `params`
-    was. Nothing after `ivon` in a chain may change the updates. After editing or
-    loading parameters call `with_mean`.
+    `optax.apply_updates(params, updates)` lands on the new mean whatever `params` was. Nothing
+    after `ivon` in a chain may change the updates. After editing parameters call `with_mean`.
 
     Args:
       learning_rate: α, a number or a schedule of the step count.
@@ -86,19 +85,18 @@ def ivon(
       clip_radius: ξ, bound on each element of u. The largest move of a parameter in one
         step is α(h₀+δ)ξ.
       precision_floor: smallest new h+δ as a share of h₀+δ. The default only keeps the precision
-        positive. 0.1 is a guard against divergence: where h would fall to nothing, σ stays below
-        3.2 times its initial value, and a step below ten times its initial length.
+        positive; 0.1 guards against divergence: σ stays below 3.2 times its initial value, and
+        the factor 1/(h+δ) of a step below ten times.
       rescale_lr: whether α is multiplied by h₀+δ.
       debias: whether g is debiased by 1−β₁ᵗ.
       axis_name: mapped axis (or axes) over which ĝ and n⊙ĝ are averaged; each device then
         draws its own noise.
       momentum_dtype: dtype of g; the mean's by default.
-      prior: a general Gaussian prior N(m₀, 1/s₀) in place of `weight_decay` and `mask`, such
-        as yesterday's `posterior(state)`: δ becomes s₀/λ element by element, δm becomes δ(m−m₀),
-        and the factor of α is h₀ plus the smallest δ of each leaf. Where s₀ is infinite the
-        parameter stays fixed at m₀; where it is zero the prior is flat. It is copied into the
-        state by `init`, and `update` reads it there. A prior much sharper than the new data
-        (s₀ ≫ λh₀ throughout) makes that factor large: use `rescale_lr=False` then.
+      prior: a general Gaussian prior N(m₀, 1/s₀) in place of `weight_decay` and `mask`, such as
+        yesterday's `posterior(state)`: δ becomes s₀/λ element by element, δm becomes δ(m−m₀), and
+        the factor of α is h₀ plus the smallest δ of each leaf (large where s₀ ≫ λh₀ throughout:
+        use `rescale_lr=False` then). An infinite s₀ fixes the parameter at m₀, a zero one is flat.
+        `init` copies it into the state, where `update` reads it.
 
     Returns:
       A transformation whose `update(grads, state, params=None, *, noise=None, hess=None)`

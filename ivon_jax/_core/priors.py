@@ -139,9 +139,8 @@ def _broadcast(mask: PyTree, mean: PyTree) -> list[bool]:
 def _owned_copy(own: Owned, name: str, tree: PyTree) -> list[jax.Array]:
     if not own.leaves:  # none is owned, or optax has put its placeholder in their place
         return []
-    leaves, _ = own.split(name, tree)
+    leaves = own.checked(name, tree)
     check_floating(own, name, leaves)
-    own.check_shapes(name, leaves)
     return [copy_array(jnp.asarray(x, m.dtype)) for x, m in zip(leaves, own.leaves, strict=True)]
 
 

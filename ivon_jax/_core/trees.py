@@ -90,10 +90,8 @@ def difference(mean: jax.Array, params: jax.Array, dtype: Any) -> jax.Array:
 class Owned:
     """Which leaves of the parameters are IVON's, from a tree of the state such as its mean.
 
-    It holds arrays where IVON owns the leaf, and `MaskedNode` elsewhere.
-
-    A `MaskedNode` may stand for a whole subtree, because `optax.masked` and
-    `optax.partition` accept prefixes; other trees are flattened up to it.
+    It holds arrays where IVON owns the leaf, and `MaskedNode` elsewhere, which may stand for a
+    whole subtree: `optax.masked` and `optax.partition` accept prefixes.
     """
 
     def __init__(self, mean: PyTree):
@@ -119,7 +117,7 @@ class Owned:
                 owned.append(jnp.asarray(x))
             elif x is None or is_masked(x) or not hasattr(x, "dtype"):
                 raise ValueError(
-                    f"{name} holds {_describe(x)} at {_at(path)}, where the state of ivon() "
+                    f"{name} holds {type(x).__name__} at {_at(path)}, where the state of ivon() "
                     f"holds an array of shape {slot.shape}. Leaves that get no gradient belong "
                     "outside ivon(): use optax.masked or optax.partition."
                 )
@@ -185,26 +183,21 @@ class Owned:
         return None if first is None else first[2]
 
     def _mismatch(self, name: str, tree: PyTree) -> str:
-        have = [
-            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
-        ]
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        have = [jax.tree_util.keystr(path) for path, _ in leaves]
         missing = [path for path in self.paths if path not in have]
         known = tuple(path for path, _ in self._slots)
         extra = [path for path in have if not path.startswith(known)]
         said = f"{name} does not have the structure of the parameters that ivon() was given: "
-        if missing or extra:
-            kinds = (("it lacks", missing), ("it has an unknown", extra))
-            parts = [f"{what} {_at(paths[0])}" for what, paths in kinds if paths]
+        kinds = (("it lacks", missing), ("it has an unknown", extra))
+        parts = [f"{what} {_at(paths[0])}" for what, paths in kinds if paths]
+        if parts:
             return said + " and ".join(parts) + "."
         return said + f"expected {self.treedef}, got {jax.tree.structure(tree)}."
 
 
 def _at(path: str) -> str:
     return path or "the root"
-
-
-def _describe(x: Any) -> str:
-    return "nothing (MaskedNode)" if is_masked(x) else f"{type(x).__name__}"
 
 
 def _samples(size: int | None) -> str:

@@ -94,12 +94,8 @@ def lower_quantiles(leaves: list[jax.Array], ranks: jax.Array) -> jax.Array:
     Bisection over the bit patterns of float32, which are ordered like the numbers: 33 passes, each
     a sum over every leaf that runs where the leaf is stored.
 
-    Args:
-      leaves: arrays without NaN; compared in float32.
-      ranks: (R,) ranks from 0, in float32 (exact up to 2²⁴ elements, then to 1 part in 10⁷).
-
-    Returns:
-      (R,) float32: for each rank r the smallest element with more than r elements at or below it.
+    For each rank r, from 0 and in float32 (exact up to 2²⁴ elements, then to 1 part in 10⁷), that
+    is the smallest element, in float32, with more than r elements at or below it.
     """
 
     def count(x: jax.Array, bounds: jax.Array) -> jax.Array:
