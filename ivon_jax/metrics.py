@@ -134,10 +134,9 @@ def calibration_bins(
       log_probs: (..., K) log-probabilities.
       labels: (...) integer labels.
       num_bins: number of bins B.
-      equal_mass: by default bin b = 1 … B holds the confidences in ((b−1)/B, b/B] (bins of equal
-        width). With True the predictions are sorted by confidence and the one of rank
-        r = 0 … n−1 goes to bin ⌊rB/n⌋ (bins of equal mass). Predictions of equal confidence share
-        the bin of the lowest rank among them, so that the order of examples plays no part.
+      equal_mass: by default bin b = 1 … B holds the confidences in ((b−1)/B, b/B]. With True the
+        prediction of rank r = 0 … n−1 by confidence goes to bin ⌊rB/n⌋; equal confidences share
+        the lowest rank among them, so that the order of examples plays no part.
 
     Returns:
       `CalibrationBins` of shape (num_bins,).
@@ -165,11 +164,9 @@ def calibration_bins(
         return jax.ops.segment_sum(x, index, num_bins)
 
     count = total(jnp.ones_like(index))
-    share = count.astype(confidence.dtype)
-    empty = jnp.where(count > 0, share, jnp.nan)
-    return CalibrationBins(
-        count, total(confidence) / empty, total(correct.astype(confidence.dtype)) / empty
-    )
+    size = jnp.where(count > 0, count.astype(confidence.dtype), jnp.nan)
+    accuracy = total(correct.astype(confidence.dtype)) / size
+    return CalibrationBins(count, total(confidence) / size, accuracy)
 
 
 def ece(
@@ -225,9 +222,7 @@ def mutual_information(sample_log_probs: jax.Array) -> jax.Array:
         followed by `jax.nn.log_softmax`.
 
     Returns:
-      Shape (...), at least 0: the uncertainty that more data could remove. (Where the stack of
-      samples is too large, H[mean_s p_s] comes from `predict_log_probs`, and mean_s H[p_s] from
-      `predict_samples` of a function that returns the entropy of the network's output.)
+      Shape (...), at least 0: the uncertainty that more data could remove.
 
     Raises:
       ValueError: if there is no sample axis.
@@ -245,9 +240,8 @@ def mutual_information(sample_log_probs: jax.Array) -> jax.Array:
         )
     sample_log_probs = checked_log_probs(sample_log_probs)
     samples = sample_log_probs.shape[0]
-    mean = jax.nn.logsumexp(sample_log_probs, axis=0) - jnp.log(samples).astype(
-        sample_log_probs.dtype
-    )
+    log_s = jnp.log(samples).astype(sample_log_probs.dtype)
+    mean = jax.nn.logsumexp(sample_log_probs, axis=0) - log_s
     within = jnp.mean(predictive_entropy(sample_log_probs), axis=0)
     return jnp.maximum(predictive_entropy(mean) - within, 0)
 

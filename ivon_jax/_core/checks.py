@@ -68,10 +68,7 @@ def check_number(
 
 
 def is_concrete(*arrays: Any) -> bool:
-    """Whether the values can be looked at: none of the arrays is traced.
-
-    Ask it of what is to be looked at: under jit even a comparison of constants is traced.
-    """
+    """Whether none is traced. Ask it of a result: under jit comparing constants is traced."""
     return not any(isinstance(x, jax.core.Tracer) for x in arrays)
 
 
@@ -120,7 +117,7 @@ def check_momentum_dtype(dtype: Any) -> np.dtype | None:
 
 
 def check_exactly_one(noise: PyTree | None, hess: PyTree | None) -> None:
-    """Refuses an update with neither or both of the two ways to learn of the curvature."""
+    """Refuses an update that is given neither noise nor curvature, or both."""
     if (noise is None) == (hess is None):
         got = "neither" if noise is None else "both"
         raise ValueError(
@@ -168,9 +165,8 @@ def check_varying(grads: list[jax.Array], axis_name: str | tuple[str, ...] | Non
             raise ValueError(
                 f"axis_name={name!r}, but the gradients do not vary over that axis: under "
                 "shard_map the gradient with respect to a replicated sample is already summed, "
-                "and a further mean leaves it too large by the axis size. Draw one sample per "
-                "device (fold the axis index into the key), or average the loss yourself and "
-                "leave axis_name out. If mc_value_and_grad has this axis_name, the gradients are "
-                "averaged: leave it out of ivon. If auto_sample does the drawing, mark its first "
+                "and a mean leaves it too large by the axis size. Draw one sample per device (fold "
+                "the axis index into the key), or average the loss and leave axis_name out, as "
+                "after mc_value_and_grad with this axis_name. With auto_sample mark its first "
                 f"parameters with jax.lax.pcast(params, {name!r}, to='varying')."
             )

@@ -148,9 +148,7 @@ def mc_value_and_grad(
             sliced_args = tuple(i for i in range(1, len(args) + 1) if i not in rngs)
         slices = {i: _split(i, args[i - 1], num_samples) for i in sliced_args or ()}
 
-        def at_sample(
-            s: jax.Array, sample_key: jax.Array, sliced: dict[int, Any]
-        ) -> tuple[_Estimates, Any]:
+        def at_sample(s: Any, sample_key: Any, sliced: dict[int, Any]) -> tuple[_Estimates, Any]:
             sign = jnp.where(s % 2 == 0, 1.0, -1.0) if antithetic else 1.0
             sample, displacement = q.sample(sample_key, sign)
             here = _arguments(args, sliced, rngs, first + s)
@@ -170,9 +168,7 @@ def mc_value_and_grad(
             return (value.astype(wide_dtype(value.dtype)), grads, statistic), aux
 
         samples = (jnp.arange(num_samples, dtype=jnp.int32), keys, slices)
-        estimates, aux = _mean_over_samples(
-            at_sample, samples, num_samples, sample_batch_size, spmd_axis_name
-        )
+        estimates, aux = _mean_over_samples(at_sample, samples, sample_batch_size, spmd_axis_name)
         if axis_name is not None:
             estimates = jax.lax.pmean(estimates, axis_name)
         value, grads, hess = estimates
@@ -255,7 +251,6 @@ def _hutchinson(
 def _mean_over_samples(
     at_sample: Callable[..., tuple[_Estimates, Any]],
     samples: tuple[Any, ...],
-    num_samples: int,
     sample_batch_size: int | None,
     spmd_axis_name: str | tuple[str, ...] | None,
 ) -> tuple[_Estimates, Any]:
@@ -271,7 +266,7 @@ def _mean_over_samples(
 
     add = functools.partial(jax.tree.map, jnp.add)
     total, aux = fold_in_groups(group, add, samples, sample_batch_size)
-    return jax.tree.map(lambda x: x / num_samples, total), aux
+    return jax.tree.map(lambda x: x / len(samples[0]), total), aux
 
 
 def _check_args(args: tuple[Any, ...], rngs: tuple[int, ...], batches: tuple[int, ...]) -> None:

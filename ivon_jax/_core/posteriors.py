@@ -37,8 +37,8 @@ def posterior(state: PyTree, params: PyTree | None = None, temperature: Number =
 
     Args:
       state: an `IVONState`, or any nested optax or `flax.nnx` state that contains one or several.
-      params: the parameters; if given, leaves that IVON does not own are taken from it
-        with precision +inf, which means *fixed*. Otherwise they are `optax.MaskedNode`.
+      params: the parameters; if given, leaves that IVON does not own are taken from it with
+        precision +inf, which means *fixed*. Otherwise they are `optax.MaskedNode`.
       temperature: τ > 0; the precision is divided by it, so τ < 1 sharpens.
 
     Returns:
@@ -81,8 +81,7 @@ def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:
       params: the parameters; if given, leaves that IVON does not own are taken from it.
 
     Returns:
-      A copy of the mean, at least float32: `posterior(state, params).mean` without the
-      allocation of a precision.
+      A copy of the mean, at least float32.
 
     Raises:
       ValueError: if `state` contains no `IVONState`, or `params` does not fit it.
@@ -105,8 +104,7 @@ def prior_of(state: PyTree, params: PyTree | None = None) -> Posterior:
       params: as in `posterior`.
 
     Returns:
-      Mean zero and precision λδ, unless `ivon` was given another prior; zero precision where
-      δ = 0 (a flat, improper prior).
+      By default mean zero and precision λδ; zero where the prior is flat, δ = 0.
 
     Raises:
       ValueError: if `state` contains no `IVONState`.
@@ -181,9 +179,8 @@ def with_ess(state: PyTree, ess: Number) -> PyTree:
 
     λ(h+δ) is kept by h ← (λ/λ')(h+δ) − δ', where δ' = δ, or s₀/λ' under a general prior. (The
     prior precision λδ becomes λ'δ.) Continue with an optimizer that has the new `ess`; under
-    `optax.inject_hyperparams` set it in `hyperparams` as well, or the next step takes the old one.
-    In floating point h+δ keeps its digits only while it is not much smaller than δ, that is
-    while λ' is not larger than λ by many orders of magnitude.
+    `optax.inject_hyperparams` set it in `hyperparams` as well. In floating point h+δ loses digits
+    where λ' is larger than λ by many orders of magnitude.
 
     Args:
       state: any nested state that contains one or several `IVONState`.
@@ -230,8 +227,7 @@ def with_ess(state: PyTree, ess: Number) -> PyTree:
 def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
     """KL(q‖prior) = ½Σ[s₀σ² + s₀(m−m₀)² − 1 − log(s₀σ²)] of two diagonal Gaussians, in nats.
 
-    Elements with a flat prior (s₀ = 0), which have no divergence, and those that are fixed in q
-    (σ = 0) are left out.
+    Elements with a flat prior (s₀ = 0) and those that are fixed in q (σ = 0) are left out.
 
     Args:
       q: a posterior, or a state.

@@ -208,10 +208,9 @@ def gaussian_mean(state: PyTree) -> PyTree:
     parts = find_states(state)
     if any(map(is_lean, parts)):
         raise ValueError(
-            "this state does not store the mean (auto_sample with store_mean=False), which is "
-            "recovered from the parameters of the loop: give them as well, as in "
-            "posterior(state, params), with the whole state of auto_sample; what takes a state "
-            "only takes that posterior."
+            "this state does not store the mean (auto_sample with store_mean=False): give the "
+            "loop's parameters as well, as in posterior(state, params), with the whole state of "
+            "auto_sample; what takes only a state takes that posterior."
         )
     return functools.reduce(_merge_owned, [part.mean for part in parts])
 

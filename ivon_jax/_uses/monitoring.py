@@ -180,12 +180,11 @@ def learning_status(
 
     Args:
       state: as in `diagnostics`.
-      settings: as in `diagnostics`.
+      settings: as in `diagnostics`; with the `learning_rate` divergence is warned of.
       params: as in `diagnostics`.
 
     Returns:
-      A `Status(kind, message)`. It warns of divergence by `update/risk`, for which `settings` must
-      name the `learning_rate`.
+      A `Status(kind, message)`.
 
     Example:
       >>> from ivon_jax import ivon, learning_status
@@ -201,13 +200,14 @@ def learning_status(
             "not finite. Start again with a smaller learning rate, a larger hess_init or a "
             "clip_radius.",
         )
+    signal = numbers["signal_to_noise/p50"]
+    if not numbers["step"] and signal < 0.5:
+        return Status(
+            "at risk",
+            f"the samples are mostly noise before the first step (median |m|/σ {signal:.2g}): "
+            "raise hess_init or ess.",
+        )
     if not numbers["step"]:
-        if numbers["signal_to_noise/p50"] < 0.5:
-            return Status(
-                "at risk",
-                "the samples are mostly noise before the first step (median |m|/σ "
-                f"{numbers['signal_to_noise/p50']:.2g}): raise hess_init or ess.",
-            )
         return Status("no", "no step has been taken.")
     if numbers["fixed"] == 1 or not numbers["num_parameters"]:
         return Status("no", "there is no free element to learn.")
@@ -218,9 +218,7 @@ def learning_status(
         f"more than {100 * MOVED:.0f} % of h₀ (median h/h₀ {median:.3g})"
     )
     if median > EXPLODED:
-        return Status(
-            "no", f"h has exploded: {found}. Raise hess_init, or lower the learning rate."
-        )
+        return Status("no", f"h has exploded: {found}. Raise hess_init, or lower the rate.")
     if numbers.get("update/risk", 0.0) > 1:
         return Status(
             "at risk",
@@ -238,7 +236,7 @@ def learning_status(
         )
     return Status(
         "yes",
-        f"{found}; median |m|/σ is {numbers['signal_to_noise/p50']:.3g}, and "
+        f"{found}; median |m|/σ is {signal:.3g}, and "
         f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped.",
     )
 

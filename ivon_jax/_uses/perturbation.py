@@ -2,8 +2,8 @@
 
 By the memory-perturbation equation, removing example i moves its output by about v_i e_i, where
 v_i = J_i V J_iᵀ is the variance of the output under the posterior and e_i = ∂ℓ_i/∂f the prediction
-error (p − y for cross-entropy, (f − y)/s² for a Gaussian likelihood). V must be the posterior of
-plain Bayes, λ = N: after training with another λ pass `posterior(state, temperature=λ/N)`.
+error (p − y for cross-entropy, (f − y)/s² for a Gaussian likelihood). V must be Bayes' posterior,
+λ = N: after training with another λ pass `posterior(state, temperature=λ/N)`.
 
 References: Nickl et al., The Memory-Perturbation Equation, `arXiv:2310.19273
 <https://arxiv.org/abs/2310.19273>`_.
@@ -53,11 +53,11 @@ def sensitivity(
       loss_fn: `loss_fn(output, target)`, the negative log-likelihood ℓ of one example as a
         scalar, such as `optax.softmax_cross_entropy_with_integer_labels`.
       diagonal: whether covariances between the outputs of an example are left out of v_i.
-      data_batch_size: number of examples worked on at a time, as in `jax.lax.map`; one by default.
+      data_batch_size: number of examples worked on at a time; one by default.
 
     Returns:
-      `f(state, *inputs, targets, params=None) -> Sensitivity`, at any time in training;
-      `state` (also a `Posterior`) and `params` as in `sample_params`.
+      `f(state, *inputs, targets, params=None) -> Sensitivity`, with `state` and `params` as in
+      `sample_params`.
 
     Raises:
       ValueError: when called, if inputs and targets have no common leading axis, or the loss is
@@ -118,11 +118,9 @@ def leave_one_out(
       data_batch_size: as in `sensitivity`.
 
     Returns:
-      `f(state, *inputs, targets, params=None) -> LeaveOneOut`. With `second_order` an
-      example is NaN whose removal would leave no proper posterior (the leverage of v_i H_i is
-      1 or more): the posterior is then too wide for the estimate. A learned diagonal V can be that
-      wide for single examples, and the mean over examples is NaN with them: with IVON's V the
-      first order is the safer choice.
+      `f(state, *inputs, targets, params=None) -> LeaveOneOut`. With `second_order` an example is
+      NaN whose removal would leave no proper posterior (the leverage of v_i H_i is 1 or more).
+      IVON's V can be that wide for single examples: the first order is then the safer choice.
 
     Example:
       >>> from ivon_jax import Posterior, leave_one_out
