@@ -70,8 +70,7 @@ class Recipe:
     ) -> optax.GradientTransformationExtraArgs:
         """The optimizer of the run: clipping by the global norm where it had one, then `ivon`.
 
-        The clip acts on the gradient that it is given. With a stack of samples, or with `hess=`,
-        clip each sample's instead (`mc_value_and_grad(..., grad_transform=...)`).
+        For a stack of samples clip each one (`mc_value_and_grad(..., grad_transform=...)`).
 
         Args:
           num_steps: length of your run in steps, for the schedule.
@@ -161,8 +160,7 @@ def rate_from_adamw(
 ) -> float:
     """The α under which a clipped step of IVON is as long as one of AdamW: lr/((h₀+δ)ξ).
 
-    A parameter moves at most α(h₀+δ)ξ in a step; AdamW's steps are about as long as its rate. For
-    networks that are trained with a clip radius, such as transformers.
+    A parameter moves at most α(h₀+δ)ξ in a step; AdamW's steps are about as long as its rate.
 
     Args:
       learning_rate: AdamW's (peak) rate.

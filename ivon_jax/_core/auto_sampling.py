@@ -210,13 +210,11 @@ def reseed(state: PyTree, key: jax.Array | int) -> PyTree:
                 "jax.vmap(reseed)(states, keys)."
             )
         # The leaf may sit in a flax.nnx Variable, which is kept.
-        new_key = jax.tree.map(lambda _, data=data: copy_array(data), get_field(leaves[i], "key"))
+        new_key = unflatten_like(get_field(leaves[i], "key"), [copy_array(data)])
         # Under shard_map the key of the next draw varies over the axes of the new one.
-        axes = varying_axes(jax.typeof(data))
-        draw_key = jax.tree.map(
-            lambda x, axes=axes: varying_over(x, axes), get_field(leaves[i], "draw_key")
-        )
-        leaves[i] = set_fields(leaves[i], key=new_key, draw_key=draw_key)
+        old = get_field(leaves[i], "draw_key")
+        draw_key = varying_over(jax.tree.leaves(old)[0], varying_axes(jax.typeof(data)))
+        leaves[i] = set_fields(leaves[i], key=new_key, draw_key=unflatten_like(old, [draw_key]))
     return treedef.unflatten(leaves)
 
 

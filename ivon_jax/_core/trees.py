@@ -134,10 +134,9 @@ class Owned:
     def join(self, owned: list[Any], others: list[PyTree] | None = None) -> PyTree:
         """The inverse of `split`; without `others` their positions hold `MaskedNode`."""
         left = iter(owned)
-        right = iter(others) if others is not None else None
+        right = iter(others if others is not None else [x for _, x in self._slots if is_masked(x)])
         return self.treedef.unflatten(
-            (next(right) if right is not None else slot) if is_masked(slot) else next(left)
-            for _, slot in self._slots
+            next(right if is_masked(slot) else left) for _, slot in self._slots
         )
 
     def fill(self, owned: list[Any], params: PyTree, other: Callable[[Any], Any]) -> PyTree:
@@ -145,7 +144,7 @@ class Owned:
         leaves, others = self.split("params", params)
         self.check_shapes("params", leaves)
         pure = self.join(owned, [jax.tree.map(other, x) for x in others])
-        return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(pure))
+        return unflatten_like(params, jax.tree.leaves(pure))
 
     def check_shapes(self, name: str, leaves: list[jax.Array]) -> None:
         """Raises if a leaf does not have exactly the shape of the mean's."""
@@ -158,29 +157,26 @@ class Owned:
 
     def num_samples(self, **trees: list[jax.Array]) -> int | None:
         """The common length S of a leading Monte Carlo axis, or None if no leaf has one."""
-        first: tuple[str, str, int | None] | None = None
+        found: list[tuple[int | None, str]] = []
         for name, leaves in trees.items():
             for path, x, m in zip(self.paths, leaves, self.leaves, strict=True):
-                if x.shape == m.shape:
-                    size = None
-                elif x.ndim == m.ndim + 1 and x.shape[1:] == m.shape and x.shape[0] > 0:
-                    size = x.shape[0]
-                else:
+                size = None if x.shape == m.shape else x.shape[0] if x.ndim else 0
+                if size is not None and (x.shape[1:] != m.shape or size == 0):
                     raise ValueError(
                         f"{name} has shape {x.shape} at {_at(path)}; expected {m.shape}, or "
                         f"({', '.join(['S', *map(str, m.shape)])}) with S >= 1 Monte Carlo samples "
                         "on the first axis."
                     )
-                if first is None:
-                    first = (name, path, size)
-                elif size != first[2]:
-                    raise ValueError(
-                        f"{name} has {_samples(size)} at {_at(path)}, but {first[0]} has "
-                        f"{_samples(first[2])} at {_at(first[1])}. Every leaf of both needs the "
-                        "same number of samples: the product with the noise is formed per sample "
-                        "and then averaged (do not average the gradients before update)."
-                    )
-        return None if first is None else first[2]
+                samples = "no sample axis" if size is None else f"{size} samples"
+                found.append((size, f"{name} has {samples} at {_at(path)}"))
+        for size, said in found:
+            if size != found[0][0]:
+                raise ValueError(
+                    f"{said}, but {found[0][1]}. Every leaf of both needs the same number of "
+                    "samples: the product with the noise is formed per sample and then averaged "
+                    "(do not average the gradients before update)."
+                )
+        return found[0][0] if found else None
 
     def _mismatch(self, name: str, tree: PyTree) -> str:
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -198,7 +194,3 @@ class Owned:
 
 def _at(path: str) -> str:
     return path or "the root"
-
-
-def _samples(size: int | None) -> str:
-    return "no sample axis" if size is None else f"{size} samples"

@@ -48,9 +48,7 @@ def detection(in_scores: Any, out_scores: Any) -> Detection:
     try:
         from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
     except ModuleNotFoundError as error:
-        raise ImportError(
-            "metrics.detection needs scikit-learn: pip install scikit-learn"
-        ) from error
+        raise ImportError("detection needs scikit-learn: pip install scikit-learn") from error
     scores = [np.asarray(x, np.float64) for x in (in_scores, out_scores)]
     for name, values in zip(("in_scores", "out_scores"), scores, strict=True):
         if values.ndim != 1 or not values.size or not np.all(np.isfinite(values)):

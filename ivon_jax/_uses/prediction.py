@@ -58,8 +58,7 @@ def predict_samples(
     Args:
       apply_fn: `apply_fn(params, *inputs)`.
       num_samples: number of posterior samples S.
-      sample_batch_size: number of samples evaluated at a time by `jax.vmap`; one after another by
-        default.
+      sample_batch_size: number of samples evaluated at a time by `jax.vmap`; one by default.
       data_batch_size: number of examples evaluated at a time; all by default.
 
     Returns:
@@ -163,8 +162,7 @@ def predict_moments(
     Args:
       apply_fn: `apply_fn(params, *inputs)` returns the means μ, or a pair (μ, σ²).
       num_samples: number of posterior samples S.
-      noise_variance: σ² of the observations, if `apply_fn` returns the means only; of a
-        shape that broadcasts to μ's.
+      noise_variance: σ² of the observations, which broadcasts to μ, if `apply_fn` returns μ only.
       sample_batch_size: as in `predict_samples`.
       data_batch_size: as in `predict_samples`.
 
@@ -179,9 +177,8 @@ def predict_moments(
       >>> print(f(jax.random.key(0), state, jnp.eye(2)).variance.round(2))
       [1.01 1.01]
     """
-    prepare = _sampled(
-        gaussian_head(apply_fn, noise_variance), num_samples, sample_batch_size, data_batch_size
-    )
+    head = gaussian_head(apply_fn, noise_variance)
+    prepare = _sampled(head, num_samples, sample_batch_size, data_batch_size)
 
     def moments(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
@@ -197,8 +194,7 @@ def predict_moments(
             count = jnp.full_like(mean, len(means))
             return (count, mean, squares, jnp.sum(variances, axis=0)), None
 
-        pooled, _ = fold_in_groups(group, _pool, keys, sample_batch_size)
-        count, mean, squares, noise = pooled
+        (count, mean, squares, noise), _ = fold_in_groups(group, _pool, keys, sample_batch_size)
         return Moments(mean, (noise + squares) / count, squares / count)
 
     return moments
@@ -233,12 +229,8 @@ def predict_draws(
       >>> f(jax.random.key(0), state, jnp.eye(2)).shape
       (8, 2)
     """
-    heads = predict_samples(
-        gaussian_head(apply_fn, noise_variance),
-        num_samples,
-        sample_batch_size=sample_batch_size,
-        data_batch_size=data_batch_size,
-    )
+    sizes = {"sample_batch_size": sample_batch_size, "data_batch_size": data_batch_size}
+    heads = predict_samples(gaussian_head(apply_fn, noise_variance), num_samples, **sizes)
 
     def drawn(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None

@@ -22,14 +22,13 @@ def save(
 ) -> None:
     """Writes a posterior to a safetensors file.
 
-    The tensors are named `mean.<path>` and `precision.<path>`, where the path joins the keys of the
-    tree with dots, as in `mean.layer.kernel`. The file replaces an older one only when it is
-    complete. (To resume training save the optimizer's state, with Orbax for example.)
+    The tensors are named by the keys of the tree, as in `mean.layer.kernel`. The file replaces an
+    older one only when complete. (To resume training save the optimizer's state, as with Orbax.)
 
     Args:
       path: the file, usually `*.safetensors`.
-      state: a `Posterior`, or an optax or `flax.nnx` state. Leaves that IVON does not own are
-        left out: for a whole model save `posterior(state, params)`.
+      state: a `Posterior`, or an optax or `flax.nnx` state, of which only leaves that IVON owns are
+        saved: for a whole model pass `posterior(state, params)`.
       metadata: strings to store beside it, such as the data set and the code's version.
 
     Raises:
@@ -150,9 +149,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.numpy
     except ModuleNotFoundError as error:
-        raise ImportError(
-            "saving a posterior needs safetensors: pip install safetensors"
-        ) from error
+        raise ImportError("a saved posterior needs safetensors: pip install safetensors") from error
     return safetensors.numpy
 
 
