@@ -16,20 +16,9 @@ from ivon_jax._core.trees import wide_dtype
 from ivon_jax._uses.detection import Detection, detection
 from ivon_jax._uses.log_probs import checked_labels, checked_log_probs
 
-__all__ = [
-    "CalibrationBins",
-    "Detection",
-    "accuracy",
-    "brier",
-    "calibration_bins",
-    "detection",
-    "ece",
-    "gaussian_nll",
-    "mutual_information",
-    "nll",
-    "predictive_entropy",
-    "top_k_accuracy",
-]
+__all__ = ["CalibrationBins", "accuracy", "brier", "calibration_bins", "ece"]
+__all__ += ["gaussian_nll", "nll", "top_k_accuracy"]
+__all__ += ["Detection", "detection", "mutual_information", "predictive_entropy"]
 
 
 def nll(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
@@ -43,8 +32,8 @@ def nll(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
       A scalar, +inf if a true class has probability zero.
 
     Raises:
-      TypeError, ValueError: as for every metric here, if the shapes or dtypes do not fit, a
-        label is outside 0 … K−1, or the log-probabilities are not normalised.
+      TypeError, ValueError: as for every metric, if shapes or dtypes do not fit, a label is no
+        class, or the log-probabilities are not normalised.
 
     Example:
       >>> from ivon_jax import metrics
@@ -234,10 +223,8 @@ def mutual_information(sample_log_probs: jax.Array) -> jax.Array:
       [0.693]
     """
     if jnp.ndim(sample_log_probs) < 2:
-        raise ValueError(
-            "sample_log_probs must have the samples on axis 0 and the classes on the last one; got "
-            f"shape {jnp.shape(sample_log_probs)}."
-        )
+        shape = jnp.shape(sample_log_probs)
+        raise ValueError(f"sample_log_probs needs samples on axis 0, classes last; got {shape}.")
     sample_log_probs = checked_log_probs(sample_log_probs)
     samples = sample_log_probs.shape[0]
     log_s = jnp.log(samples).astype(sample_log_probs.dtype)

@@ -33,8 +33,7 @@ class Recipe:
       length: how long the run was.
       warmup: share of the run in which the rate rises linearly from 0, or a number of steps.
       decay: then "cosine" or "linear" to 0, or "inverse square root"; cosine if not published.
-      clip_norm: bound on the global norm of each sample's gradient, applied before the product
-        with the noise (an `optax.clip_by_global_norm` before `ivon`), or None.
+      clip_norm: bound on the global norm of each sample's gradient, before `ivon`, or None.
       test_samples: posterior samples averaged for prediction; None if not published.
       source: where the values were published.
       note: what else to know.
@@ -70,7 +69,7 @@ class Recipe:
     ) -> optax.GradientTransformationExtraArgs:
         """The optimizer of the run: clipping by the global norm where it had one, then `ivon`.
 
-        For a stack of samples clip each one (`mc_value_and_grad(..., grad_transform=...)`).
+        For stacked gradients or `hess=` clip each sample's, by `mc_value_and_grad`.
 
         Args:
           num_steps: length of your run in steps, for the schedule.
@@ -119,9 +118,8 @@ def start(
 ) -> dict[str, Any]:
     """Settings of `ivon` to start from on a problem without a recipe.
 
-    The rate rises over the first twentieth of the run and falls to 0 along a cosine; ess is N/τ,
-    `hess_init` comes from `hess_init_for` and `b2` from `b2_for`. Tune the rate first (0.1, 0.3,
-    1), then the temperature (1, 0.1).
+    The rate rises over a twentieth of the run and falls to 0 along a cosine; ess is N/τ. Tune the
+    rate first (0.1, 0.3, 1), then the temperature (1, 0.1).
 
     Args:
       params: initial parameters, drawn at random.

@@ -55,9 +55,8 @@ def auto_sample(
     moves the mean but not `hess`.
 
     Args:
-      tx: `ivon(...)`, or a transformation that contains it, such as
-        `optax.chain(optax.clip_by_global_norm(1.0), ivon(...))`. Wrap once, around
-        `optax.partition`: two wrappers with the same key would share draws.
+      tx: `ivon(...)`, or what contains it, as `optax.chain(optax.clip(1.0), ivon(...))`. Wrap once,
+        around `optax.partition`: two wrappers with the same key would share draws.
       key: a PRNG key, or an integer seed. The state carries a copy of its data.
       num_samples: number of calls, each with its own sample, whose ĝ and n⊙ĝ are averaged
         before the mean moves. Schedules inside `ivon` count steps of the mean; those of
@@ -74,10 +73,9 @@ def auto_sample(
       A transformation whose `update(grads, state, params)` needs the loop's parameters.
 
     Raises:
-      TypeError: if `key` is neither a key nor an integer; in `init`, if parameters are below
-        float32 and `store_mean` is false.
-      ValueError: if `num_samples` is not a positive integer; in `init`, if `tx` contains no
-        `ivon()`; in `update`, if `params` is missing.
+      TypeError: if `key` is no key or integer, or parameters are below float32 with
+        `store_mean=False`.
+      ValueError: if `num_samples` is not positive, `tx` has no `ivon()`, or `params` is missing.
 
     Example:
       >>> from ivon_jax import auto_sample, ivon, posterior_mean
@@ -119,14 +117,10 @@ def auto_sample(
         grads: PyTree, state: AutoSampleState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, AutoSampleState]:
         if params is None:
-            raise ValueError(
-                "auto_sample needs the loop's parameters, which are the sample: call "
-                "tx.update(grads, state, params)."
-            )
+            raise ValueError("auto_sample needs the sample: call tx.update(grads, state, params).")
         if {"noise", "hess"} & extra_args.keys():
             raise ValueError(
-                "auto_sample draws its own noise: leave noise= and hess= out, or use the "
-                "transformation inside it with sample_params."
+                "auto_sample draws its own noise: leave noise= and hess= out, or auto_sample."
             )
         own = owned_leaves(state.inner_state)
         owned = own.checked("params", params)
@@ -173,7 +167,7 @@ def auto_sample(
 def reseed(state: PyTree, key: jax.Array | int) -> PyTree:
     """Gives the `auto_sample` inside a state a stream of its own, from the next draw on.
 
-    For ensemble members or devices that start from one `init`: `jax.vmap(reseed)(states, keys)`.
+    For ensemble members that start from one `init`: `jax.vmap(reseed)(states, keys)`.
 
     Args:
       state: a state that contains one or several `AutoSampleState`.

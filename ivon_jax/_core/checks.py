@@ -51,7 +51,10 @@ def check_number(
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         _check_array(name, value)
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a real number; got {value!r}.{_schedule_hint(value)}")
+        hint = " Only learning_rate may be a schedule: use optax.inject_hyperparams(ivon)."
+        raise TypeError(
+            f"{name} must be a real number; got {value!r}.{hint if callable(value) else ''}"
+        )
     if isinstance(value, jax.core.Tracer):
         return value
     number = float(cast(Any, value))
@@ -96,12 +99,6 @@ def _check_array(name: str, value: Any) -> None:
             f"{name} is {dtype}, in which 0.99999 is 1: pass "
             "optax.inject_hyperparams(ivon, hyperparam_dtype=jnp.float32), or a Python number."
         )
-
-
-def _schedule_hint(value: Any) -> str:
-    if not callable(value):
-        return ""
-    return " Only learning_rate may be a schedule; for others use optax.inject_hyperparams(ivon)."
 
 
 def check_momentum_dtype(dtype: Any) -> np.dtype | None:

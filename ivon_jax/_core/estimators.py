@@ -12,13 +12,7 @@ import optax
 from ivon_jax._core.axes import split_over
 from ivon_jax._core.checks import Number, check_axis_name, check_number, check_positive, renamed
 from ivon_jax._core.rule import hess_estimate
-from ivon_jax._core.sampling import (
-    PosteriorNoise,
-    fold_in_groups,
-    key_words,
-    one_or_many,
-    threefry_key,
-)
+from ivon_jax._core.sampling import PosteriorNoise, fold_in_groups, one_or_many, threefry_key
 from ivon_jax._core.state import gaussian
 from ivon_jax._core.trees import PyTree, wide_dtype
 
@@ -82,16 +76,13 @@ def mc_value_and_grad(
         evaluates a sample of its own, at the price of one.
 
     Returns:
-      `f(key, state, *args, params=None) -> (value, grads, hess)`, with `state` and `params` as
-      in `sample_params`; `((value, aux), grads, hess)` with `has_aux`, where aux is stacked
-      on axis 0. Pass `hess` to `tx.update(grads, state, params, hess=hess)`. Leaves that IVON
-      does not own get their gradient, and a zero `hess`.
+      `f(key, state, *args, params=None) -> (value, grads, hess)`, with `state` and `params` as in
+      `sample_params`, for `tx.update(grads, state, params, hess=hess)`. With `has_aux`, value is
+      (value, aux), aux stacked on axis 0. Leaves that IVON does not own get a zero `hess`.
 
     Raises:
-      ValueError: if an option is out of its range or options exclude each other; when called,
-        if a batch cannot be split evenly.
-      TypeError: if `fun` is not callable or an axis has no name; when called, if an argument
-        named in `rng_argnums` is not a key.
+      ValueError: if options are out of range or exclude each other, or a batch cannot be split.
+      TypeError: if `fun` is not callable, an axis has no name, or `rng_argnums` names no key.
 
     Example:
       >>> from ivon_jax import ivon, mc_value_and_grad
@@ -279,7 +270,7 @@ def _check_args(args: tuple[Any, ...], rngs: tuple[int, ...], batches: tuple[int
             )
     for i in rngs:
         try:
-            key_words(args[i - 1])
+            threefry_key(args[i - 1])
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"argument {i} of fun is named in rng_argnums but is not a single PRNG key "

@@ -1,9 +1,8 @@
 """Standard normal draws in plain operations, which XLA fuses with whatever uses them.
 
-Each float32 draw is a function of the key, the leaf and the position alone, so that it is the same
-for any sharding and in any order: threefry counts the positions, and the inverse of the cumulative
-distribution function turns its bits into a normal. `jax.random` does the same, but on a CPU it
-keeps the rounds of threefry in loops, which are slow to compile and send the bits through memory.
+A float32 draw depends on key, leaf and position alone, and is the same for any sharding: threefry
+counts the positions, and the inverse cumulative distribution function turns its bits into a normal.
+`jax.random` does the same, but on a CPU its loops send the bits through memory.
 """
 
 import jax

@@ -63,17 +63,15 @@ def ivon(
       u ← clip((ḡ + δm)/(h+δ), ±ξ)
       m ← m − α_t(h₀+δ)u
 
-    The old precision and ĥ use the λ and δ stored in the state, under which the noise was
-    drawn; the rest of the step uses, and the new state stores, those given here.
-
-    The state owns the mean: `updates` is the new mean minus `params`, so that
-    `optax.apply_updates(params, updates)` lands on the new mean whatever `params` was. Nothing
-    after `ivon` in a chain may change the updates. After editing parameters call `with_mean`.
+    The old precision and ĥ use the λ and δ of the state, under which the noise was drawn; the rest
+    of the step uses, and the new state stores, those given here. The state owns the mean:
+    `updates` is the new mean minus `params`, whatever these were. Nothing after `ivon` in a chain
+    may change the updates. After editing parameters call `with_mean`.
 
     Args:
       learning_rate: α, a number or a schedule of the step count.
-      ess: λ, the effective sample size: the number of terms that ℓ̄ averages over in the
-        whole training set (examples; tokens for a language model).
+      ess: λ, the effective sample size: the number of terms of ℓ̄ in the whole training set
+        (examples; tokens for a language model).
       hess_init: h₀, initial value of h.
       b1: β₁, decay of the gradient's moving average.
       b2: β₂, decay of the Hessian's moving average.
@@ -82,15 +80,13 @@ def ivon(
       mask: leaves that get weight decay, as in `optax.adamw`: a tree of bools (or a prefix of it),
         or a function of the parameters (of the mean, where `update` is not given them) that
         returns one. The others have δ = 0.
-      clip_radius: ξ, bound on each element of u. The largest move of a parameter in one
-        step is α(h₀+δ)ξ.
+      clip_radius: ξ, bound on each element of u; a step moves a parameter by at most α(h₀+δ)ξ.
       precision_floor: smallest new h+δ as a share of h₀+δ. The default only keeps the precision
         positive; 0.1 guards against divergence: σ stays below 3.2 times its initial value, and
         the factor 1/(h+δ) of a step below ten times.
       rescale_lr: whether α is multiplied by h₀+δ.
       debias: whether g is debiased by 1−β₁ᵗ.
-      axis_name: mapped axis (or axes) over which ĝ and n⊙ĝ are averaged; each device then
-        draws its own noise.
+      axis_name: mapped axis (or axes) over which ĝ and n⊙ĝ are averaged; devices draw on their own.
       momentum_dtype: dtype of g; the mean's by default.
       prior: a general Gaussian prior N(m₀, 1/s₀) in place of `weight_decay` and `mask`, such as
         yesterday's `posterior(state)`: δ becomes s₀/λ element by element, δm becomes δ(m−m₀), and
@@ -100,15 +96,13 @@ def ivon(
 
     Returns:
       A transformation whose `update(grads, state, params=None, *, noise=None, hess=None)`
-      takes exactly one of `noise` (what `sample_params` returned) and `hess` (an estimate ĥ,
-      as `mc_value_and_grad` returns). Gradients and noise, or gradients and `hess`, may have
-      a leading axis of Monte Carlo samples, which is averaged after the product is formed. Inside
-      `optax.partition` or `masked` average that axis yourself for the other leaves.
+      takes exactly one of `noise` (of `sample_params`) and `hess` (ĥ of `mc_value_and_grad`).
+      Gradients and either of them may have a leading axis of Monte Carlo samples, which is
+      averaged after the product is formed (not for leaves outside `optax.partition` or `masked`).
 
     Raises:
       TypeError: if an argument is not a number, or traced below float32.
-      ValueError: if a number is out of its range, or `prior` is given together with
-        `weight_decay` or `mask`.
+      ValueError: if a number is out of range, or `prior` stands beside `weight_decay` or `mask`.
 
     References:
       Shen et al., Variational Learning is Effective for Large Deep Networks, ICML 2024,

@@ -45,8 +45,7 @@ def posterior(state: PyTree, params: PyTree | None = None, temperature: Number =
       A `Posterior` of copies, which stays valid when the state is donated.
 
     Raises:
-      ValueError: if `state` contains no `IVONState`, `params` does not fit it, or the
-        temperature is not positive.
+      ValueError: if there is no `IVONState`, `params` does not fit, or τ is not positive.
 
     Example:
       >>> from ivon_jax import ivon, posterior
@@ -67,10 +66,8 @@ def _completed(q: Posterior, params: PyTree | None) -> Posterior:
         return q
     own = Owned(q.mean)
     precision, _ = own.split("the precision", q.precision)
-    return Posterior(
-        own.fill(own.leaves, params, copy_array),
-        own.fill(precision, params, lambda x: wide_zeros(x) + jnp.inf),
-    )
+    precision = own.fill(precision, params, lambda x: wide_zeros(x) + jnp.inf)
+    return Posterior(own.fill(own.leaves, params, copy_array), precision)
 
 
 def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:

@@ -86,10 +86,8 @@ def prior_source(
         delta = DEFAULT_WEIGHT_DECAY if weight_decay is None else weight_decay
         return WeightDecay(check_number("weight_decay", delta, low=0.0), mask)
     if not isinstance(prior, Posterior):
-        raise TypeError(
-            f"prior must be a Posterior(mean, precision), such as posterior(state); got "
-            f"{type(prior).__name__}."
-        )
+        got = type(prior).__name__
+        raise TypeError(f"prior must be a Posterior, such as posterior(state); got {got}.")
     if mask is not None or weight_decay is not None:
         raise ValueError(
             "prior takes the place of weight_decay and mask: give either. A weight decay δ is the "
@@ -149,7 +147,6 @@ def _check_same_kind(state: IVONState, *, general: bool) -> None:
     if general != isinstance(state.prior, GaussianPrior):
         has, lacks = ("this ivon()", "the state") if general else ("the state", "this ivon()")
         raise ValueError(
-            f"{has} has a general prior and {lacks} has none: pass the state that this same "
-            "transformation's init returned. For a new prior call init again, with the parameters "
-            "at posterior_mean(state)."
+            f"{has} has a general prior and {lacks} has none: pass the state of this same "
+            "transformation. For a new prior call init again, at posterior_mean(state)."
         )

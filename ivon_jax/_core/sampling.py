@@ -32,10 +32,9 @@ def key_words(key: Any) -> jax.Array:
 
 
 def threefry_key(key: Any) -> jax.Array:
-    """A typed threefry key derived from any single key.
+    """A threefry key, whose draws are the same for any sharding, from any single key.
 
-    Threefry draws are the same for any sharding; those of rbg keys are not. The
-    words of a wider key are folded in, so that different keys stay different.
+    The words of a wider key are folded in, so that different keys stay different.
     """
     words = key_words(key)
     threefry = jax.random.wrap_key_data(words[:2], impl=THREEFRY)
@@ -60,14 +59,12 @@ def sample_params(
         noise, and the sample has its structure and dtypes. Otherwise they are `optax.MaskedNode`.
 
     Returns:
-      The sample θ, and the noise n in the dtype of the mean, to be handed to `update`.
-      For parameters below float32 the noise is the exact one, before θ was rounded. Under `jit`
-      on accelerators it is not kept in memory until `update`, but drawn again there.
+      The sample θ, and the noise n for `update`, in the dtype of the mean: exact, before θ was
+      rounded. Under `jit` on accelerators it is drawn again there, not kept in memory.
 
     Raises:
       TypeError: if `key` is not a key.
-      ValueError: if `key` is a batch of keys, `state` contains no `IVONState`, or `params`
-        does not fit it.
+      ValueError: if it is a batch, `state` has no `IVONState`, or `params` does not fit it.
 
     Example:
       >>> from ivon_jax import ivon, sample_params

@@ -74,9 +74,8 @@ class IVONState(NamedTuple):
       mean: posterior mean m, at least float32.
       hess: estimate h of the diagonal Hessian of the mean loss per example.
       momentum: moving average g of the gradients.
-      ess: effective sample size λ under which the current posterior stands, float32.
-      weight_decay: prior precision δ per example, float32: a scalar, or with a mask a vector
-        with an entry for each owned leaf; `()` with a general prior.
+      ess: effective sample size λ of the current posterior, float32.
+      weight_decay: δ, float32: a scalar, or one entry for each owned leaf; `()` with a prior.
       prior: a general Gaussian prior; `()` without one.
       window: sums of an unfinished window of `auto_sample(num_samples=k)`; otherwise `()`.
     """
@@ -100,8 +99,7 @@ class AutoSampleState(NamedTuple):
       calls: number of calls in the current window of `num_samples`, int32.
       at_mean: whether the loop's current parameters are the mean and not a sample, bool.
       inner_state: state of the wrapped transformation.
-      mirrored: with `antithetic`, whether these parameters were drawn with the noise negated, bool;
-        otherwise `()`.
+      mirrored: with `antithetic`, whether their noise was negated, bool; otherwise `()`.
     """
 
     key: jax.Array

@@ -12,8 +12,7 @@ class Detection(NamedTuple):
       auroc: area under the receiver operating characteristic; 0.5 is chance.
       aupr_out: average precision with out-of-domain inputs as positives.
       aupr_in: average precision with in-domain inputs as positives.
-      fpr95: share of out-of-domain inputs that are taken for in-domain ones by the threshold
-        that keeps 95 % of the in-domain inputs; lower is better.
+      fpr95: share of out-of-domain inputs below the threshold that keeps 95 % of in-domain ones.
     """
 
     auroc: float
@@ -25,13 +24,11 @@ class Detection(NamedTuple):
 def detection(in_scores: Any, out_scores: Any) -> Detection:
     """Detection of out-of-domain inputs by a score, on the host with scikit-learn.
 
-    FPR95 is read off the ROC curve with in-domain inputs as positives, as is usual, linearly
-    interpolated at a true-positive rate of 0.95.
+    FPR95 is interpolated on the ROC curve with in-domain inputs as positives.
 
     Args:
       in_scores: (n,) scores of in-domain inputs.
-      out_scores: (m,) scores of out-of-domain inputs; larger means "out of domain", as
-        `predictive_entropy` or `mutual_information` do.
+      out_scores: (m,) scores of out-of-domain inputs; larger means "out of domain".
 
     Returns:
       A `Detection` of Python floats.

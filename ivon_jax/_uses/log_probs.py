@@ -54,8 +54,6 @@ def checked_labels(log_probs: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
     num_classes = log_probs.shape[-1]
     valid = (labels >= 0) & (labels < num_classes)
     if is_concrete(valid) and not bool(jnp.all(valid)):
-        raise ValueError(
-            f"labels must be in 0 … {num_classes - 1}; got {int(labels.min())} to "
-            f"{int(labels.max())}."
-        )
+        found = f"{int(labels.min())} to {int(labels.max())}"
+        raise ValueError(f"labels must be in 0 … {num_classes - 1}; got {found}.")
     return jnp.where(valid[..., None], log_probs, jnp.nan), jnp.where(valid, labels, 0)

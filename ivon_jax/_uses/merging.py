@@ -41,8 +41,7 @@ def merge(
       (`ivon(prior=server)`) the clients were trained; weights count a client's data α times.
 
     Args:
-      posteriors: the models' posteriors (or optax states), as from `posterior(state)`. Different λ
-        may be mixed: precisions λ(h+δ) are compared, not h.
+      posteriors: the models' posteriors (or optax states), also under different λ.
       weights: α_t, one number per model (1 by default); negative ones remove.
       base: the prior of every task, N(θ₀, 1/H₀). For models fine-tuned with plain weight decay,
         whose prior has mean 0, the paper takes the base model's weights with H₀ = λδ.
@@ -53,8 +52,7 @@ def merge(
 
     Raises:
       ValueError: if the trees do not fit, a precision is negative, fixed elements differ, or
-        removing leaves no positive precision. Under jit, where values are unknown, such elements
-        become NaN.
+        removing leaves no positive precision (under jit such elements become NaN).
 
     Example:
       >>> from ivon_jax import Posterior, merge

@@ -9,16 +9,9 @@ import jax.numpy as jnp
 
 from ivon_jax._core.checks import Number, check_number, check_scalar, is_concrete
 from ivon_jax._core.optimizer import ivon
-from ivon_jax._core.posteriors import kl_divergence
+from ivon_jax._core.posteriors import kl_divergence, prior_of
 from ivon_jax._core.rule import LeafPrior, debiased, direction
-from ivon_jax._core.state import (
-    IVONState,
-    find_states,
-    leaf_priors,
-    precision_leaves,
-    prior_gaussian,
-    with_means,
-)
+from ivon_jax._core.state import IVONState, find_states, leaf_priors, precision_leaves, with_means
 from ivon_jax._core.trees import PyTree
 from ivon_jax._uses.pruning import lower_quantiles, ratio_leaves
 
@@ -71,16 +64,14 @@ def diagnostics(
         of |m|/σ (the element of rank ⌊(n−1)p/100⌋);
       * `hess/negative`: share of elements with h < 0 (their posterior is wider than the prior);
       * `hess/moved`: share of elements with |h−h₀| > 0.1 h₀;
-      * `update/clipped`: share of elements whose preconditioned step (ḡ+δm)/(h+δ), at the
-        current momentum and mean, is at the clip radius;
+      * `update/clipped`: share of elements whose step (ḡ+δm)/(h+δ) is at the clip radius;
       * `update/gain`: the largest (h₀+δ)/(h+δ), the factor by which the weight that has lost the
         most curvature takes longer steps than at the start;
       * `update/risk`, with `learning_rate`: ten times α·gain·c/(h₀+δ) over 2(1+β₁)/(1−β₁), the
-        bound above which a quadratic of curvature c diverges; above one, a quiet weight that
-        wakes up may set off a divergence. c is h₀+δ, or the 99th percentile of h+δ if that is
-        larger. Zero where a clip radius bounds the steps;
-      * `kl`: KL(q‖prior) in nats over the elements with a proper prior, and `kl/flat`, the
-        share of elements without one (δ = 0), which are left out of it;
+        bound above which a quadratic of curvature c diverges, with c the larger of h₀+δ and the
+        99th percentile of h+δ; above one, a quiet weight that wakes up may set off a divergence.
+        Zero where a clip radius bounds the steps;
+      * `kl`: KL(q‖prior) in nats, without the elements with a flat prior, of share `kl/flat`;
       * `temperature`: N/λ, with `num_examples`;
       * `elbo`: −λ·loss − KL in nats, and `elbo/per_example`, that over λ, with `loss`.
 
@@ -121,7 +112,7 @@ def diagnostics(
     sigma = percentiles("sigma", precisions, from_top=True)
     gains = [_largest_gain(x, hess_init) for x in leaves]
     gain = jnp.max(jnp.stack(gains)) if gains else jnp.ones([], jnp.float32)
-    kl = kl_divergence(state, prior_gaussian(state)).astype(jnp.float32)
+    kl = kl_divergence(state, prior_of(state)).astype(jnp.float32)
     broken = _total(~jnp.isfinite(x.mean) | ~jnp.isfinite(x.hess) for x in leaves)
     numbers = {
         "step": jnp.max(jnp.stack([part.count for part in parts])),

@@ -108,9 +108,8 @@ def gaussian_head(
         out = apply_fn(params, *inputs)
         if isinstance(out, tuple | list) == (noise_variance is not None):
             raise ValueError(
-                "apply_fn must return a pair (mean, variance), or the mean alone with "
-                f"noise_variance given; got {type(out).__name__} with noise_variance="
-                f"{noise_variance}."
+                "apply_fn must return a pair (mean, variance), or the mean if noise_variance is "
+                f"given; got {type(out).__name__} with noise_variance={noise_variance}."
             )
         mean, variance = (out, noise_variance) if noise_variance is not None else out
         check_floating_output("a Gaussian head", mean)

@@ -50,8 +50,8 @@ def sensitivity(
     Args:
       apply_fn: `apply_fn(params, *inputs)` maps a batch (examples on the leading axis) to
         outputs of shape (N, *out). It is called with one example at a time.
-      loss_fn: `loss_fn(output, target)`, the negative log-likelihood ℓ of one example as a
-        scalar, such as `optax.softmax_cross_entropy_with_integer_labels`.
+      loss_fn: `loss_fn(output, target)`, the negative log-likelihood ℓ of one example, such as
+        `optax.softmax_cross_entropy_with_integer_labels`.
       diagonal: whether covariances between the outputs of an example are left out of v_i.
       data_batch_size: number of examples worked on at a time; one by default.
 
@@ -60,8 +60,7 @@ def sensitivity(
       `sample_params`.
 
     Raises:
-      ValueError: when called, if inputs and targets have no common leading axis, or the loss is
-        not a scalar.
+      ValueError: when called, if inputs and targets differ in length, or the loss is no scalar.
 
     Example:
       >>> from ivon_jax import ivon, posterior, sensitivity
@@ -172,10 +171,8 @@ def _map_examples(
             def loss(output: jax.Array) -> jax.Array:
                 value = loss_fn(output, target)
                 if jnp.shape(value):
-                    raise ValueError(
-                        "loss_fn must return the loss of one example, a scalar, for an output of "
-                        f"shape {output.shape}; got shape {jnp.shape(value)}."
-                    )
+                    shapes = f"shape {jnp.shape(value)} for an output of shape {output.shape}"
+                    raise ValueError(f"loss_fn must return a scalar, of one example; got {shapes}.")
                 return value
 
             return finish(loss, *outputs(*inputs))

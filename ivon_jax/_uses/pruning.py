@@ -42,9 +42,8 @@ def prune(
       threshold: alternatively, prune where |m|/σ is below this number.
 
     Returns:
-      The `Posterior` with mean 0 and precision +inf at pruned weights (prediction, sampling and
-      `ivon(prior=...)` all leave such weights at zero), and a tree of bools: False where this
-      call has pruned.
+      The `Posterior` with mean 0 and precision +inf at pruned weights (which prediction, sampling
+      and `ivon(prior=...)` leave at zero), and a tree of bools: False where this call has pruned.
 
     Raises:
       ValueError: if not exactly one of `fraction` and `threshold` is given, or it is out of range.

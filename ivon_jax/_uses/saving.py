@@ -92,8 +92,6 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> Posterior:
       ImportError: if safetensors is not installed.
       FileNotFoundError: if there is no such file.
       ValueError: if the file is damaged, was not written by `save`, or does not fit `like`.
-
-    Example: see `save`.
     """
     safetensors = _safetensors()
     from safetensors import SafetensorError, safe_open
@@ -106,9 +104,7 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> Posterior:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     stored = json.loads(metadata.get("ivon_jax", "{}"))
     if stored.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} was not written by ivon_jax.save (its metadata has no format {FORMAT!r})."
-        )
+        raise ValueError(f"{path} was not written by ivon_jax.save (no format {FORMAT!r}).")
     arrays = {name: _exact(name, tensor) for name, tensor in tensors.items()}
     if like is not None:
         return Posterior(*(_shaped(part, arrays, like) for part in Posterior._fields))
@@ -180,10 +176,8 @@ def _shaped(part: str, arrays: dict[str, jax.Array], like: PyTree) -> PyTree:
         raise ValueError(f"the file does not fit the tree: {lacks}.")
     for name, _, leaf in leaves:
         if arrays[name].shape != jnp.shape(leaf):
-            raise ValueError(
-                f"{name} has shape {arrays[name].shape} in the file, but {jnp.shape(leaf)} is "
-                "expected."
-            )
+            has, wants = arrays[name].shape, jnp.shape(leaf)
+            raise ValueError(f"{name} has shape {has} in the file, but {wants} is expected.")
     return jax.tree.structure(without_nnx(like)).unflatten([arrays[name] for name in names])
 
 
