@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,7 @@ def test_posteriors_of_different_ess_are_weighed_by_their_precisions():
 
 def test_one_model_merges_to_itself():
     for got in (merge([A]), merge([A], base=q([1.0, 1.0], [0.5, 0.5]))):
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), got, A)
+        chex.assert_trees_all_close(got, A, rtol=1e-6)
 
 
 def test_fixed_elements_stay_where_all_models_agree():
