@@ -260,7 +260,7 @@ def test_num_samples_must_be_a_positive_integer(num_samples):
         auto_sample(ivon(0.1, 10), 0, num_samples=num_samples)
 
 
-def test_without_params_it_says_what_to_pass():
+def test_without_params_the_error_says_what_to_pass():
     tx = auto_sample(ivon(0.1, 10), 0)
     with pytest.raises(ValueError, match=r"tx\.update\(grads, state, params\)"):
         tx.update(PARAMS, tx.init(PARAMS))
@@ -271,7 +271,7 @@ def test_a_transformation_without_ivon_is_refused_at_init():
         auto_sample(optax.adam(1e-3), 0).init(PARAMS)
 
 
-def test_noise_and_hess_cannot_be_passed_to_it():
+def test_noise_and_hess_cannot_be_passed_to_auto_sample():
     tx = auto_sample(ivon(0.1, 10), 0)
     for extra in ({"noise": PARAMS}, {"hess": PARAMS}):
         with pytest.raises(ValueError, match="auto_sample draws its own noise"):

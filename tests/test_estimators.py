@@ -183,7 +183,7 @@ def test_with_bfloat16_parameters_samples_are_cast_and_averages_stay_float32():
     assert dtypes == {jnp.dtype(jnp.float32)}
 
 
-def test_a_posterior_can_take_the_place_of_the_state():
+def test_a_posterior_works_in_place_of_the_state():
     state = make_state()
     f = mc_value_and_grad(loss, 3)
     chex.assert_trees_all_close(f(KEY, state, X, Y), f(KEY, posterior(state), X, Y), rtol=1e-6)

@@ -40,7 +40,7 @@ def test_a_number_out_of_range_is_refused_by_name(name, value):
 
 
 @pytest.mark.parametrize("value", ["0.1", None, True, 1j, jnp.array(True), [0.1]])
-def test_what_is_not_a_number_is_refused_by_name(value):
+def test_a_value_that_is_not_a_number_is_refused_by_name(value):
     with pytest.raises(TypeError, match="hess_init must be a real number"):
         ivon(0.1, 10, hess_init=value)
 
@@ -340,7 +340,7 @@ def test_other_extra_arguments_are_ignored():
     tx.update(PARAMS, tx.init(PARAMS), PARAMS, noise=PARAMS, value=1.0, loss_fn=print)
 
 
-def test_trees_without_an_owned_leaf_are_legal():
+def test_trees_without_an_owned_leaf_are_allowed():
     for params in ({}, {"n": jnp.arange(2)}, [None]):
         tx = ivon(0.1, 10)
         state = tx.init(params)
@@ -379,7 +379,7 @@ def test_statistics_that_overflow_show_in_the_mean_even_when_clipped(grad, clip_
 
 
 @pytest.mark.parametrize("ess", [1e-50, 1e40])
-def test_a_number_that_float32_turns_into_zero_or_infinity_is_refused(ess):
+def test_a_number_that_becomes_zero_or_infinity_in_float32_is_refused(ess):
     with pytest.raises(ValueError, match=r"ess must be > 0 and finite in float32"):
         ivon(0.1, ess)
 

@@ -187,7 +187,7 @@ def test_parameters_that_do_not_fit_are_refused_with_their_path(use):
         use(state, {"w": PARAMS["w"]})
 
 
-def test_all_of_it_runs_under_jit_and_vmap():
+def test_posteriors_and_samples_run_under_jit_and_vmap():
     tx = ivon(0.1, **SETTINGS)
     stacked = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), PARAMS)
     states = jax.vmap(tx.init)(stacked)

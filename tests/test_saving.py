@@ -61,7 +61,7 @@ def test_other_frameworks_read_the_file(tmp_path):
     assert tensors["mean.scale"].shape == ()
 
 
-def test_fixed_leaves_of_any_dtype_and_a_state_itself(tmp_path):
+def test_fixed_leaves_of_any_dtype_and_a_state_itself_are_saved(tmp_path):
     params = {"half": jnp.ones(2, jnp.bfloat16), "n": jnp.arange(3), "w": jnp.ones(2)}
     state = ivon(0.1, 10).init({"half": 1, "n": params["n"], "w": params["w"]})
     q = posterior(state, params)

@@ -122,7 +122,7 @@ def test_an_axis_that_is_not_mapped_is_an_error():
 
 
 @pytest.mark.parametrize("value", [3, ["d"], ("d", None)])
-def test_what_is_no_name_of_an_axis_is_refused_at_construction(value):
+def test_an_axis_name_of_the_wrong_type_is_refused_at_construction(value):
     with pytest.raises(TypeError, match="axis_name must be the name of an axis"):
         ivon(0.1, **SETTINGS, axis_name=value)
 

@@ -76,7 +76,7 @@ def test_a_clip_before_ivon_in_a_chain_acts_on_the_gradient(chain):
 
 
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
-def test_auto_sample_may_stand_inside_or_around_a_chain(chain):
+def test_auto_sample_works_inside_and_around_a_chain(chain):
     around, inside = auto_sample(chain(base()), 0), chain(auto_sample(base(), 0))
 
     def two_steps(tx):
@@ -217,7 +217,7 @@ STATIC = {"mask": _is_matrix, "momentum_dtype": jnp.bfloat16}
 
 
 @pytest.mark.parametrize("name", STATIC)
-def test_a_callable_that_is_no_schedule_is_refused_with_a_hint(name):
+def test_a_callable_that_is_not_a_schedule_is_refused_with_a_hint(name):
     factory = optax.inject_hyperparams(ivon, hyperparam_dtype=jnp.float32)
     with pytest.raises((TypeError, ValueError), match=rf"static_args=\('{name}',\)"):
         factory(0.1, ess=100.0, **{name: STATIC[name]}).init(PARAMS)
@@ -313,7 +313,7 @@ adam_promotion = functools.partial(jax.numpy_dtype_promotion, "standard")
 LABELS = {"body": "bayes", "head": "point"}
 
 
-def test_ivon_beside_adam_leaves_each_its_own_leaves():
+def test_ivon_beside_adam_updates_only_its_own_leaves():
     adam = optax.adam(0.01)
     tx = optax.partition({"bayes": base(), "point": adam}, LABELS)
     state = tx.init(NESTED)
@@ -432,7 +432,7 @@ def test_apply_if_finite_leaves_the_state_untouched_by_a_nan_gradient(form):
 
 
 @every_finite_form
-def test_without_it_a_nan_gradient_is_visible_in_the_mean_for_ever(form):
+def test_without_apply_if_finite_a_nan_gradient_stays_in_the_mean(form):
     tx = form.wrap()
     params, state = PARAMS, tx.init(PARAMS)
     for grads in (GRADS, NAN_GRADS, GRADS, GRADS):
@@ -668,7 +668,7 @@ def test_map_params_reaches_mean_hess_and_momentum_and_nothing_else(build):
         np.testing.assert_array_equal(x, np.zeros(like.shape))
 
 
-def test_map_params_passes_by_the_leaves_that_masked_leaves_out():
+def test_map_params_skips_the_leaves_that_masked_leaves_out():
     tx = optax.masked(base(), {"b": False, "w": True})
     mapped = optax.tree.map_params(
         tx,
