@@ -39,14 +39,14 @@ TEST = slice(NUM_TRAIN + 256 * WINDOW, NUM_TRAIN + 768 * WINDOW)
 COVERAGES = np.linspace(0.05, 1.0, 20)
 
 
-@dataclass
-class Args:
+@dataclass(frozen=True)
+class Options:
     """Adapters trained by IVON and by AdamW."""
 
     seeds: int = 3
-    steps: int = 300
     pretrain_steps: int = 600
-    output: Path = Path("lora_finetune.png")
+    steps: int = 300
+    figure: Path = Path("lora_finetune.png")
 
 
 GROUPS = {"lora_a": "adapters", "lora_b": "adapters", "scale": "vectors", "bias": "vectors"}
@@ -175,18 +175,18 @@ def risk(predicted: jax.Array, labels: jax.Array) -> np.ndarray:
     return 100 * np.cumsum(wrong[order])[kept - 1] / kept
 
 
-def main(args: Args) -> None:
+def main(options: Options) -> None:
     """Pre-trains, adapts, prints the table and writes the figure."""
     source, manual, test = texts()
     inputs, labels = test[:, :-1], test[:, 1:]
-    with tqdm(total=1 + 2 * args.seeds, unit="network") as bar:
-        base = pretrain(source, jax.random.key(0), args.pretrain_steps)
+    with tqdm(total=1 + 2 * options.seeds, unit="network") as bar:
+        base = pretrain(source, jax.random.key(0), options.pretrain_steps)
         found = {"base": [predict(BASE, base, inputs)], "AdamW": [], "IVON": []}
         bar.update()
-        for seed in range(args.seeds):
+        for seed in range(options.seeds):
             for method in ("AdamW", "IVON"):
                 key = jax.random.key(seed)
-                params, state = finetune(method, base, manual, key, args.steps)
+                params, state = finetune(method, base, manual, key, options.steps)
                 q = state if method == "IVON" else None
                 found[method].append(predict(ADAPTED, params, inputs, q))
                 bar.update()
@@ -197,7 +197,7 @@ def main(args: Args) -> None:
         ece = cell([100 * float(metrics.ece(x, labels)) for x in seeds], 2)
         rows.append([name, loss, ece, *(cell(risks[name][:, at], 2) for at in (-1, -3, -11))])
     print("\n" + format_table(rows))
-    save_figure(draw(risks), args.output)
+    save_figure(draw(risks), options.figure)
 
 
 def draw(risks: dict[str, np.ndarray]) -> Figure:
@@ -213,4 +213,4 @@ def draw(risks: dict[str, np.ndarray]) -> Figure:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Options))
