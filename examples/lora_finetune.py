@@ -3,8 +3,7 @@
 A character-level transformer is pre-trained on the source code of Python's standard library and
 adapted to 20 kB of the reference manual, both of which ship with Python. In `make_optimizer`, the
 part to copy, IVON owns the adapters, AdamW the gains and biases, and the base matrices stay. Look
-at the errors that are left when the least confident predictions are withheld: AdamW makes slightly
-fewer. The calibration errors are level.
+at the errors that remain without the least confident predictions: AdamW makes slightly fewer.
 
     python examples/lora_finetune.py
 """
@@ -91,9 +90,9 @@ class LoRADense(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Predicts each character from those before it; rank 0 is the base network."""
+    """Predicts each character from those before it."""
 
-    rank: int = 0
+    rank: int = 0  # of the adapters; 0 for the base network
 
     @nn.compact
     def __call__(self, tokens):
@@ -165,8 +164,7 @@ def predict(network: Any, params: Any, tokens: jax.Array, state: Any = None) -> 
 
 def risk(predicted: np.ndarray, labels: jax.Array) -> np.ndarray:
     """Error in % of the most confident predictions, at `COVERAGES`."""
-    order = np.argsort(-predicted.max(-1), axis=None)
-    wrong = np.ravel(predicted.argmax(-1) != labels)[order]
+    wrong = np.ravel(predicted.argmax(-1) != labels)[np.argsort(-predicted.max(-1), axis=None)]
     kept = np.round(COVERAGES * wrong.size).astype(int)
     return 100 * np.cumsum(wrong)[kept - 1] / kept
 
