@@ -1,4 +1,4 @@
-"""Tokens for `gpt2.py`: bytes of text, or the uint16 files that nanoGPT's preparation writes.
+"""Tokens for `main.py`: bytes of text, or the uint16 files that nanoGPT's preparation writes.
 
 The batch of a step is a function of (seed, step) alone: the position in the data is the step's
 number, on any number of processes.

@@ -1,4 +1,4 @@
-"""GPT-2 in Flax linen, for `gpt2.py`: layers stacked for a scan, every weight with its mesh axes.
+"""GPT-2 in Flax linen: layers stacked for a scan, every weight with its mesh axes.
 
 The mesh has three axes: `data` (batch only), `fsdp` (batch, and weights stored in shards) and
 `model` (tensor parallel: heads, hidden units, vocabulary). Where it is used, a weight is cast to

@@ -1,4 +1,4 @@
-"""One training step of `gpt2.py`, with AdamW or IVON behind the same two functions.
+"""One training step, with AdamW or IVON behind the same two functions.
 
 IVON needs no parameters beside its state: the mean in the state is what AdamW calls parameters, and
 hess and momentum take the place of AdamW's two moments.
@@ -180,7 +180,7 @@ def _ivon_trainer(config: Config, layout: Layout, settings: Ivon) -> Trainer:
         _loss(config, layout._replace(batch=("fsdp",)) if own else layout),
         num_samples=settings.samples,
         split_batch=own,
-        batch_size=groups if split else None,
+        sample_batch_size=groups if split else None,
         spmd_axis_name="data" if split else None,
         grad_transform=lambda grads: clip_by_norm(grads, settings.clip_norm),
     )
