@@ -154,8 +154,8 @@ class Checkpoints:
         if chosen == ALL_DAMAGED:
             reasons = "".join(f"\n  step {step}: {reason}" for step, reason in damaged.items())
             raise RuntimeError(
-                f"All checkpoints in {self.directory} are damaged:{reasons}\nTo begin again, delete "
-                "this folder or choose another one."
+                f"All checkpoints in {self.directory} are damaged:{reasons}\nTo begin again, "
+                "delete this folder or choose another one."
             )
         return None if chosen == NOTHING else chosen
 
@@ -177,9 +177,9 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         (self.directory / str(step)).rename(aside)
         warnings.warn(
-            f"The checkpoint of step {step} in {self.directory} is damaged ({reason}); that of step "
-            f"{instead} is used instead. The damaged one is now called {aside.name}; it is not "
-            "used any more and may be deleted.",
+            f"The checkpoint of step {step} in {self.directory} is damaged ({reason}); that of "
+            f"step {instead} is used instead. The damaged one is now called {aside.name}; it is "
+            "not used any more and may be deleted.",
             stacklevel=5,
         )
 

@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,37 +58,26 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
+@dataclass
 class Run:
-    """Training with one optimizer.
+    """Training with one optimizer."""
 
-    Args:
-      options: the command line.
-      config: the model.
-      layout: the mesh.
-      settings: the optimizer.
-      corpus: the data.
-      peak: FLOP/s of all devices.
-    """
+    options: Options
+    config: Config
+    layout: Layout
+    settings: Settings
+    corpus: Corpus
+    peak: float  # FLOP/s of all devices
 
-    def __init__(
-        self,
-        options: Options,
-        config: Config,
-        layout: Layout,
-        settings: Settings,
-        corpus: Corpus,
-        peak: float,
-    ):
-        self.options, self.config, self.layout = options, config, layout
-        self.settings, self.corpus = settings, corpus
-        self.name = type(settings).__name__.lower()
-        self.folder = options.output / self.name
-        self.utilisation = config.flops_per_token() / peak
+    def __post_init__(self) -> None:
+        skip, layout = self.options.skip_bad_steps, self.layout
+        self.name = type(self.settings).__name__.lower()
+        self.folder = self.options.output / self.name
         self.init_key, self.run_key, self.evaluation_key = jax.random.split(
-            jax.random.key(options.seed), 3
+            jax.random.key(self.options.seed), 3
         )
-        self.trainer = gpt2_training.make_trainer(config, layout, settings, options.skip_bad_steps)
-        params = gpt2_model.abstract_params(config, layout)
+        self.trainer = gpt2_training.make_trainer(self.config, layout, self.settings, skip)
+        params = gpt2_model.abstract_params(self.config, layout)
         self.abstract = gpt2_training.abstract_state(self.trainer, params, layout)
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
         self.is_finite = jax.jit(gpt2_training.is_finite, out_shardings=layout.sharding())
@@ -128,10 +118,12 @@ class Run:
         options, first = self.options, jax.process_index() == 0
         evaluate = self._evaluator()
         step_fn, megabytes = self.compiled_step()
-        metrics = gpt2_report.Metrics(self.folder / "metrics.jsonl", start, writes=first)
-        metrics.write(step=start, step_memory_mb=megabytes)
+        write = gpt2_report.metrics_writer(self.folder / "metrics.jsonl", start)
+        write(step=start, step_memory_mb=megabytes)
         tokens = options.batch * self.config.context
-        throughput = gpt2_report.Throughput(start, tokens, self.utilisation)
+        throughput = gpt2_report.Throughput(
+            start, tokens, self.config.flops_per_token() / self.peak
+        )
         title = gpt2_report.NAMES[self.name]
         bar = tqdm(total=options.steps, initial=start, desc=title, disable=None if first else True)
         not_finite = 0  # losses in a row
@@ -146,13 +138,13 @@ class Run:
                 if not (logs or evaluates or saves):
                     continue
                 loss = float(loss)
-                metrics.write(step=step, loss=loss, **throughput.count(step))
+                write(step=step, loss=loss, **throughput.count(step))
                 bar.set_postfix(loss=f"{loss:.3f}")
                 not_finite = 0 if math.isfinite(loss) else not_finite + 1
                 if saves or not_finite:  # no bad state takes a good one's place
                     self._check_finite(step, state, not_finite)
                 if evaluates:
-                    metrics.write(step=step, **evaluate(state))
+                    write(step=step, **evaluate(state))
                 if saves:
                     checkpoints.save(step, state)
                 throughput.restart(step)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import AxisType
 
-from examples.gpt2.data import Corpus, fingerprint
+from examples.gpt2.data import Corpus
 from examples.gpt2.model import MESH_AXES, PRESETS, Config, Layout
 from examples.gpt2.training import ADAMW_RATES, IVON_RECIPES, TINY_IVON_RATE, AdamW, Ivon, Settings
 
@@ -100,7 +100,8 @@ def make_layout(options: Options) -> Layout:
     if math.prod(sizes.values()) != count:
         raise ValueError(
             f"--mesh {options.mesh} needs {math.prod(sizes.values())} devices, but there are "
-            f"{count}. (To try a mesh on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count=8.)"
+            f"{count}. (To try a mesh on a CPU: "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=8.)"
         )
     kind = AxisType.Explicit if options.axis_types == "explicit" else AxisType.Auto
     return Layout(jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(kind,) * 3))
@@ -147,7 +148,7 @@ def optimizer_settings(options: Options, optimizer: str) -> Settings:
     if warmup >= options.steps:
         raise ValueError(f"--warmup {warmup} must be less than --steps {options.steps}.")
     if kind is AdamW:
-        chosen = {"learning_rate": ADAMW_RATES[options.preset]}
+        chosen: dict[str, Any] = {"learning_rate": ADAMW_RATES[options.preset]}
     else:
         published = IVON_RECIPES[options.preset].settings
         chosen = {name: value for name, value in published.items() if name in own}
@@ -193,7 +194,7 @@ def run_description(
         "optimizer": {"name": type(settings).__name__, **dataclasses.asdict(settings)},
         "data": {
             "corpus": corpus.name,
-            "fingerprint": fingerprint(corpus),
+            "fingerprint": corpus.fingerprint(),
             "batch": options.batch,
             "micro_batches": options.micro_batches,
             "seed": options.seed,

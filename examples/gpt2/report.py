@@ -4,6 +4,7 @@ import json
 import math
 import time
 import timeit
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Throughput:
     Args:
       step: the step that the run starts after.
       tokens: per step.
-      utilisation: share of the peak that one token per second is.
+      utilisation: share of the peak that one token per second takes.
     """
 
     def __init__(self, step: int, tokens: int, utilisation: float):
@@ -76,30 +77,26 @@ class Throughput:
         return {"tokens_per_second": rate, "mfu_percent": 100 * rate * self._utilisation}
 
 
-class Metrics:
-    """A file of JSON lines, one per record, of which those after a restored step are dropped.
+def metrics_writer(path: Path, restored_step: int) -> Callable[..., None]:
+    """`write(step=…, …)` adds a record to a file of JSON lines, on the first process.
 
-    Args:
-      path: of the file.
-      restored_step: step that the run goes on from.
-      writes: whether this process writes.
+    Records after the step that the run goes on from are dropped. Numbers that are not finite become
+    null, as JSON has no others.
     """
+    if jax.process_index():
+        return lambda **_: None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [x for x in read_metrics(path) if x["step"] <= restored_step and restored_step]
+    new = path.with_suffix(".new")
+    new.write_text("".join(json.dumps(x) + "\n" for x in kept))
+    new.replace(path)
 
-    def __init__(self, path: Path, restored_step: int, writes: bool):
-        self._path = path if writes else None
-        if writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [x for x in read_metrics(path) if x["step"] <= restored_step and restored_step]
-            new = path.with_suffix(".new")
-            new.write_text("".join(json.dumps(x) + "\n" for x in kept))
-            new.replace(path)
+    def write(**record: Any) -> None:
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
-    def write(self, **record: Any) -> None:
-        """Adds a record; numbers that are not finite become null, as JSON has no others."""
-        if self._path is not None:
-            record = {k: v if math.isfinite(v) else None for k, v in record.items()}
-            with self._path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+    return write
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
