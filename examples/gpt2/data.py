@@ -42,12 +42,7 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(path: Path | None, vocabulary: int | None = None) -> Corpus:
-    """A text file, a folder with train.bin and val.bin, or by default Python's standard library.
-
-    Args:
-      path: the file or folder.
-      vocabulary: number of token ids; 256 for text and 50304 for token files if not given.
-    """
+    """A text file, a folder with train.bin and val.bin, or by default Python's standard library."""
     if path is None:
         name, files = "Python's standard library", sorted(Path(os.__file__).parent.glob("*.py"))
         tokens = np.frombuffer(b"\n".join(file.read_bytes() for file in files), np.uint8)
@@ -73,11 +68,7 @@ def _token_file(path: Path) -> np.ndarray:
 
 
 def check_same_everywhere(corpus: Corpus) -> None:
-    """Compares the data of all processes, whose batches would be mixtures if they differed.
-
-    Raises:
-      ValueError: on every process, naming those that differ.
-    """
+    """Compares the data of all processes, whose batches would be mixtures if they differed."""
     own = np.frombuffer(bytes.fromhex(corpus.fingerprint()), np.uint32)
     every = multihost_utils.process_allgather(own[None], tiled=True)
     others = [i for i, digest in enumerate(every) if not np.array_equal(digest, every[0])]

@@ -120,10 +120,8 @@ class Run:
         step_fn, megabytes = self.compiled_step()
         write = gpt2_report.metrics_writer(self.folder / "metrics.jsonl", start)
         write(step=start, step_memory_mb=megabytes)
-        tokens = options.batch * self.config.context
-        throughput = gpt2_report.Throughput(
-            start, tokens, self.config.flops_per_token() / self.peak
-        )
+        tokens = options.batch * self.config.context  # per step
+        seconds, since = 0.0, time.perf_counter()  # without compilation, evaluation and saving
         title = gpt2_report.NAMES[self.name]
         bar = tqdm(total=options.steps, initial=start, desc=title, disable=None if first else True)
         not_finite = 0  # losses in a row
@@ -138,7 +136,10 @@ class Run:
                 if not (logs or evaluates or saves):
                     continue
                 loss = float(loss)
-                write(step=step, loss=loss, **throughput.count(step))
+                seconds += time.perf_counter() - since
+                rate = (step - start) * tokens / seconds
+                utilisation = 100 * rate * self.config.flops_per_token() / self.peak
+                write(step=step, loss=loss, tokens_per_second=rate, mfu_percent=utilisation)
                 bar.set_postfix(loss=f"{loss:.3f}")
                 not_finite = 0 if math.isfinite(loss) else not_finite + 1
                 if saves or not_finite:  # no bad state takes a good one's place
@@ -147,7 +148,7 @@ class Run:
                     write(step=step, **evaluate(state))
                 if saves:
                     checkpoints.save(step, state)
-                throughput.restart(step)
+                since = time.perf_counter()
 
     def _check_finite(self, step: int, state: TrainState, not_finite: int) -> None:
         if not self.is_finite(state) or not_finite >= MAX_NOT_FINITE:
@@ -173,7 +174,7 @@ class Run:
             parts = [nll(jax.random.fold_in(key, i), state, x) for i, x in enumerate(batches)]
             means = jax.tree.map(lambda *xs: sum(map(float, xs)) / len(xs), *parts)
             losses = ", ".join(f"{value:.4f} ({name})" for name, value in means.items())
-            say(f"  step {int(state.step)}, validation loss {losses.replace(' (mean)', '')}")
+            say(f"  step {int(state.step)}, validation loss {losses}")
             return {f"validation_{name}": value for name, value in means.items()} | {
                 f"perplexity_{name}": math.exp(min(value, 50.0)) for name, value in means.items()
             }
@@ -197,9 +198,7 @@ def describe(options: Options, config: Config, layout: Layout, corpus: Corpus) -
 def prepare(options: Options) -> list[Run]:
     """Joins the processes, reads the data and sets up the runs; compiles none of them yet.
 
-    Raises:
-      ValueError: if options do not fit each other, the data or the devices.
-      OSError: if there are no data, or the output cannot be written.
+    What does not fit is a ValueError or an OSError.
     """
     options.check()
     start_processes(options)

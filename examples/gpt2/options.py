@@ -67,11 +67,7 @@ class Options:
     keep: int = 3  # newest checkpoints
 
     def check(self) -> None:
-        """Refuses values that no run can have.
-
-        Raises:
-          ValueError: naming the option.
-        """
+        """Refuses values that no run can have."""
         free = ("seed", "process_id", "weight_decay", "b2", "skip_bad_steps", "distributed")
         for name, value in vars(self).items():
             number = isinstance(value, int | float) and name not in (*free, "remat")
@@ -90,11 +86,7 @@ def flag(name: str) -> str:
 
 
 def make_layout(options: Options) -> Layout:
-    """The mesh over all devices of all processes.
-
-    Raises:
-      ValueError: if --mesh cannot be read or does not give the number of devices.
-    """
+    """The mesh over all devices of all processes."""
     count = jax.device_count()
     sizes = mesh_sizes(options.mesh or f"data={count}")
     if math.prod(sizes.values()) != count:
@@ -129,11 +121,7 @@ def model_config(options: Options, corpus: Corpus) -> Config:
 
 
 def optimizer_settings(options: Options, optimizer: str) -> Settings:
-    """The preset's settings with what the options change.
-
-    Raises:
-      ValueError: if an option is not one of this optimizer, or could be meant for another.
-    """
+    """The preset's settings with what the options change."""
     kind = AdamW if optimizer == "adamw" else Ivon
     own = {field.name for field in dataclasses.fields(kind)}
     either = [f.name for x in (AdamW, Ivon) for f in dataclasses.fields(x)]
@@ -158,11 +146,7 @@ def optimizer_settings(options: Options, optimizer: str) -> Settings:
 
 
 def check_divisible(options: Options, config: Config, sizes: dict[str, int]) -> None:
-    """Refuses what cannot be split evenly over the mesh, before anything is compiled.
-
-    Raises:
-      ValueError: naming the option.
-    """
+    """Refuses what cannot be split evenly over the mesh, before anything is compiled."""
     data, fsdp, samples = sizes["data"], sizes["fsdp"], options.samples or 1
     if samples > 1 and samples % data:
         raise ValueError(

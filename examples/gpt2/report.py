@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 import timeit
 from collections.abc import Callable
 from pathlib import Path
@@ -32,9 +31,7 @@ NAMES = {"adamw": "AdamW", "ivon": "IVON"}
 def peak_flops(tflops: float | None, dtype: str) -> tuple[float, str]:
     """FLOP/s of all devices, and where the number is from.
 
-    Args:
-      tflops: 1e12 FLOP/s of one device, if the user knows them.
-      dtype: of the computation, in which unknown devices are measured.
+    Unknown devices, for which no number is given, are measured in this dtype.
     """
     device, count = jax.local_devices()[0], jax.device_count()
     if tflops is not None:
@@ -48,33 +45,6 @@ def peak_flops(tflops: float | None, dtype: str) -> tuple[float, str]:
     # The devices of a CPU share its cores.
     units = jax.process_count() if device.platform == "cpu" else count
     return 2 * 2048**3 / seconds * units, f"measured with {dtype} products of 2048 x 2048 matrices"
-
-
-class Throughput:
-    """Tokens per second and utilisation over a run, without compilation, evaluation and saving.
-
-    Args:
-      step: the step that the run starts after.
-      tokens: per step.
-      utilisation: share of the peak that one token per second takes.
-    """
-
-    def __init__(self, step: int, tokens: int, utilisation: float):
-        self._tokens, self._utilisation = tokens, utilisation
-        self._steps, self._seconds = 0, 0.0
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Leaves out the time since the last count."""
-        self._since = (step, time.perf_counter())
-
-    def count(self, step: int) -> dict[str, float]:
-        """The rates so far; to be called when the step has been computed."""
-        self._steps += step - self._since[0]
-        self._seconds += time.perf_counter() - self._since[1]
-        self.restart(step)
-        rate = self._steps * self._tokens / self._seconds
-        return {"tokens_per_second": rate, "mfu_percent": 100 * rate * self._utilisation}
 
 
 def metrics_writer(path: Path, restored_step: int) -> Callable[..., None]:

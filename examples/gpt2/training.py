@@ -82,14 +82,7 @@ class Trainer(NamedTuple):
 def make_trainer(
     config: Config, layout: Layout, settings: Settings, skip_bad_steps: bool = False
 ) -> Trainer:
-    """The trainer for these settings.
-
-    Args:
-      config: the model.
-      layout: the mesh.
-      settings: the optimizer.
-      skip_bad_steps: leave the state as it is where a gradient is not finite.
-    """
+    """The trainer; on request the state stays as it is where a gradient is not finite."""
     is_ivon = isinstance(settings, Ivon)
     tx, step = (_ivon if is_ivon else _adamw)(config, layout, settings)
 
@@ -215,13 +208,7 @@ def is_finite(state: TrainState) -> Array:
 
 
 def abstract_state(trainer: Trainer, params: PyTree, layout: Layout) -> Any:
-    """Shapes, dtypes and shardings of a state: moments lie where their parameters lie.
-
-    Args:
-      trainer: the trainer.
-      params: shapes, dtypes and shardings of the parameters.
-      layout: where to put the rest, a copy on each device.
-    """
+    """Shapes, dtypes and shardings of a state: moments lie where their parameters lie."""
     state: Any = jax.eval_shape(lambda p: trainer.init(p, jax.random.key(0)), params)
     copied = layout.sharding()
 
@@ -253,9 +240,7 @@ def evaluator(
         mean = posterior_mean(state.opt_state)
         draws = at_samples(key, state.opt_state, windows)
         averaged = jax.nn.logsumexp(draws, axis=0) - jnp.log(float(samples))
-        return {
-            "mean": -jnp.mean(log_likelihoods(mean, windows)),
-            "averaged": -jnp.mean(averaged),
-        }
+        at_mean = log_likelihoods(mean, windows)
+        return {"mean": -jnp.mean(at_mean), "averaged": -jnp.mean(averaged)}
 
     return evaluate

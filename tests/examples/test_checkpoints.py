@@ -101,8 +101,8 @@ def test_a_checkpoint_of_another_run_names_every_difference(tmp_path):
     with pytest.raises(ValueError, match="another model") as error:
         restored(tmp_path, like=other)
     for difference in (
-        '[\'w\'] is "float32[2, 3]" there and "float32[2, 4]" here',
-        '[\'n\'] is "int32[]" there and "float32[]" here',
+        "['w'] is float32[2, 3] there and float32[2, 4] here",
+        "['n'] is int32[] there and float32[] here",
         "['v'] is absent there",
     ):
         assert difference in str(error.value)
