@@ -44,7 +44,6 @@ def folders(directory):
 
 def assert_is(checkpoint, step):
     assert checkpoint[0] == step
-    chex.assert_trees_all_equal_shapes_and_dtypes(checkpoint[1], numbers(step))
     chex.assert_trees_all_equal(checkpoint[1], numbers(step), strict=True)
 
 
@@ -71,8 +70,7 @@ def test_a_state_on_four_devices_continues_on_fewer_bit_for_bit(tmp_path, device
     )
     step, back = restored(tmp_path / "new" / "folder", like)
     assert step == 7
-    chex.assert_trees_all_equal_shapes_and_dtypes(back, state)
-    chex.assert_trees_all_equal(back, jax.device_get(state))
+    chex.assert_trees_all_equal(back, state, strict=True)
     assert jax.tree.map(lambda x: x.sharding, back) == shardings
 
 
@@ -91,7 +89,7 @@ def test_the_last_few_are_kept_each_step_once_and_runs_are_not_mixed(tmp_path):
 def test_a_checkpoint_of_another_run_names_every_difference(tmp_path):
     fill(tmp_path, [1])
     run = {"model": {"width": 256, "depth": 2, "heads": 4}, "data": "tokens", "betas": [0.9, 0.99]}
-    with pytest.raises(ValueError, match="another model, optimizer or data set: (.*)") as error:
+    with pytest.raises(ValueError, match="another model, optimizer or data set") as error:
         restored(tmp_path, run=run)
     assert (
         "lr is 0.1 there and absent here; model.heads is absent there and 4 here; "
