@@ -214,7 +214,7 @@ def difference(base: Counter[Collective], found: Counter[Collective]) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Compiles what is missing in the file of results, and prints the tables."""
-    options = tyro.cli(Options, args=args, description=__doc__)
+    options = tyro.cli(Options, args=args, description=(__doc__ or "").splitlines()[0])
     rows = read(options.results)
     wanted = [
         (preset, topology, options.micro_batches, method)

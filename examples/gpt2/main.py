@@ -1,4 +1,4 @@
-"""GPT-2 with AdamW and IVON, on one core or on a mesh of many devices and processes.
+r"""GPT-2 with AdamW and IVON, on one core or on a mesh of many devices and processes.
 
     python examples/gpt2/main.py                                  # tiny, both optimizers, two cores
     python examples/gpt2/main.py --preset small --optimizer ivon --data openwebtext --steps 100000 \
@@ -228,7 +228,7 @@ def report(folder: Path) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Trains with each optimizer, and reports."""
-    options = tyro.cli(Options, args=args, description=__doc__)
+    options = tyro.cli(Options, args=args, description=(__doc__ or "").splitlines()[0])
     start = time.perf_counter()
     runs: list[Run] = []
     try:

@@ -14,6 +14,8 @@ from examples.gpt2.data import Corpus
 from examples.gpt2.model import MESH_AXES, PRESETS, Config, Layout
 from examples.gpt2.training import ADAMW_RATES, IVON_RECIPES, TINY_IVON_RATE, AdamW, Ivon, Settings
 
+TUNED = ("learning_rate", "weight_decay", "ess", "hess_init", "b2", "clip_radius", "samples")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -35,13 +37,13 @@ class Options:
     seed: int = 0
     skip_bad_steps: bool = False  # leave the state as it is where a gradient is not finite
 
-    # Of the optimizer, if --optimizer names one; None: the preset's.
+    # of the optimizer, if --optimizer names one; None: the preset's
     learning_rate: float | None = None
-    weight_decay: float | None = None
+    weight_decay: float | None = None  # None: the preset's, here and below
     ess: float | None = None  # IVON's effective sample size
-    hess_init: float | None = None
+    hess_init: float | None = None  # IVON's
     b2: float | None = None  # IVON's β₂
-    clip_radius: float | None = None
+    clip_radius: float | None = None  # IVON's
     # posterior samples of every micro-batch, each on its own part of it: a multiple of the mesh's
     # `data`, so that each index of it evaluates others; None: 1 for all
     samples: int | None = None
@@ -68,10 +70,9 @@ class Options:
 
     def check(self) -> None:
         """Refuses values that no run can have."""
-        free = ("seed", "process_id", "weight_decay", "b2", "skip_bad_steps", "distributed")
+        free = ("seed", "process_id", "weight_decay", "b2")
         for name, value in vars(self).items():
-            number = isinstance(value, int | float) and name not in (*free, "remat")
-            if number and not 0 < value < math.inf:
+            if type(value) in (int, float) and name not in free and not 0 < value < math.inf:
                 raise ValueError(f"{flag(name)} must be positive and finite, but is {value}.")
         if re.match(r"\w+:/", str(self.output)):
             raise ValueError(
@@ -124,8 +125,7 @@ def optimizer_settings(options: Options, optimizer: str) -> Settings:
     """The preset's settings with what the options change."""
     kind = AdamW if optimizer == "adamw" else Ivon
     own = {field.name for field in dataclasses.fields(kind)}
-    either = [f.name for x in (AdamW, Ivon) for f in dataclasses.fields(x)]
-    given = {name: vars(options).get(name) for name in either if name not in ("steps", "warmup")}
+    given = {name: getattr(options, name) for name in TUNED}
     given = {name: value for name, value in given.items() if value is not None}
     flags = ", ".join(map(flag, given))
     if given and len(options.optimizer) > 1:
