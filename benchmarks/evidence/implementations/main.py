@@ -225,11 +225,12 @@ def notes(journal: Journal, options: Options, seeds: int) -> str:
     return (
         f"1,000 training and 797 test digits of scikit-learn, a perceptron 64-128-128-10, "
         f"{options.epochs} epochs in batches of {BATCH_SIZE}, ess = 1,000, {options.samples} "
-        f"posterior samples; {seeds} seeds, mean ± standard error. A seed has the same initial weights and "
-        "batches on both sides; IVON's noise is each side's own. Differences are ours less "
-        "PyTorch's, paired by seed: 'the same' is within two standard errors. The cosine begins "
-        "with a warmup of 5 % of the steps. Both sides run step by step, forward and backward "
-        f"pass included; a step is timed in turn with the others. Beside it: {versions}."
+        f"posterior samples; {seeds} seeds, mean ± standard error. A seed has the same initial "
+        "weights and batches on both sides; IVON's noise is each side's own. Differences are ours "
+        "less PyTorch's, paired by seed: 'the same' is within two standard errors. The cosine "
+        "begins with a warmup of 5 % of the steps. Both sides run step by step, forward and "
+        "backward pass included; a step is timed in turn with the others. Beside it: "
+        f"{versions}."
     )
 
 
