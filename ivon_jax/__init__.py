@@ -3,9 +3,15 @@
 from ivon_jax import metrics, recipes
 from ivon_jax._core.auto_sampling import AutoSampleState, auto_sample, reseed
 from ivon_jax._core.estimators import mc_value_and_grad
-from ivon_jax._core.kl import kl_divergence
 from ivon_jax._core.optimizer import ivon
-from ivon_jax._core.posteriors import posterior, posterior_mean, prior_of, with_ess, with_mean
+from ivon_jax._core.posteriors import (
+    kl_divergence,
+    posterior,
+    posterior_mean,
+    prior_of,
+    with_ess,
+    with_mean,
+)
 from ivon_jax._core.sampling import sample_params
 from ivon_jax._core.state import IVONState, Posterior
 from ivon_jax._uses.linearization import Linearized, linearize, probit_log_probs

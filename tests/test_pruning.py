@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ivon_jax import Posterior, ivon, prune, sample_params, signal_to_noise
-from ivon_jax._uses.order import lower_quantiles
+from ivon_jax._uses.pruning import lower_quantiles
 
 
 def random_posterior(seed=0):

@@ -9,22 +9,30 @@ import optax
 
 from ivon_jax._core.axes import varying_axes, varying_over
 from ivon_jax._core.checks import check_positive, renamed
-from ivon_jax._core.compiler import rounded
-from ivon_jax._core.lean import check_recoverable, with_means, without_means
 from ivon_jax._core.noise import THREEFRY, derived_keys
-from ivon_jax._core.optimizer import difference
-from ivon_jax._core.sampling import PosteriorNoise, threefry_key
+from ivon_jax._core.sampling import displaced, threefry_key
 from ivon_jax._core.state import (
     AutoSampleState,
     IVONState,
     Window,
+    current_noise,
     find_states,
-    gaussian,
     gaussian_mean,
     is_auto_sample_state,
-    is_ivon_state,
+    map_states,
+    owned_leaves,
+    with_means,
+    without_means,
 )
-from ivon_jax._core.trees import PyTree, Slots, copy_array, get_field, set_fields, wide_dtype
+from ivon_jax._core.trees import (
+    Owned,
+    PyTree,
+    copy_array,
+    difference,
+    get_field,
+    set_fields,
+    wide_dtype,
+)
 from ivon_jax._core.windows import Draw
 
 
@@ -96,16 +104,17 @@ def auto_sample(
     def init(params: PyTree) -> AutoSampleState:
         inner_state = inner.init(params)
         find_states(inner_state)
-        if not store_mean:
-            check_recoverable(inner_state, params)
         if num_samples > 1:
-            inner_state = _map_states(_with_window, inner_state)
+            inner_state = map_states(_with_window, inner_state)
+        if not store_mean:
+            _check_recoverable(owned_leaves(inner_state), params)
+            inner_state = without_means(inner_state)
         return AutoSampleState(
             key=copy_array(key_data),
             draw_key=copy_array(key_data),
             calls=jnp.zeros([], jnp.int32),
             at_mean=jnp.array(True),
-            inner_state=inner_state if store_mean else without_means(inner_state),
+            inner_state=inner_state,
             mirrored=jnp.array(False) if antithetic else (),
         )
 
@@ -122,11 +131,14 @@ def auto_sample(
                 "auto_sample draws its own noise: leave noise= and hess= out, or use the "
                 "transformation inside it with sample_params."
             )
+        own = owned_leaves(state.inner_state)
+        owned, _ = own.split("params", params)
+        own.check_shapes("params", owned)
         if not store_mean:
             state = with_means(state, params)
         calls = state.calls + 1
         draw = Draw(
-            noise=_current_noise(state, params),
+            noise=own.join(_noise_of(state, owned)),
             at_sample=jnp.logical_not(state.at_mean),
             closes=calls == num_samples,
         )
@@ -149,7 +161,11 @@ def auto_sample(
                 draw_key=jnp.where(mirrored, state.draw_key, draw_key),
                 mirrored=mirrored,
             )
-        updates = _move_to_sample(new_state, params, updates)
+        means = jax.tree.leaves(gaussian_mean(inner_state))
+        samples = map(displaced, means, current_noise(new_state))
+        moves = [difference(x, p, p.dtype) for x, p in zip(samples, owned, strict=True)]
+        moved = own.join(moves, own.split("updates", updates)[1])
+        updates = jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(moved))
         if not store_mean:
             new_state = new_state._replace(inner_state=without_means(inner_state))
         return updates, new_state
@@ -216,10 +232,6 @@ def _key_data(key: jax.Array | int) -> jax.Array:
     return jax.random.key_data(threefry_key(key))
 
 
-def _map_states(f: Any, state: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: f(x) if is_ivon_state(x) else x, state, is_leaf=is_ivon_state)
-
-
 def _with_window(state: IVONState) -> IVONState:
     def zeros() -> PyTree:
         return jax.tree.map(jnp.zeros_like, state.mean)
@@ -230,32 +242,21 @@ def _with_window(state: IVONState) -> IVONState:
     return state._replace(window=Window(zero(), zero(), zeros(), zeros()))
 
 
-def _drawn(state: AutoSampleState) -> list[jax.Array]:
-    """The noise of the sample that the state's keys stand for."""
-    key = jax.random.wrap_key_data(state.draw_key, impl=THREEFRY)
-    return PosteriorNoise(gaussian(state.inner_state)).draw(key, state.sign())
-
-
-def _current_noise(state: AutoSampleState, params: PyTree) -> PyTree:
+def _noise_of(state: AutoSampleState, owned: list[jax.Array]) -> list[jax.Array]:
     """θ − m, or for leaves below float32, which rounding has moved, the draw itself."""
-    slots = Slots(gaussian_mean(state.inner_state))
-    owned, _ = slots.split("params", params)
-    slots.check_shapes("params", owned)
+    means = jax.tree.leaves(gaussian_mean(state.inner_state))
+    noise = [p.astype(m.dtype) - m for p, m in zip(owned, means, strict=True)]
     narrow = [wide_dtype(p.dtype) != p.dtype for p in owned]
-    noise = [p.astype(m.dtype) - m for p, m in zip(owned, slots.leaves, strict=True)]
-    if any(narrow):
-        noise = [d if low else n for d, n, low in zip(_drawn(state), noise, narrow, strict=True)]
-    return slots.join(noise)
+    drawn = current_noise(state) if any(narrow) else noise
+    return [d if low else n for d, n, low in zip(drawn, noise, narrow, strict=True)]
 
 
-def _move_to_sample(state: AutoSampleState, params: PyTree, updates: PyTree) -> PyTree:
-    """Replaces the owned leaves of `updates` by the state's sample minus `params`."""
-    slots = Slots(gaussian_mean(state.inner_state))
-    owned, _ = slots.split("params", params)
-    _, others = slots.split("updates", updates)
-    moves = [
-        difference(m + rounded(n), p, p.dtype)
-        for m, n, p in zip(slots.leaves, _drawn(state), owned, strict=True)
-    ]
-    pure = slots.join(moves, others)
-    return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(pure))
+def _check_recoverable(own: Owned, params: PyTree) -> None:
+    """Refuses parameters in which a mean that is not stored would drown in rounding."""
+    for path, p in zip(own.paths, own.split("params", params)[0], strict=True):
+        if wide_dtype(p.dtype) != p.dtype:
+            raise TypeError(
+                f"store_mean=False recovers the mean from the loop's parameters, and these are "
+                f"{p.dtype} at {path or 'the root'}, which would lose its low bits at every step: "
+                "use store_mean=True, or float32 parameters."
+            )

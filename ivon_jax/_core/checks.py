@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ivon_jax._core.axes import varying_axes
-from ivon_jax._core.trees import PyTree, Slots
+from ivon_jax._core.trees import Owned, PyTree
 
 Number = float | jax.Array
 _P = ParamSpec("_P")
@@ -163,9 +163,9 @@ def check_precision(name: str, precision: PyTree) -> None:
             )
 
 
-def check_floating(slots: Slots, name: str, leaves: list[jax.Array]) -> None:
+def check_floating(own: Owned, name: str, leaves: list[jax.Array]) -> None:
     """Refuses owned leaves that are not real floating arrays, with their path."""
-    for path, x in zip(slots.paths, leaves, strict=True):
+    for path, x in zip(own.paths, leaves, strict=True):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} must be real and floating; got {x.dtype} at {path}.")
 

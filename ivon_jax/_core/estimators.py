@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ivon_jax._core.arguments import argnums, arguments, batch_slices, check_argnums, check_keys
 from ivon_jax._core.axes import split_over, whole_first_axis, zeros_of
 from ivon_jax._core.checks import Number, check_axis_name, check_number, check_positive, renamed
-from ivon_jax._core.lean import gaussian_at
-from ivon_jax._core.sampling import PosteriorNoise, threefry_key
+from ivon_jax._core.rule import hess_estimate
+from ivon_jax._core.sampling import PosteriorNoise, key_words, threefry_key
+from ivon_jax._core.state import gaussian
 from ivon_jax._core.trees import PyTree, wide_dtype
 
 # Value, gradients and the statistic that ĥ is made of, the last two for floating leaves.
@@ -126,17 +126,17 @@ def mc_value_and_grad(
         raise ValueError("batch_argnums is used with split_batch=True only.")
     check_axis_name("axis_name", axis_name)
     check_axis_name("spmd_axis_name", spmd_axis_name)
-    rngs = argnums("rng_argnums", rng_argnums)
-    batches = None if batch_argnums is None else argnums("batch_argnums", batch_argnums)
+    rngs = _argnums("rng_argnums", rng_argnums)
+    batches = None if batch_argnums is None else _argnums("batch_argnums", batch_argnums)
     if set(rngs) & set(batches or ()):
         raise ValueError("an argument cannot be in both rng_argnums and batch_argnums.")
 
     def value_and_grad(
         key: jax.Array, state: PyTree, *args: Any, params: PyTree | None = None
     ) -> tuple[Any, PyTree, PyTree]:
-        check_argnums(len(args), rngs + (batches or ()))
-        q = PosteriorNoise(gaussian_at(state, params), params)
-        floating = _Floating(q.mean())
+        _check_argnums(len(args), rngs + (batches or ()))
+        q = PosteriorNoise(gaussian(state, params), params)
+        mean = q.mean()
         key, first = threefry_key(key), jnp.int32(0)
         if axis_name is not None:
             index = jax.lax.axis_index(axis_name)
@@ -144,28 +144,28 @@ def mc_value_and_grad(
         with jax.threefry_partitionable(True):
             keys = jax.random.split(key, num_samples // 2 if antithetic else num_samples)
         keys = jnp.repeat(keys, 2) if antithetic else keys
-        slices = batch_slices(args, num_samples, split_batch, batches, rngs)
-        check_keys(args, rngs)
+        slices = _batch_slices(args, num_samples, split_batch, batches, rngs)
+        _check_keys(args, rngs)
 
         def at_sample(
             s: jax.Array, sample_key: jax.Array, sliced: dict[int, Any]
         ) -> tuple[_Estimates, Any]:
             sign = jnp.where(s % 2 == 0, 1.0, -1.0) if antithetic else 1.0
             sample, displacement = q.sample(sample_key, sign)
-            here = arguments(args, sliced, rngs, first + s)
-            value, aux, grads = _value_and_grad(fun, has_aux, floating, sample, here)
+            here = _arguments(args, sliced, rngs, first + s)
+            value, aux, grads = _value_and_grad(fun, has_aux, sample, here)
             if grad_transform is not None:
-                grads = _transformed(grad_transform, floating, grads)
+                grads = _transformed(grad_transform, mean, grads)
             grads = [g.astype(wide_dtype(g.dtype)) for g in grads]
             if estimator == "reparam":
-                noise = floating.pick(q.tree(displacement()))
+                noise = _pick(mean, q.tree(displacement()))
                 statistic = [n * g.astype(n.dtype) for n, g in zip(noise, grads, strict=True)]
             elif estimator == "gradsq":
                 statistic = [jnp.asarray(scale, g.dtype) * g * g for g in grads]
             else:
                 # The keys of the samples are fold_in(key, s) with s < S: this is another stream.
                 probe_key = jax.random.fold_in(jax.random.fold_in(key, num_samples), s)
-                statistic = _hutchinson(fun, has_aux, floating, q, probe_key, here)
+                statistic = _hutchinson(fun, has_aux, q, probe_key, here)
             return (value.astype(wide_dtype(value.dtype)), grads, statistic), aux
 
         samples = (jnp.arange(num_samples, dtype=jnp.int32), keys, slices)
@@ -176,56 +176,52 @@ def mc_value_and_grad(
             estimates = jax.lax.pmean(estimates, axis_name)
         value, grads, hess = estimates
         if estimator == "reparam":
-            precision = floating.pick(q.tree(q.precision))
-            hess = [p * x for p, x in zip(precision, hess, strict=True)]
+            precision = _pick(mean, q.tree(q.precision))
+            hess = list(map(hess_estimate, precision, hess))
         # No curvature for leaves that IVON does not own, or that are fixed by infinite precision.
-        free = floating.pick(q.tree([jnp.isfinite(p).astype(p.dtype) for p in q.precision]))
+        free = _pick(mean, q.tree([jnp.isfinite(p).astype(p.dtype) for p in q.precision]))
         hess = [jnp.where(f != 0, x, 0) for f, x in zip(free, hess, strict=True)]
-        grads = floating.place(grads, lambda x: np.zeros(x.shape, jax.dtypes.float0))
-        hess = floating.place(hess, lambda x: jnp.zeros(x.shape, jnp.float32))
+        grads = _place(mean, grads, lambda x: np.zeros(x.shape, jax.dtypes.float0))
+        hess = _place(mean, hess, lambda x: jnp.zeros(x.shape, jnp.float32))
         return ((value, aux) if has_aux else value), grads, hess
 
     return value_and_grad
 
 
-class _Floating:
-    """The differentiable leaves of trees like the parameters."""
+def _is_floating(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
-    def __init__(self, template: PyTree):
-        self._leaves, self._treedef = jax.tree.flatten(template)
-        self._is_floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in self._leaves]
 
-    def pick(self, tree: PyTree) -> list[jax.Array]:
-        leaves = jax.tree.leaves(tree)
-        return [x for x, floating in zip(leaves, self._is_floating, strict=True) if floating]
+def _pick(like: PyTree, tree: PyTree) -> list[jax.Array]:
+    """The leaves of `tree` at the differentiable leaves of `like`."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
+    return [x for x, template in pairs if _is_floating(template)]
 
-    def place(self, leaves: list[jax.Array], other: Callable[[jax.Array], Any]) -> PyTree:
-        """A tree of `leaves`, with `other(leaf)` in the place of the remaining ones."""
-        rest = iter(leaves)
-        return self._treedef.unflatten(
-            next(rest) if floating else other(x)
-            for x, floating in zip(self._leaves, self._is_floating, strict=True)
-        )
+
+def _place(like: PyTree, leaves: list[jax.Array], other: Callable[[jax.Array], Any]) -> PyTree:
+    """The inverse: a tree like `like` with `other(leaf)` in place of the remaining leaves."""
+    rest = iter(leaves)
+    return jax.tree.map(lambda x: next(rest) if _is_floating(x) else other(x), like)
 
 
 def _value_and_grad(
-    fun: Callable[..., Any], has_aux: bool, floating: _Floating, sample: PyTree, args: list[Any]
+    fun: Callable[..., Any], has_aux: bool, sample: PyTree, args: list[Any]
 ) -> tuple[jax.Array, Any, list[jax.Array]]:
-    """Value, aux (or None) and the gradient of the floating leaves."""
+    """Value, aux (or None) and the gradient of the differentiable leaves."""
 
     def of_floating(leaves: list[jax.Array]) -> Any:
-        return fun(floating.place(leaves, lambda x: x), *args)
+        return fun(_place(sample, leaves, lambda x: x), *args)
 
-    out, grads = jax.value_and_grad(of_floating, has_aux=has_aux)(floating.pick(sample))
+    out, grads = jax.value_and_grad(of_floating, has_aux=has_aux)(_pick(sample, sample))
     value, aux = out if has_aux else (out, None)
     return value, aux, grads
 
 
 def _transformed(
-    grad_transform: Callable[[PyTree], PyTree], floating: _Floating, grads: list[jax.Array]
+    grad_transform: Callable[[PyTree], PyTree], like: PyTree, grads: list[jax.Array]
 ) -> list[jax.Array]:
     """The user's transform of a gradient in which integer leaves are `MaskedNode`."""
-    tree = floating.place(grads, lambda _: optax.MaskedNode())
+    tree = _place(like, grads, lambda _: optax.MaskedNode())
     new = grad_transform(tree)
     same = jax.tree.structure(new) == jax.tree.structure(tree)
     if not same or [x.shape for x in jax.tree.leaves(new)] != [g.shape for g in grads]:
@@ -237,24 +233,19 @@ def _transformed(
 
 
 def _hutchinson(
-    fun: Callable[..., Any],
-    has_aux: bool,
-    floating: _Floating,
-    q: PosteriorNoise,
-    key: jax.Array,
-    args: list[Any],
+    fun: Callable[..., Any], has_aux: bool, q: PosteriorNoise, key: jax.Array, args: list[Any]
 ) -> list[jax.Array]:
     """u ⊙ ∇²fun(m)u, with u = ±1 at random where IVON owns the leaf and zero elsewhere."""
     signs = [
         jax.random.rademacher(jax.random.fold_in(key, i), p.shape, p.dtype)
         for i, p in enumerate(q.precision)
     ]
-    mean = floating.pick(q.mean())
-    probe = [u.astype(m.dtype) for u, m in zip(floating.pick(q.tree(signs)), mean, strict=True)]
+    tree = q.mean()
+    mean = _pick(tree, tree)
+    probe = [u.astype(m.dtype) for u, m in zip(_pick(tree, q.tree(signs)), mean, strict=True)]
 
     def gradient(leaves: list[jax.Array]) -> list[jax.Array]:
-        tree = floating.place(leaves, lambda x: x)
-        return _value_and_grad(fun, has_aux, floating, tree, args)[2]
+        return _value_and_grad(fun, has_aux, _place(tree, leaves, lambda x: x), args)[2]
 
     _, products = jax.jvp(gradient, (mean,), (probe,))
     return [(u * x).astype(wide_dtype(x.dtype)) for u, x in zip(probe, products, strict=True)]
@@ -302,3 +293,78 @@ def _mean_over_samples(
             total, last = add(total, jax.tree.map(lambda x: x[groups * size :], samples))
             aux = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), aux, last)
     return jax.tree.map(lambda x: x / num_samples, total), aux
+
+
+def _batch_slices(
+    args: tuple[Any, ...],
+    num_samples: int,
+    split_batch: bool,
+    batch_argnums: tuple[int, ...] | None,
+    rng_argnums: tuple[int, ...],
+) -> dict[int, Any]:
+    """The arguments of `fun` of which each sample gets a slice, with the samples on axis 0."""
+    if not split_batch:
+        return {}
+    if batch_argnums is None:
+        batch_argnums = tuple(i for i in range(1, len(args) + 1) if i not in rng_argnums)
+    return {i: _split(i, args[i - 1], num_samples) for i in batch_argnums}
+
+
+def _check_keys(args: tuple[Any, ...], rng_argnums: tuple[int, ...]) -> None:
+    """Refuses what is named in `rng_argnums` and is not a key."""
+    for i in rng_argnums:
+        try:
+            key_words(args[i - 1])
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"argument {i} of fun is named in rng_argnums but is not a single PRNG key "
+                "(arguments are counted as in jax.grad: the parameters are argument 0)."
+            ) from error
+
+
+def _arguments(
+    args: tuple[Any, ...], sliced: dict[int, Any], rng_argnums: tuple[int, ...], index: jax.Array
+) -> list[Any]:
+    """The positional arguments of `fun` for the sample of this index."""
+    new = list(args)
+    for i, x in sliced.items():
+        new[i - 1] = x
+    for i in rng_argnums:
+        new[i - 1] = jax.random.fold_in(args[i - 1], index)
+    return new
+
+
+def _split(argnum: int, arg: PyTree, num_samples: int) -> PyTree:
+    def split(path: Any, x: Any) -> jax.Array:
+        shape = jnp.shape(x)
+        if not shape or shape[0] % num_samples:
+            raise ValueError(
+                f"split_batch: argument {argnum} of fun has shape {shape}"
+                f"{' at ' + jax.tree_util.keystr(path) if path else ''}, whose leading axis cannot "
+                f"be split into {num_samples} equal slices. Name the arguments to split in "
+                "batch_argnums."
+            )
+        return jnp.reshape(x, (num_samples, shape[0] // num_samples, *shape[1:]))
+
+    return jax.tree_util.tree_map_with_path(split, arg)
+
+
+def _argnums(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    """The option `name` as a tuple of argument numbers."""
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    if not all(isinstance(i, int) and i >= 1 for i in numbers):
+        raise ValueError(
+            f"{name} counts the arguments of fun as in jax.grad, where the parameters are "
+            f"argument 0; expected integers >= 1, got {value!r}."
+        )
+    return numbers
+
+
+def _check_argnums(num_args: int, numbers: tuple[int, ...]) -> None:
+    """Refuses numbers of arguments that were not given."""
+    for i in numbers:
+        if i > num_args:
+            raise ValueError(
+                f"rng_argnums or batch_argnums names argument {i}, but fun was called with the "
+                f"parameters and {num_args} further arguments."
+            )

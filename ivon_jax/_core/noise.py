@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivon_jax._core.compiler import computed_once, running_sums
+from ivon_jax._core.compiler import materialized, running_sums
 
 THREEFRY = "threefry2x32"
 
 SMALL = 2**14
-"""Leaves of at most so many elements share one draw: a kernel of its own for each would cost far
+"""Leaves of up to this many elements share one draw: a kernel of its own for each would cost far
 more to compile than to run."""
 
 # Threefry-2x32 with 20 rounds: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
@@ -83,14 +83,14 @@ def standard_normals(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
 
 
 def derived_keys(key: jax.Array, first: int, number: int) -> jax.Array:
-    """Data of `jax.random.fold_in(key, i)` for so many consecutive i, without loops on a CPU.
+    """Data of `jax.random.fold_in(key, i)` for i = first, …, first+number−1, without loops.
 
     For `first=0` that is `jax.random.split(key, number)` under the partitionable scheme.
     """
     words = jax.random.key_data(key)
     counts = jnp.arange(number, dtype=jnp.uint32) + np.uint32(first)
     derived = jnp.stack(_threefry(words[0], words[1], jnp.zeros_like(counts), counts), axis=1)
-    return computed_once([derived])[0]
+    return materialized([derived])[0]
 
 
 def _is_small(x: jax.Array) -> bool:
@@ -103,7 +103,7 @@ def _sharing_one_draw(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
     sizes = [x.size for x in like]
     drawn = _normal(key, jnp.uint32(0), jnp.zeros(sum(sizes), jnp.float32))
     # Elsewhere than on a CPU the barrier keeps the draw from being repeated for every leaf.
-    drawn = jax.lax.optimization_barrier(*computed_once([drawn]))
+    drawn = jax.lax.optimization_barrier(*materialized([drawn]))
     starts = running_sums(jnp.int32(0), sizes[:-1])
     return [
         jax.lax.dynamic_slice(drawn, [start], [x.size]).reshape(x.shape).astype(x.dtype)

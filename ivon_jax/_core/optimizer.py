@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ivon_jax._core import rule
 from ivon_jax._core.checks import (
     Number,
     check_axis_name,
@@ -19,18 +20,10 @@ from ivon_jax._core.checks import (
     check_scalar,
     check_varying,
 )
-from ivon_jax._core.compiler import computed_once
-from ivon_jax._core.masks import decay_flags
-from ivon_jax._core.priors import (
-    DEFAULT_WEIGHT_DECAY,
-    check_prior,
-    check_same_prior,
-    owned_prior,
-    smallest_decay,
-    start_at_prior,
-)
-from ivon_jax._core.state import IVONState, Posterior, check_single, decay_leaves, leaf_weight_decay
-from ivon_jax._core.trees import PyTree, Slots, copy_array, wide_dtype, without_nnx
+from ivon_jax._core.compiler import materialized
+from ivon_jax._core.priors import prior_source
+from ivon_jax._core.state import IVONState, Posterior, check_single, leaf_priors
+from ivon_jax._core.trees import Owned, PyTree, copy_array, difference, wide_dtype
 from ivon_jax._core.windows import Draw, mean_statistics, step_or_wait
 
 PRECISION_FLOOR = 2.0**-20
@@ -44,7 +37,7 @@ def ivon(
     hess_init: Number = 1.0,
     b1: Number = 0.9,
     b2: Number = 0.99999,
-    weight_decay: Number = DEFAULT_WEIGHT_DECAY,
+    weight_decay: Number | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     clip_radius: Number = math.inf,
     precision_floor: Number = PRECISION_FLOOR,
@@ -85,7 +78,8 @@ def ivon(
       hess_init: h₀, initial value of h.
       b1: β₁, decay of the gradient's moving average.
       b2: β₂, decay of the Hessian's moving average.
-      weight_decay: δ, precision of the Gaussian prior per example; 0 is a flat prior.
+      weight_decay: δ, precision of the Gaussian prior per example; 0 is a flat prior. 1e-4 by
+        default, or what `prior` says.
       mask: leaves that get weight decay, as in `optax.adamw`: a tree of bools, of which
         it may be a prefix, or a function of the parameters (of the mean, where `update` is not
         given them) that returns one. The others have δ = 0.
@@ -99,7 +93,7 @@ def ivon(
       axis_name: mapped axis (or axes) over which ĝ and n⊙ĝ are averaged; each device then
         draws its own noise.
       momentum_dtype: dtype of g; the mean's by default.
-      prior: a general Gaussian prior N(m₀, 1/s₀) in the place of `weight_decay` and `mask`, such
+      prior: a general Gaussian prior N(m₀, 1/s₀) in place of `weight_decay` and `mask`, such
         as yesterday's `posterior(state)`: δ becomes s₀/λ element by element, δm becomes δ(m−m₀),
         and the factor of α is h₀ plus the smallest δ of each leaf. Where s₀ is infinite the
         parameter stays fixed at m₀; where it is zero the prior is flat. It is copied into the
@@ -142,119 +136,68 @@ def ivon(
     if not callable(learning_rate):
         learning_rate = check_number("learning_rate", learning_rate, low=0.0)
     ess = check_number("ess", ess, low=0.0, open_low=True)
-    hess_init = check_number("hess_init", hess_init, low=0.0, open_low=True)
     b1 = check_number("b1", b1, low=0.0, high=1.0)
     b2 = check_number("b2", b2, low=0.0, high=1.0)
-    weight_decay = check_number("weight_decay", weight_decay, low=0.0)
-    clip_radius = check_number("clip_radius", clip_radius, low=0.0, open_low=True, allow_inf=True)
-    precision_floor = check_number(
-        "precision_floor", precision_floor, low=PRECISION_FLOOR, high=1.0
+    constants = rule.Rule(
+        hess_init=check_number("hess_init", hess_init, low=0.0, open_low=True),
+        b1=b1,
+        one_minus_b1=1 - b1,
+        one_minus_b2=1 - b2,
+        clip_radius=check_number(
+            "clip_radius", clip_radius, low=0.0, open_low=True, allow_inf=True
+        ),
+        floor=check_number("precision_floor", precision_floor, low=PRECISION_FLOOR, high=1.0),
+        rescale_lr=rescale_lr,
+        debias=debias,
     )
+    source = prior_source(weight_decay, mask, prior)
     momentum_dtype = check_momentum_dtype(momentum_dtype)
     check_axis_name("axis_name", axis_name)
-    if prior is not None:
-        check_prior(prior, weight_decay, mask)
-    # In double precision for Python numbers: in float32 1 - 0.99999 is off by 0.14 %.
-    one_minus_b1, one_minus_b2 = 1 - b1, 1 - b2
-
-    def decay(mean: PyTree, params: PyTree) -> jax.Array:
-        """δ: a scalar, or with a mask one entry per leaf."""
-        # A copy even of an injected hyperparameter, so that donating the state frees neither.
-        delta = jnp.array(weight_decay, jnp.float32)
-        return delta if mask is None else delta * decay_flags(mask, without_nnx(mean), params)
 
     def init(params: PyTree) -> IVONState:
         mean = jax.tree_util.tree_map_with_path(_owned_mean, params)
-        own_prior = () if prior is None else owned_prior(prior, mean)
-        if own_prior:
-            mean = start_at_prior(mean, own_prior)
+        prior_fields = source.fields(mean, params)
+        mean = source.start(mean, prior_fields)
         return IVONState(
             count=jnp.zeros([], jnp.int32),
             mean=mean,
-            hess=jax.tree.map(lambda m: jnp.full_like(m, hess_init), mean),
+            hess=jax.tree.map(lambda m: jnp.full_like(m, constants.hess_init), mean),
             momentum=jax.tree.map(lambda m: jnp.zeros_like(m, momentum_dtype), mean),
             ess=jnp.array(ess, jnp.float32),
-            weight_decay=smallest_decay(own_prior, ess) if own_prior else decay(mean, params),
-            prior=own_prior,
+            **prior_fields,
         )
+
+    # Traced once for leaves of one shape.
+    statistics = jax.jit(functools.partial(rule.statistics, constants))
+    new_mean = jax.jit(functools.partial(rule.new_mean, constants))
 
     def step(
-        new_decay: jax.Array, state: IVONState, grads: list[jax.Array], hess: list[jax.Array]
+        prior_fields: dict[str, Any],
+        state: IVONState,
+        grads: list[jax.Array],
+        hess: list[jax.Array],
     ) -> IVONState:
         """Lines 3 to 7 of the algorithm, for averaged ĝ and ĥ."""
-        now = state._replace(ess=jnp.array(ess, jnp.float32), weight_decay=new_decay)
         if axis_name is not None:
             grads, hess = jax.lax.pmean((grads, hess), axis_name)
-        lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        check_scalar("the learning rate that the schedule returned", lr)
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        check_scalar("the learning rate that the schedule returned", rate)
         count = optax.safe_increment(state.count)
-        centers = jax.tree.leaves(state.prior.mean) if state.prior else [None] * len(grads)
-        old_deltas, deltas = decay_leaves(state), decay_leaves(now)
-        statistics = [
-            new_statistics(*leaf)
-            for leaf in zip(
-                jax.tree.leaves(state.hess),
-                jax.tree.leaves(state.momentum),
-                grads,
-                hess,
-                old_deltas,
-                deltas,
-                centers,
-                strict=True,
-            )
-        ]
-        new_hess = computed_once([h for h, _ in statistics])
-        mean = [
-            new_mean(lr, count, *leaf)
-            for leaf in zip(
-                jax.tree.leaves(state.mean),
-                new_hess,
-                [g for _, g in statistics],
-                deltas,
-                leaf_weight_decay(new_decay, len(grads)),
-                centers,
-                strict=True,
-            )
-        ]
-        momentum = [
-            g.astype(old.dtype)
-            for (_, g), old in zip(statistics, jax.tree.leaves(state.momentum), strict=True)
-        ]
-        return now._replace(
-            count=count,
-            mean=jax.tree.unflatten(jax.tree.structure(state.mean), computed_once(mean)),
-            hess=jax.tree.unflatten(jax.tree.structure(state.hess), new_hess),
+        new = state._replace(count=count, ess=jnp.array(ess, jnp.float32), **prior_fields)
+        m, h, g = (jax.tree.leaves(tree) for tree in (state.mean, state.hess, state.momentum))
+        old_deltas = [prior.delta for prior in leaf_priors(state)]
+        priors = leaf_priors(new)
+        h_and_g = list(map(statistics, h, g, grads, hess, old_deltas, priors))
+        h, momentum = materialized([h for h, _ in h_and_g]), [g for _, g in h_and_g]
+        m = materialized(
+            list(map(functools.partial(new_mean, rate, count), m, h, momentum, priors))
+        )
+        momentum = [x.astype(old.dtype) for x, old in zip(momentum, g, strict=True)]
+        return new._replace(
+            mean=jax.tree.unflatten(jax.tree.structure(state.mean), m),
+            hess=jax.tree.unflatten(jax.tree.structure(state.hess), h),
             momentum=jax.tree.unflatten(jax.tree.structure(state.momentum), momentum),
         )
-
-    @jax.jit  # as below: traced once for leaves of one shape
-    def new_statistics(h, g, grad, hess, old_delta, delta, m0):
-        def real(x):
-            return jnp.asarray(x, h.dtype)
-
-        g_new = real(b1) * real(g) + real(one_minus_b1) * grad
-        d = real(one_minus_b2) * (hess - h)
-        h_new = h + (d + 0.5 * d * (d / (h + real(old_delta))))
-        floor = real(precision_floor) * (real(hess_init) + real(delta))
-        h_new = jnp.maximum(h_new, floor - real(delta))
-        return h_new if m0 is None else jnp.where(jnp.isinf(delta), h, h_new), g_new
-
-    @jax.jit
-    def new_mean(lr, count, m, h_new, g_new, delta, rate_delta, m0):
-        def real(x):
-            return jnp.asarray(x, m.dtype)
-
-        delta = real(delta)
-        g_bar = g_new * (1 / _bias_correction(b1, real(count))) if debias else g_new
-        numerator = g_bar + delta * (m if m0 is None else m - m0)
-        # Neither the clip nor the division may turn a statistic that has overflowed into a number.
-        proper = jnp.isfinite(numerator) & jnp.isfinite(h_new)
-        u = jnp.where(proper, numerator / (h_new + delta), jnp.nan)
-        if not (isinstance(clip_radius, float) and math.isinf(clip_radius)):
-            u = jnp.clip(u, -real(clip_radius), real(clip_radius))
-        alpha = real(lr) * (real(hess_init) + real(rate_delta)) if rescale_lr else real(lr)
-        m_new = m - alpha * u
-        return m_new if m0 is None else jnp.where(jnp.isinf(delta), m0, m_new)  # fixed by the prior
 
     def update(
         grads: PyTree,
@@ -268,62 +211,32 @@ def ivon(
         del ignored
         check_exactly_one(noise, hess)
         check_single(state)
-        check_same_prior(prior, state)
-        slots = Slots(state.mean)
-        grad_leaves, others = slots.split("grads", grads)
-        check_floating(slots, "grads", grad_leaves)
-        check_varying(grad_leaves, axis_name)
-        updates_dtypes = [g.dtype for g in grad_leaves]
-        if state.prior:
-            new_decay = state.weight_decay * (state.ess / ess)
-        else:
-            new_decay = decay(state.mean, state.mean if params is None else params)
-        take_step = functools.partial(step, new_decay)
+        own = Owned(state.mean)
+        g, others = own.split("grads", grads)
+        check_floating(own, "grads", g)
+        check_varying(g, axis_name)
+        base, dtypes = own.leaves, [x.dtype for x in g]
+        if params is not None:
+            base, others = own.split("params", params)
+            check_floating(own, "params", base)
+            own.check_shapes("params", base)
+            dtypes = [p.dtype for p in base]
+        take_step = functools.partial(step, source.update(state, params))
         if hess is not None:
-            grad_leaves, hess_leaves = mean_statistics(
-                slots, grad_leaves, "hess", hess, lambda _, h: h
-            )
-            new_state = take_step(state, grad_leaves, hess_leaves)
+            g, h = mean_statistics(own, g, "hess", hess, lambda _, h: h)
+            new_state = take_step(state, g, h)
         else:
             draw = noise if isinstance(noise, Draw) else Draw(noise)
             # The mean of products n_s ⊙ ĝ_s, not the product of means.
-            grad_leaves, products = mean_statistics(
-                slots, grad_leaves, "noise", draw.noise, jnp.multiply
-            )
-            new_state = step_or_wait(take_step, state, grad_leaves, products, draw)
-        base = slots.leaves
-        if params is not None:
-            base, others = slots.split("params", params)
-            check_floating(slots, "params", base)
-            slots.check_shapes("params", base)
-            updates_dtypes = [p.dtype for p in base]
-        moves = [
-            difference(m, p, dtype)
-            for m, p, dtype in zip(
-                jax.tree.leaves(new_state.mean), base, updates_dtypes, strict=True
-            )
-        ]
-        updates = slots.join(moves, jax.tree.map(_no_update, others))
+            g, products = mean_statistics(own, g, "noise", draw.noise, jnp.multiply)
+            new_state = step_or_wait(take_step, state, g, products, draw)
+        moves = list(map(difference, jax.tree.leaves(new_state.mean), base, dtypes))
+        updates = own.join(moves, jax.tree.map(_no_update, others))
         like = grads if params is None else params
         return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(updates)), new_state
 
     # optax types a state as any tree of arrays.
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def _bias_correction(b1: Number, count: jax.Array) -> jax.Array:
-    """1 − β₁ᵗ without cancellation for β₁ near 1."""
-    if isinstance(b1, float):
-        log_b1 = math.log(b1) if b1 > 0 else -math.inf
-    else:
-        log_b1 = jnp.log(b1).astype(count.dtype)
-    return -jnp.expm1(count * log_b1)
-
-
-def difference(mean: jax.Array, params: jax.Array, dtype: Any) -> jax.Array:
-    """mean − params, so that `params + difference` rounds to `mean` in the params' dtype."""
-    target = mean.astype(params.dtype).astype(mean.dtype)
-    return (target - params.astype(mean.dtype)).astype(dtype)
 
 
 def _no_update(leaf: Any) -> Any:

@@ -6,21 +6,22 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._core.checks import Number, check_floating, check_number
-from ivon_jax._core.lean import gaussian_at, with_means
 from ivon_jax._core.state import (
+    GaussianPrior,
     Posterior,
     check_single,
-    decay_leaves,
-    fill_unowned,
     find_states,
+    gaussian,
     gaussian_mean,
     is_auto_sample_state,
     is_ivon_state,
     is_lean,
+    leaf_priors,
+    map_states,
     prior_gaussian,
-    wide_zeros,
+    with_means,
 )
-from ivon_jax._core.trees import PyTree, Slots, copy_array, get_field, set_fields
+from ivon_jax._core.trees import Owned, PyTree, copy_array, get_field, set_fields, wide_zeros
 
 
 def posterior(state: PyTree, params: PyTree | None = None, temperature: Number = 1.0) -> Posterior:
@@ -48,7 +49,7 @@ def posterior(state: PyTree, params: PyTree | None = None, temperature: Number =
       Array([50., 50.], dtype=float32)
     """
     temperature = check_number("temperature", temperature, low=0.0, open_low=True)
-    q = gaussian_at(state, params)
+    q = gaussian(state, params)
     mean = jax.tree.map(copy_array, q.mean)
     precision = jax.tree.map(lambda p: p / jnp.asarray(temperature, p.dtype), q.precision)
     return _completed(Posterior(mean, precision), params)
@@ -58,11 +59,11 @@ def _completed(q: Posterior, params: PyTree | None) -> Posterior:
     """With the leaves that IVON does not own, fixed at their values, if `params` are given."""
     if params is None:
         return q
-    slots = Slots(q.mean)
-    precision, _ = slots.split("the precision", q.precision)
+    own = Owned(q.mean)
+    precision, _ = own.split("the precision", q.precision)
     return Posterior(
-        fill_unowned(slots, slots.leaves, params, copy_array),
-        fill_unowned(slots, precision, params, lambda x: wide_zeros(x) + jnp.inf),
+        own.fill(own.leaves, params, copy_array),
+        own.fill(precision, params, lambda x: wide_zeros(x) + jnp.inf),
     )
 
 
@@ -86,11 +87,11 @@ def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:
       >>> posterior_mean(ivon(0.1, ess=100).init({"w": jnp.ones(2)}))
       {'w': Array([1., 1.], dtype=float32)}
     """
-    slots = Slots(gaussian_mean(with_means(state, params)))
-    mean = [copy_array(m) for m in slots.leaves]
+    own = Owned(gaussian_mean(with_means(state, params)))
+    mean = [copy_array(m) for m in own.leaves]
     if params is None:
-        return slots.join(mean)
-    return fill_unowned(slots, mean, params, copy_array)
+        return own.join(mean)
+    return own.fill(mean, params, copy_array)
 
 
 def prior_of(state: PyTree, params: PyTree | None = None) -> Posterior:
@@ -160,32 +161,20 @@ def with_mean(state: PyTree, params: PyTree) -> PyTree:
 
 def _moved(state: PyTree, params: PyTree) -> PyTree:
     (part,) = find_states(state)
+    own = Owned(part.hess)
+    owned, _ = own.split("params", params)
+    own.check_shapes("params", owned)
+    # Gradients summed at the old mean say nothing about the new one.
+    window = jax.tree.map(jnp.zeros_like, get_field(state, "window"))
     if is_lean(part):  # the loop's parameters will be the mean
-        slots = Slots(part.hess)
-        owned, _ = slots.split("params", params)
-        slots.check_shapes("params", owned)
-        return set_fields(state, window=jax.tree.map(jnp.zeros_like, get_field(state, "window")))
-    mean = get_field(state, "mean")
-    slots = Slots(mean)
-    owned, _ = slots.split("params", params)
-    slots.check_shapes("params", owned)
-    check_floating(slots, "params", owned)
-    leaves = [copy_array(jnp.asarray(p, m.dtype)) for p, m in zip(owned, slots.leaves, strict=True)]
-    if part.prior:  # what it fixes cannot be moved
-        centers, precisions = (
-            jax.tree.leaves(part.prior.mean),
-            jax.tree.leaves(part.prior.precision),
-        )
-        leaves = [
-            jnp.where(jnp.isinf(s0), m0, m)
-            for m, m0, s0 in zip(leaves, centers, precisions, strict=True)
-        ]
-    return set_fields(
-        state,
-        mean=jax.tree.unflatten(jax.tree.structure(mean), leaves),
-        # Gradients summed at the old mean say nothing about the new one.
-        window=jax.tree.map(jnp.zeros_like, get_field(state, "window")),
-    )
+        return set_fields(state, window=window)
+    check_floating(own, "params", owned)
+    leaves = [
+        prior.where_fixed(prior.center, copy_array(jnp.asarray(p, h.dtype)))
+        for p, h, prior in zip(owned, own.leaves, leaf_priors(part), strict=True)
+    ]
+    mean = jax.tree.unflatten(jax.tree.structure(get_field(state, "mean")), leaves)
+    return set_fields(state, mean=mean, window=window)
 
 
 def with_ess(state: PyTree, ess: Number) -> PyTree:
@@ -218,30 +207,71 @@ def with_ess(state: PyTree, ess: Number) -> PyTree:
     find_states(state)
 
     def rescale(node: Any) -> Any:
-        if not is_ivon_state(node):
-            return node
         (part,) = find_states(node)
         check_single(part)
         new_ess = jnp.full_like(part.ess, ess)
-        scaled = part.weight_decay * (part.ess / new_ess)
-        moved = part._replace(ess=new_ess, weight_decay=scaled if part.prior else part.weight_decay)
 
         def rescale_leaf(h: jax.Array, delta: jax.Array) -> jax.Array:
-            ratio, delta = part.ess.astype(h.dtype) / new_ess.astype(h.dtype), delta.astype(h.dtype)
-            # Under a general prior (λ/λ')δ − δ' is zero, or inf − inf where a leaf is fixed.
-            return h * ratio if part.prior else h * ratio + delta * (ratio - 1)
+            ratio = part.ess.astype(h.dtype) / new_ess.astype(h.dtype)
+            if isinstance(part.prior, GaussianPrior):  # (λ/λ')δ − δ' is zero
+                return h * ratio
+            return h * ratio + delta.astype(h.dtype) * (ratio - 1)
 
-        hess = list(map(rescale_leaf, jax.tree.leaves(part.hess), decay_leaves(part)))
-        treedef = jax.tree.structure(get_field(node, "hess"))
+        deltas = [prior.delta for prior in leaf_priors(part)]
+        hess = list(map(rescale_leaf, jax.tree.leaves(part.hess), deltas))
         return set_fields(
             node,
-            hess=treedef.unflatten(hess),
-            **{f: _like(get_field(node, f), getattr(moved, f)) for f in ("ess", "weight_decay")},
+            hess=jax.tree.unflatten(jax.tree.structure(get_field(node, "hess")), hess),
+            # The leaf may sit in a flax.nnx Variable, which is kept.
+            ess=jax.tree.unflatten(jax.tree.structure(get_field(node, "ess")), [new_ess]),
         )
 
-    return jax.tree.map(rescale, state, is_leaf=is_ivon_state)
+    return map_states(rescale, state)
 
 
-def _like(node: Any, leaf: jax.Array) -> Any:
-    """The leaf in the wrapping (an nnx Variable, or none) of the node that it replaces."""
-    return jax.tree.structure(node).unflatten([leaf])
+def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
+    """KL(q‖prior) = ½Σ[s₀σ² + s₀(m−m₀)² − 1 − log(s₀σ²)] of two diagonal Gaussians, in nats.
+
+    Elements with a flat prior (s₀ = 0), which have no divergence, and those that are fixed in q
+    (σ = 0) are left out.
+
+    Args:
+      q: a posterior, or a state.
+      prior: a Gaussian over the same tree, such as `prior_of(state)`.
+
+    Returns:
+      A scalar; +inf where the prior fixes an element at another value, or one that is free in q.
+
+    Raises:
+      ValueError: if the trees do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ivon_jax import Posterior, kl_divergence
+      >>> q = Posterior(jnp.array([1.0]), jnp.array([1.0]))
+      >>> print(kl_divergence(q, Posterior(jnp.zeros(1), jnp.ones(1))))
+      0.5
+    """
+    q, prior = gaussian(q), gaussian(prior)
+    own = Owned(q.mean)
+    trees = {
+        "q.precision": q.precision,
+        "prior.mean": prior.mean,
+        "prior.precision": prior.precision,
+    }
+    leaves = []
+    for name, tree in trees.items():
+        split, _ = own.split(name, tree)
+        own.check_shapes(name, split)
+        leaves.append(split)
+    total = jnp.zeros([])
+    for m, p, m0, p0 in zip(own.leaves, *leaves, strict=True):
+        p0, shift = p0.astype(p.dtype), m.astype(p.dtype) - m0.astype(p.dtype)
+        fixed, only_prior = jnp.isinf(p), jnp.isinf(p0) & ~jnp.isinf(p)
+        # Not p0 > 0, so that a NaN is counted and seen.
+        counted = (p0 != 0) & ~fixed & ~only_prior
+        ratio, square = jnp.where(counted, p0 / p, 1), jnp.where(counted, p0, 0) * shift**2
+        terms = ratio - 1 - jnp.log(ratio) + jnp.where(counted, square, 0)
+        impossible = only_prior | (fixed & jnp.isinf(p0) & (shift != 0))
+        total = total + 0.5 * jnp.sum(jnp.where(impossible, jnp.inf, terms)).astype(total.dtype)
+    return total

@@ -1,97 +1,171 @@
-"""A general Gaussian prior N(m₀, 1/s₀) in the place of weight decay."""
+"""The prior of every leaf, from `weight_decay`, `mask` and `prior`.
 
-from typing import Any
+`WeightDecay` and `GeneralPrior` are the two sources of the prior fields of an `IVONState`;
+`state.leaf_priors` reads them back as what the rule takes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from ivon_jax._core.checks import Number, check_floating, check_precision
-from ivon_jax._core.state import IVONState, Posterior
-from ivon_jax._core.trees import PyTree, Slots, copy_array
+from ivon_jax._core.checks import Number, check_floating, check_number, check_precision
+from ivon_jax._core.state import GaussianPrior, IVONState, Posterior
+from ivon_jax._core.trees import Owned, PyTree, copy_array, is_masked, without_nnx
 
 DEFAULT_WEIGHT_DECAY = 1e-4
 
 
-def check_prior(prior: Any, weight_decay: Number, mask: Any) -> None:
-    """Refuses what is not a prior, and other ways of giving one beside it.
+class WeightDecay(NamedTuple):
+    """N(0, I/(λδ)) for the leaves that the mask names, and a flat prior for the others."""
+
+    delta: Number
+    mask: Any
+
+    def fields(self, mean: PyTree, params: PyTree) -> dict[str, Any]:
+        """δ: a float32 scalar, or with a mask a vector with one entry for each owned leaf."""
+        # A copy even of an injected hyperparameter, so that donating the state frees neither.
+        delta = jnp.array(self.delta, jnp.float32)
+        if self.mask is not None:
+            delta = delta * decay_flags(self.mask, without_nnx(mean), params)
+        return {"weight_decay": delta}
+
+    def start(self, mean: PyTree, fields: dict[str, Any]) -> PyTree:
+        """The initial mean: the parameters."""
+        del fields
+        return mean
+
+    def update(self, state: IVONState, params: PyTree | None) -> dict[str, Any]:
+        """The fields for the next state, with this call's δ."""
+        _check_same_kind(state, general=False)
+        return self.fields(state.mean, state.mean if params is None else params)
+
+
+class GeneralPrior(NamedTuple):
+    """A Gaussian N(m₀, 1/s₀) such as yesterday's posterior: δ = s₀/λ, element by element."""
+
+    prior: Posterior
+
+    def fields(self, mean: PyTree, params: PyTree) -> dict[str, Any]:
+        """Copies of m₀ and s₀ for the owned leaves, and the smallest s₀ of each.
+
+        Element by element, α(h₀+δ)/(h+δ) would make steps of confident weights as long as h₀/h:
+        the rate is multiplied by h₀ plus the smallest δ.
+        """
+        del params
+        own = Owned(mean)
+        center = _owned_copy(own, "prior.mean", self.prior.mean)
+        precision = _owned_copy(own, "prior.precision", self.prior.precision)
+        smallest = [jnp.min(s0, initial=jnp.inf).astype(jnp.float32) for s0 in precision]
+        stacked = jnp.stack(smallest) if smallest else jnp.zeros(0, jnp.float32)
+        treedef = jax.tree.structure(mean)
+        prior = GaussianPrior(
+            treedef.unflatten(center),
+            treedef.unflatten(precision),
+            jnp.where(jnp.isinf(stacked), 0, stacked),  # zero for a leaf that is fixed throughout
+        )
+        return {"weight_decay": (), "prior": prior}
+
+    def start(self, mean: PyTree, fields: dict[str, Any]) -> PyTree:
+        """The initial mean: the parameters, and m₀ where s₀ is infinite."""
+        prior = fields["prior"]
+        return jax.tree.map(
+            lambda m, m0, s0: jnp.where(jnp.isinf(s0), m0, m), mean, prior.mean, prior.precision
+        )
+
+    def update(self, state: IVONState, params: PyTree | None) -> dict[str, Any]:
+        """Nothing: the prior stays as it is in the state."""
+        del params
+        _check_same_kind(state, general=True)
+        return {}
+
+
+def prior_source(
+    weight_decay: Number | None, mask: Any, prior: Posterior | None
+) -> WeightDecay | GeneralPrior:
+    """The prior that these arguments of `ivon` stand for.
 
     Raises:
-      TypeError: if it is not a `Posterior`.
-      ValueError: if a precision is negative or NaN, or `weight_decay` or `mask` is given as well.
+      TypeError: if `prior` is not a `Posterior`.
+      ValueError: if a number is out of its range, or `prior` is given beside the others.
     """
+    if prior is None:
+        delta = DEFAULT_WEIGHT_DECAY if weight_decay is None else weight_decay
+        return WeightDecay(check_number("weight_decay", delta, low=0.0), mask)
     if not isinstance(prior, Posterior):
         raise TypeError(
             f"prior must be a Posterior(mean, precision), such as posterior(state); got "
             f"{type(prior).__name__}."
         )
-    if mask is not None or not _is_default(weight_decay):
+    if mask is not None or weight_decay is not None:
         raise ValueError(
             "prior takes the place of weight_decay and mask: give either. A weight decay δ is the "
             "prior of mean 0 and precision ess·δ."
         )
     check_precision("prior.precision", prior.precision)
+    return GeneralPrior(prior)
 
 
-def check_same_prior(prior: Posterior | None, state: IVONState) -> None:
-    """Refuses the state of an optimizer with a prior in one without, and the reverse."""
-    if (prior is None) == bool(state.prior):
-        has, lacks = ("the state", "this ivon()") if prior is None else ("this ivon()", "the state")
+def decay_flags(
+    mask: PyTree | Callable[[PyTree], PyTree], mean: PyTree, params: PyTree
+) -> np.ndarray:
+    """One float32 0 or 1 for each owned leaf of `mean`, from a mask as in `optax.adamw`.
+
+    Raises:
+      TypeError: if a leaf of the mask is not a bool.
+      ValueError: if the mask is one single bool, or does not fit the parameters.
+    """
+    if not jax.tree.leaves(mean):
+        # No leaf is owned, or optax has put its placeholder in place of the parameters.
+        return np.zeros(0, np.float32)
+    tree = without_nnx(mask(params) if callable(mask) else mask)
+    leaves = jax.tree.leaves(tree)
+    if not callable(mask) and len(leaves) == 1 and leaves[0] is tree:
+        raise ValueError(
+            f"mask is a single value, {tree!r}. Under inject_hyperparams a function is taken for "
+            "a schedule: pass static_args=('mask',). To treat all leaves alike leave mask out, or "
+            "set weight_decay=0."
+        )
+    for leaf in leaves:
+        if isinstance(leaf, jax.core.Tracer) or np.shape(leaf) or np.asarray(leaf).dtype != bool:
+            raise TypeError(
+                f"the leaves of mask must be Python bools; got {leaf!r}. Under inject_hyperparams "
+                "pass static_args=('mask',)."
+            )
+    return np.array(_broadcast(tree, mean), np.float32)
+
+
+def _broadcast(mask: PyTree, mean: PyTree) -> list[bool]:
+    """The flag of each leaf of `mean`, of which `mask` may be a prefix."""
+    if is_masked(mean):
+        return []
+    masks, mask_def = jax.tree.flatten(mask, is_leaf=lambda x: x is not mask)
+    if len(masks) == 1 and masks[0] is mask:
+        return [bool(mask)] * len(jax.tree.leaves(mean))
+    means, mean_def = jax.tree.flatten(mean, is_leaf=lambda x: x is not mean)
+    if mask_def != mean_def:
+        raise ValueError(f"mask does not fit the parameters: {mask_def} is no prefix of {mean_def}")
+    return [flag for pair in zip(masks, means, strict=True) for flag in _broadcast(*pair)]
+
+
+def _owned_copy(own: Owned, name: str, tree: PyTree) -> list[jax.Array]:
+    if not own.leaves:  # none is owned, or optax has put its placeholder in their place
+        return []
+    leaves, _ = own.split(name, tree)
+    check_floating(own, name, leaves)
+    own.check_shapes(name, leaves)
+    return [copy_array(jnp.asarray(x, m.dtype)) for x, m in zip(leaves, own.leaves, strict=True)]
+
+
+def _check_same_kind(state: IVONState, *, general: bool) -> None:
+    """Refuses the state of an optimizer with a general prior in one without, and the reverse."""
+    if general != isinstance(state.prior, GaussianPrior):
+        has, lacks = ("this ivon()", "the state") if general else ("the state", "this ivon()")
         raise ValueError(
             f"{has} has a general prior and {lacks} has none: pass the state that this same "
             "transformation's init returned. For a new prior call init again, with the parameters "
             "at posterior_mean(state)."
         )
-
-
-def _is_default(weight_decay: Number) -> bool:
-    if isinstance(weight_decay, jax.core.Tracer):
-        return True
-    # By identity: who writes 1e-4 has given a weight decay. inject_hyperparams makes the default an
-    # array, which comes back with float32's rounding.
-    rounded = float(np.float32(DEFAULT_WEIGHT_DECAY))
-    return weight_decay is DEFAULT_WEIGHT_DECAY or bool(weight_decay == rounded)
-
-
-def owned_prior(prior: Posterior, mean: PyTree) -> Posterior:
-    """Copies of the prior's leaves that belong to the mean's, in their dtypes.
-
-    Raises:
-      ValueError: if the prior does not fit the parameters.
-    """
-    slots = Slots(mean)
-    if not slots.leaves:  # none is owned, or optax has put its placeholder in their place
-        return Posterior(mean, mean)
-
-    def owned(name: str, tree: PyTree) -> PyTree:
-        leaves, _ = slots.split(name, tree)
-        check_floating(slots, name, leaves)
-        slots.check_shapes(name, leaves)
-        copies = [
-            copy_array(jnp.asarray(x, m.dtype)) for x, m in zip(leaves, slots.leaves, strict=True)
-        ]
-        return jax.tree.unflatten(jax.tree.structure(mean), copies)
-
-    return Posterior(owned("prior.mean", prior.mean), owned("prior.precision", prior.precision))
-
-
-def start_at_prior(mean: PyTree, prior: Posterior) -> PyTree:
-    """The initial mean: the prior's where its precision is infinite."""
-    return jax.tree.map(
-        lambda m, m0, s0: jnp.where(jnp.isinf(s0), m0, m), mean, prior.mean, prior.precision
-    )
-
-
-def smallest_decay(prior: Posterior, ess: Number) -> jax.Array:
-    """The smallest δ = s₀/λ of each leaf; zero for a leaf that is fixed throughout.
-
-    Element by element, α(h₀+δ)/(h+δ) would make steps of confident weights as long as h₀/h.
-    """
-    smallest = [
-        jnp.min(s0, initial=jnp.inf).astype(jnp.float32) for s0 in jax.tree.leaves(prior.precision)
-    ]
-    if not smallest:
-        return jnp.zeros(0, jnp.float32)
-    stacked = jnp.stack(smallest)
-    return jnp.where(jnp.isinf(stacked), 0, stacked) / ess

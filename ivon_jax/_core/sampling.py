@@ -6,11 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._core.compiler import computed_once, rounded
-from ivon_jax._core.lean import gaussian_at
+from ivon_jax._core.compiler import kept_on_cpu, materialized, rounded
 from ivon_jax._core.noise import THREEFRY, gaussian_noise
-from ivon_jax._core.state import Posterior, fill_unowned, wide_zeros
-from ivon_jax._core.trees import PyTree, Slots
+from ivon_jax._core.state import Posterior, gaussian
+from ivon_jax._core.trees import Owned, PyTree, wide_zeros
 
 
 def key_words(key: Any) -> jax.Array:
@@ -84,33 +83,38 @@ def sample_params(
       >>> bool(jnp.array_equal(sample["w"], state.mean["w"] + noise["w"]))
       True
     """
-    q = PosteriorNoise(gaussian_at(state, params), params)
+    q = PosteriorNoise(gaussian(state, params), params)
     key = threefry_key(key)
-    noise = computed_once(q.draw(key))
-    # On a CPU a draw takes longer than to read it, and memory is not what is short.
-    later = jax.lax.platform_dependent(
-        noise, jax.random.key_data(key), cpu=lambda noise, _: noise, default=q.draw_again
-    )
+    noise = materialized(q.draw(key))
+    later = kept_on_cpu(noise, jax.random.key_data(key), q.draw_again)
     return q.displaced(noise), q.tree(later)
+
+
+def displaced(mean: jax.Array, noise: jax.Array) -> jax.Array:
+    """m + n, with the same last bit in every kernel and for every sharding."""
+    # A Posterior may hold leaves that are fixed because they are not floating, or narrower.
+    if not jnp.issubdtype(mean.dtype, jnp.floating):
+        return mean
+    return mean.astype(noise.dtype) + rounded(noise)
 
 
 class PosteriorNoise:
     """Draws from one Gaussian in the structure of the parameters, if these are given."""
 
     def __init__(self, q: Posterior, params: PyTree | None = None):
-        self._slots = Slots(q.mean)
-        self.precision, _ = self._slots.split("the precision", q.precision)
-        self._slots.check_shapes("the precision", self.precision)
+        self._own = Owned(q.mean)
+        self.precision, _ = self._own.split("the precision", q.precision)
+        self._own.check_shapes("the precision", self.precision)
         self._params = params
-        self._dtypes = [m.dtype for m in self._slots.leaves]
+        self._dtypes = [m.dtype for m in self._own.leaves]
         if params is not None:
-            owned, _ = self._slots.split("params", params)
-            self._slots.check_shapes("params", owned)
+            owned, _ = self._own.split("params", params)
+            self._own.check_shapes("params", owned)
             self._check_dtypes(owned)
             self._dtypes = [p.dtype for p in owned]
 
     def _check_dtypes(self, owned: list[jax.Array]) -> None:
-        for path, m, p in zip(self._slots.paths, self._slots.leaves, owned, strict=True):
+        for path, m, p in zip(self._own.paths, self._own.leaves, owned, strict=True):
             if jnp.issubdtype(m.dtype, jnp.floating) != jnp.issubdtype(p.dtype, jnp.floating):
                 raise TypeError(f"params are {p.dtype} at {path}, where the mean is {m.dtype}.")
 
@@ -118,16 +122,9 @@ class PosteriorNoise:
         """n = ±ε/√precision, ε ~ N(0, I), for each owned leaf; zero where it is infinite."""
         return gaussian_noise(key, self.precision, sign)
 
-    def draw_again(
-        self, noise: list[jax.Array], words: jax.Array, sign: jax.Array | float = 1.0
-    ) -> list[jax.Array]:
-        """The draw from the key of these words once more, where it is used.
-
-        XLA would otherwise keep the first one through a forward and a backward pass.
-        """
-        del noise
-        words = jax.lax.optimization_barrier(words)
-        return self.draw(jax.random.wrap_key_data(words, impl=THREEFRY), sign)
+    def draw_again(self, key_data: jax.Array, sign: jax.Array | float = 1.0) -> list[jax.Array]:
+        """The draw once more, from the data of its key."""
+        return self.draw(jax.random.wrap_key_data(key_data, impl=THREEFRY), sign)
 
     def sample(
         self, key: jax.Array, sign: jax.Array | float
@@ -136,16 +133,17 @@ class PosteriorNoise:
 
         That is θ − m, or a draw again where θ is rounded.
         """
-        means, noise = self._slots.leaves, self.draw(key, sign)
-        moved = [_add(m, n).astype(t) for m, n, t in zip(means, noise, self._dtypes, strict=True)]
+        means, noise = self._own.leaves, self.draw(key, sign)
+        moved = [displaced(*x).astype(t) for *x, t in zip(means, noise, self._dtypes, strict=True)]
 
         def displacement() -> list[jax.Array]:
             exact = [
                 jnp.issubdtype(m.dtype, jnp.floating) and x.dtype == m.dtype == n.dtype
                 for x, m, n in zip(moved, means, noise, strict=True)
             ]
-            words = jax.random.key_data(key)
-            again = noise if all(exact) else self.draw_again(noise, words, sign)
+            # Behind a barrier: XLA would keep the first draw through forward and backward pass.
+            data = jax.lax.optimization_barrier(jax.random.key_data(key))
+            again = noise if all(exact) else self.draw_again(data, sign)
             return [
                 x - m if is_exact else n
                 for x, m, n, is_exact in zip(moved, means, again, exact, strict=True)
@@ -155,29 +153,20 @@ class PosteriorNoise:
 
     def displaced(self, noise: list[jax.Array]) -> PyTree:
         """m + n, in the parameters' dtypes."""
-        return self._like_params(
-            [_add(m, n) for m, n in zip(self._slots.leaves, noise, strict=True)]
-        )
+        return self._like_params(list(map(displaced, self._own.leaves, noise)))
 
     def mean(self) -> PyTree:
         """m, in the parameters' dtypes."""
-        return self._like_params(self._slots.leaves)
+        return self._like_params(self._own.leaves)
 
     def _like_params(self, leaves: list[jax.Array]) -> PyTree:
         leaves = [x.astype(dtype) for x, dtype in zip(leaves, self._dtypes, strict=True)]
         if self._params is None:
-            return self._slots.join(leaves)
-        return fill_unowned(self._slots, leaves, self._params, lambda x: x)
+            return self._own.join(leaves)
+        return self._own.fill(leaves, self._params, lambda x: x)
 
     def tree(self, leaves: list[jax.Array]) -> PyTree:
         """The leaves as a tree, with zeros where IVON does not own the parameter."""
         if self._params is None:
-            return self._slots.join(leaves)
-        return fill_unowned(self._slots, leaves, self._params, wide_zeros)
-
-
-def _add(mean: jax.Array, noise: jax.Array) -> jax.Array:
-    # A Posterior may hold leaves that are fixed because they are not floating, or narrower.
-    if not jnp.issubdtype(mean.dtype, jnp.floating):
-        return mean
-    return mean.astype(noise.dtype) + rounded(noise)
+            return self._own.join(leaves)
+        return self._own.fill(leaves, self._params, wide_zeros)

@@ -1,19 +1,23 @@
-"""The state of `ivon`, the Gaussian it stands for, and finding both in any optax state."""
+"""The states of `ivon` and `auto_sample`, the Gaussian they stand for, and finding it anywhere."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from ivon_jax._core.checks import check_precision
+from ivon_jax._core.compiler import materialized, rounded
+from ivon_jax._core.noise import THREEFRY, gaussian_noise
+from ivon_jax._core.rule import LeafPrior
 from ivon_jax._core.trees import (
+    Owned,
     PyTree,
-    Slots,
     get_field,
     has_fields,
     is_masked,
-    wide_dtype,
     without_nnx,
 )
 
@@ -28,6 +32,20 @@ class Posterior(NamedTuple):
 
     mean: PyTree
     precision: PyTree
+
+
+class GaussianPrior(NamedTuple):
+    """A general Gaussian prior N(m₀, 1/s₀) in a state.
+
+    Attributes:
+      mean: tree of m₀.
+      precision: tree of s₀; +inf fixes the element at m₀, 0 is flat.
+      smallest: smallest s₀ of each leaf, float32; 0 for a leaf that is fixed throughout.
+    """
+
+    mean: PyTree
+    precision: PyTree
+    smallest: jax.Array
 
 
 class Window(NamedTuple):
@@ -58,9 +76,8 @@ class IVONState(NamedTuple):
       momentum: moving average g of the gradients.
       ess: effective sample size λ under which the current posterior stands, float32.
       weight_decay: prior precision δ per example, float32: a scalar, or with a mask a vector
-        with an entry for each owned leaf. With a general prior its entries are the smallest δ of
-        each leaf, which the learning rate is multiplied with.
-      prior: a general Gaussian prior, with trees like `mean`; `()` without one.
+        with an entry for each owned leaf; `()` with a general prior.
+      prior: a general Gaussian prior; `()` without one.
       window: sums of an unfinished window of `auto_sample(num_samples=k)`; otherwise `()`.
     """
 
@@ -69,8 +86,8 @@ class IVONState(NamedTuple):
     hess: PyTree
     momentum: PyTree
     ess: jax.Array
-    weight_decay: jax.Array
-    prior: Posterior | tuple[()] = ()
+    weight_decay: Any = ()
+    prior: GaussianPrior | tuple[()] = ()
     window: Window | tuple[()] = ()
 
 
@@ -94,25 +111,15 @@ class AutoSampleState(NamedTuple):
     inner_state: Any
     mirrored: jax.Array | tuple[()] = ()
 
-    def sign(self) -> jax.Array | float:
-        """The sign of the noise in the loop's current parameters."""
-        return 1.0 if isinstance(self.mirrored, tuple) else jnp.where(self.mirrored, -1.0, 1.0)
-
-
-_REQUIRED = tuple(f for f in IVONState._fields if f not in IVONState._field_defaults)
-_REQUIRED_AUTO = tuple(
-    f for f in AutoSampleState._fields if f not in AutoSampleState._field_defaults
-)
-
 
 def is_ivon_state(node: Any) -> bool:
     """Whether a node is an `IVONState`, or the mapping that `flax.nnx.state` makes of it."""
-    return has_fields(node, IVONState, _REQUIRED)
+    return has_fields(node, IVONState)
 
 
 def is_auto_sample_state(node: Any) -> bool:
     """Whether a node is an `AutoSampleState`, or the mapping that `flax.nnx.state` makes of it."""
-    return has_fields(node, AutoSampleState, _REQUIRED_AUTO)
+    return has_fields(node, AutoSampleState)
 
 
 def is_lean(state: IVONState) -> bool:
@@ -135,10 +142,16 @@ def find_states(state: PyTree) -> list[IVONState]:
     return [_as_state(node) for node in nodes]
 
 
+def map_states(f: Callable[[Any], Any], state: PyTree) -> PyTree:
+    """The nested state with `f(node)` in place of every `IVONState`."""
+    return jax.tree.map(lambda x: f(x) if is_ivon_state(x) else x, state, is_leaf=is_ivon_state)
+
+
 def _as_state(node: Any) -> IVONState:
     fields = without_nnx({field: get_field(node, field) for field in IVONState._fields})
     if fields["prior"]:
-        fields["prior"] = Posterior(*(get_field(fields["prior"], f) for f in Posterior._fields))
+        prior = {f: get_field(fields["prior"], f) for f in GaussianPrior._fields}
+        fields["prior"] = GaussianPrior(**prior)
     return IVONState(**fields)
 
 
@@ -161,33 +174,53 @@ def check_single(state: Any) -> None:
         )
 
 
-def leaf_weight_decay(weight_decay: jax.Array, num_leaves: int) -> list[jax.Array]:
-    """δ of each owned leaf, from a scalar or from one entry per leaf."""
-    return [weight_decay[i] if weight_decay.ndim else weight_decay for i in range(num_leaves)]
-
-
-def decay_leaves(state: IVONState) -> list[jax.Array]:
-    """δ of each owned leaf: a scalar, or s₀/λ element by element under a general prior."""
-    if isinstance(state.prior, Posterior):
-        return [s0 / state.ess.astype(s0.dtype) for s0 in jax.tree.leaves(state.prior.precision)]
-    return leaf_weight_decay(state.weight_decay, len(jax.tree.leaves(state.hess)))
+def leaf_priors(state: IVONState) -> list[LeafPrior]:
+    """The prior of each owned leaf under the state's ess."""
+    if isinstance(state.prior, GaussianPrior):
+        centers, precisions, smallest = state.prior
+        rates = smallest / state.ess
+        return [
+            LeafPrior(m0, s0 / state.ess.astype(s0.dtype), rates[i])
+            for i, (m0, s0) in enumerate(
+                zip(jax.tree.leaves(centers), jax.tree.leaves(precisions), strict=True)
+            )
+        ]
+    decay = state.weight_decay
+    deltas = [decay[i] if decay.ndim else decay for i in range(len(jax.tree.leaves(state.hess)))]
+    return [LeafPrior(0.0, delta, delta) for delta in deltas]
 
 
 def precision_leaves(state: IVONState) -> list[jax.Array]:
     """λ(h+δ) of each owned leaf."""
     check_single(state)
-    hess, deltas = jax.tree.leaves(state.hess), decay_leaves(state)
     return [
-        state.ess.astype(h.dtype) * (h + d.astype(h.dtype))
-        for h, d in zip(hess, deltas, strict=True)
+        state.ess.astype(h.dtype) * (h + prior.delta.astype(h.dtype))
+        for h, prior in zip(jax.tree.leaves(state.hess), leaf_priors(state), strict=True)
     ]
 
 
-def gaussian_mean(state: PyTree) -> PyTree:
-    """The mean of a `Posterior`, or of all IVON states in `state`, without a copy.
+def gaussian(state: PyTree, params: PyTree | None = None) -> Posterior:
+    """Mean and precision of a `Posterior`, or of all IVON states in `state`, without copies.
 
     Leaves that no state owns are `MaskedNode`.
+
+    Args:
+      state: a `Posterior`, or a nested state.
+      params: the loop's parameters, from which a mean that is not stored is recovered.
+
+    Raises:
+      ValueError: if a `Posterior` has a precision that is known and negative or NaN, or `params`
+        are needed and are not given.
     """
+    if isinstance(state, Posterior):
+        check_precision("precision", state.precision)
+        return without_nnx(state)
+    state = with_means(state, params)
+    return Posterior(gaussian_mean(state), _precision(find_states(state)))
+
+
+def gaussian_mean(state: PyTree) -> PyTree:
+    """The mean alone, as in `gaussian`."""
     if isinstance(state, Posterior):
         return without_nnx(state.mean)
     parts = find_states(state)
@@ -198,38 +231,86 @@ def gaussian_mean(state: PyTree) -> PyTree:
             "posterior(state, params), with the whole state of auto_sample; what takes a state "
             "only takes that posterior."
         )
-    return functools.reduce(merge_owned, [part.mean for part in parts])
-
-
-def gaussian(state: PyTree) -> Posterior:
-    """Mean and precision, as in `gaussian_mean`.
-
-    Raises:
-      ValueError: if a `Posterior` has a precision that is known and negative or NaN.
-    """
-    if isinstance(state, Posterior):
-        check_precision("precision", state.precision)
-        return without_nnx(state)
-    parts = find_states(state)
-    precisions = [Slots(part.mean).join(precision_leaves(part)) for part in parts]
-    return Posterior(gaussian_mean(state), functools.reduce(merge_owned, precisions))
+    return functools.reduce(_merge_owned, [part.mean for part in parts])
 
 
 def prior_gaussian(state: PyTree) -> Posterior:
     """The prior of all IVON states in `state`, as in `gaussian`."""
     parts = find_states(state)
-    zeros = [jax.tree.map(jnp.zeros_like, part.hess) for part in parts]
-    priors = [
-        part.prior or Posterior(zero, Slots(zero).join(precision_leaves(part._replace(hess=zero))))
-        for part, zero in zip(parts, zeros, strict=True)
-    ]
-    means, precisions = zip(*priors, strict=True)
+    flat = [part._replace(hess=jax.tree.map(jnp.zeros_like, part.hess)) for part in parts]
+    means = [part.prior.mean if part.prior else part.hess for part in flat]
+    precisions = [part.prior.precision if part.prior else _precision([part]) for part in flat]
     return Posterior(
-        functools.reduce(merge_owned, means), functools.reduce(merge_owned, precisions)
+        functools.reduce(_merge_owned, means), functools.reduce(_merge_owned, precisions)
     )
 
 
-def merge_owned(a: PyTree, b: PyTree) -> PyTree:
+def owned_leaves(state: PyTree) -> Owned:
+    """Which leaves of the parameters belong to the IVON states in `state`."""
+    return Owned(functools.reduce(_merge_owned, [part.hess for part in find_states(state)]))
+
+
+def with_means(state: PyTree, params: PyTree | None) -> PyTree:
+    """The state with the means in it, m = θ − n, where `auto_sample` does not store them.
+
+    Raises:
+      ValueError: if `params` do not fit the state.
+    """
+    if isinstance(state, Posterior) or params is None:
+        return state
+
+    def recover(node: Any) -> Any:
+        if not is_auto_sample_state(node):
+            return node
+        if not any(map(is_lean, find_states(get_field(node, "inner_state")))):
+            return node
+        plain = without_nnx({f: get_field(node, f) for f in AutoSampleState._fields})
+        return _recovered(AutoSampleState(**plain), params)
+
+    return jax.tree.map(recover, state, is_leaf=is_auto_sample_state)
+
+
+def without_means(state: PyTree) -> PyTree:
+    """The state with every mean left out."""
+
+    def drop(node: IVONState) -> IVONState:
+        return node._replace(mean=jax.tree.map(lambda _: optax.MaskedNode(), node.mean))
+
+    return map_states(drop, state)
+
+
+def current_noise(state: AutoSampleState) -> list[jax.Array]:
+    """The noise of the sample that the state's keys stand for, for each owned leaf."""
+    precision = _precision(find_states(state.inner_state))
+    sign = 1.0 if isinstance(state.mirrored, tuple) else jnp.where(state.mirrored, -1.0, 1.0)
+    key = jax.random.wrap_key_data(state.draw_key, impl=THREEFRY)
+    return gaussian_noise(key, jax.tree.leaves(precision), sign)
+
+
+def _recovered(state: AutoSampleState, params: PyTree) -> AutoSampleState:
+    own = owned_leaves(state.inner_state)
+    owned, _ = own.split("params", params)
+    own.check_shapes("params", owned)
+    noise = [jnp.where(state.at_mean, 0, rounded(n)) for n in current_noise(state)]
+    means = [p.astype(n.dtype) - n for p, n in zip(owned, noise, strict=True)]
+    mean = own.join(materialized(means))
+
+    def fill(node: Any) -> IVONState:
+        (part,) = find_states(node)
+        mine = Owned(part.hess)
+        return part._replace(mean=mine.join(mine.split("the mean", mean)[0]))
+
+    return state._replace(inner_state=map_states(fill, state.inner_state))
+
+
+def _precision(parts: list[IVONState]) -> PyTree:
+    trees = [
+        jax.tree.unflatten(jax.tree.structure(part.hess), precision_leaves(part)) for part in parts
+    ]
+    return functools.reduce(_merge_owned, trees)
+
+
+def _merge_owned(a: PyTree, b: PyTree) -> PyTree:
     """Fills the `MaskedNode`s of `a` from `b`, as `optax.partition` has split them."""
     if is_masked(a):
         return b
@@ -243,19 +324,4 @@ def merge_owned(a: PyTree, b: PyTree) -> PyTree:
             "the state holds several IVON states for the same parameters, or for different "
             "models: pass the one that is meant."
         )
-    return treedef_a.unflatten(map(merge_owned, children_a, children_b))
-
-
-def fill_unowned(slots: Slots, owned: list[Any], params: PyTree, fill: Any) -> PyTree:
-    """A tree like `params`: `owned` where IVON owns the leaf, `fill(leaf)` elsewhere."""
-    leaves, others = slots.split("params", params)
-    slots.check_shapes("params", leaves)
-    pure = slots.join(owned, [jax.tree.map(fill, x) for x in others])
-    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(pure))
-
-
-def wide_zeros(leaf: Any) -> jax.Array:
-    """Zeros in the shape of a leaf that IVON does not own, in the dtype of statistics."""
-    dtype = jnp.result_type(leaf)
-    floating = jnp.issubdtype(dtype, jnp.floating)
-    return jnp.zeros(jnp.shape(leaf), wide_dtype(dtype) if floating else jnp.float32)
+    return treedef_a.unflatten(map(_merge_owned, children_a, children_b))

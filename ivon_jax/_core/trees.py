@@ -1,6 +1,6 @@
 """Lining up gradients, noise and parameters with the leaves that IVON owns."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -38,11 +38,11 @@ def without_nnx(tree: PyTree) -> PyTree:
     return jax.tree.map(unwrap, tree, is_leaf=lambda x: _is_nnx_variable(x) or _is_nnx_state(x))
 
 
-def has_fields(node: Any, kind: type[tuple], fields: tuple[str, ...]) -> bool:
+def has_fields(node: Any, kind: Any) -> bool:
     """Whether a node is a named tuple of that kind, or the mapping that `nnx.state` makes of it."""
-    return isinstance(node, kind) or (
-        isinstance(node, Mapping) and all(field in node for field in fields)
-    )
+    required = [field for field in kind._fields if field not in kind._field_defaults]
+    is_mapping = isinstance(node, Mapping) and all(field in node for field in required)
+    return isinstance(node, kind) or is_mapping
 
 
 def get_field(node: Any, field: str) -> Any:
@@ -69,8 +69,23 @@ def wide_dtype(dtype: Any) -> np.dtype:
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
-class Slots:
-    """The leaf positions of a mean tree: owned arrays, and `MaskedNode` for the rest.
+def wide_zeros(leaf: Any) -> jax.Array:
+    """Zeros in the shape of a leaf that IVON does not own, in the dtype of statistics."""
+    dtype = jnp.result_type(leaf)
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return jnp.zeros(jnp.shape(leaf), wide_dtype(dtype) if floating else jnp.float32)
+
+
+def difference(mean: jax.Array, params: jax.Array, dtype: Any) -> jax.Array:
+    """mean − params, so that `params + difference` rounds to `mean` in the params' dtype."""
+    target = mean.astype(params.dtype).astype(mean.dtype)
+    return (target - params.astype(mean.dtype)).astype(dtype)
+
+
+class Owned:
+    """Which leaves of the parameters are IVON's, from a tree of the state such as its mean.
+
+    It holds arrays where IVON owns the leaf, and `MaskedNode` elsewhere.
 
     A `MaskedNode` may stand for a whole subtree, because `optax.masked` and
     `optax.partition` accept prefixes; other trees are flattened up to it.
@@ -115,6 +130,13 @@ class Slots:
             (next(right) if right is not None else slot) if is_masked(slot) else next(left)
             for _, slot in self._slots
         )
+
+    def fill(self, owned: list[Any], params: PyTree, other: Callable[[Any], Any]) -> PyTree:
+        """A tree like `params`: `owned` where IVON owns the leaf, `other(leaf)` elsewhere."""
+        leaves, others = self.split("params", params)
+        self.check_shapes("params", leaves)
+        pure = self.join(owned, [jax.tree.map(other, x) for x in others])
+        return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(pure))
 
     def check_shapes(self, name: str, leaves: list[jax.Array]) -> None:
         """Raises if a leaf does not have exactly the shape of the mean's."""

@@ -1,14 +1,15 @@
 """From gradients and noise to a step: at once, or when a window of `auto_sample` closes."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ivon_jax._core.checks import check_floating
-from ivon_jax._core.state import IVONState, Window, precision_leaves
-from ivon_jax._core.trees import PyTree, Slots
+from ivon_jax._core.rule import LeafPrior, hess_estimate
+from ivon_jax._core.state import IVONState, Window, leaf_priors, precision_leaves
+from ivon_jax._core.trees import Owned, PyTree
 
 
 class Draw(NamedTuple):
@@ -27,19 +28,19 @@ class Draw(NamedTuple):
 
 
 def mean_statistics(
-    slots: Slots,
+    own: Owned,
     grads: list[jax.Array],
     name: str,
     other: PyTree,
     statistic: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """ĝ and the statistic of ĝ_s and `other`, averaged over the samples s if there are several."""
-    leaves, _ = slots.split(name, other)
-    check_floating(slots, name, leaves)
-    stacked = slots.num_samples(**{"grads": grads, name: leaves}) is not None
+    leaves, _ = own.split(name, other)
+    check_floating(own, name, leaves)
+    stacked = own.num_samples(**{"grads": grads, name: leaves}) is not None
     pairs = [
         (jnp.asarray(g, m.dtype), jnp.asarray(x, m.dtype))
-        for g, x, m in zip(grads, leaves, slots.leaves, strict=True)
+        for g, x, m in zip(grads, leaves, own.leaves, strict=True)
     ]
 
     def mean(x: jax.Array) -> jax.Array:
@@ -86,12 +87,13 @@ def _plus(tree: PyTree, leaves: list[jax.Array]) -> PyTree:
 def _hess_estimate(
     state: IVONState, products: list[jax.Array], draws: jax.Array
 ) -> list[jax.Array]:
-    """ĥ = λ(h+δ) ⊙ Σ(n⊙ĝ)/draws; without a draw h itself, which leaves h where it is."""
-    precisions = precision_leaves(state)
-    if state.prior:  # a fixed element has neither noise nor curvature, not ∞·0
-        precisions = [jnp.where(jnp.isinf(p), 0, p) for p in precisions]
+    """ĥ from the sum of n⊙ĝ over the draws; without a draw h itself, which leaves h where it is."""
     drawn, weight = draws > 0, 1 / jnp.maximum(draws, 1).astype(jnp.float32)
-    return [
-        jnp.where(drawn, p * x * weight.astype(x.dtype), h)
-        for p, x, h in zip(precisions, products, jax.tree.leaves(state.hess), strict=True)
-    ]
+
+    def estimate(precision: Any, product: Any, h: Any, prior: LeafPrior) -> jax.Array:
+        # A fixed element has neither noise nor curvature, not ∞·0.
+        precision = prior.where_fixed(0, precision)
+        return jnp.where(drawn, hess_estimate(precision, product) * weight.astype(h.dtype), h)
+
+    leaves = (precision_leaves(state), products, jax.tree.leaves(state.hess), leaf_priors(state))
+    return list(map(estimate, *leaves))

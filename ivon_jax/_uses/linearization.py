@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from ivon_jax._core.axes import varying_axes, varying_over
 from ivon_jax._core.checks import check_positive, renamed
-from ivon_jax._core.lean import gaussian_at
 from ivon_jax._core.sampling import PosteriorNoise
+from ivon_jax._core.state import gaussian
 from ivon_jax._core.trees import PyTree, wide_dtype
-from ivon_jax._uses.data import check_callable, check_floating_output, num_examples
+from ivon_jax._uses.networks import check_callable, check_floating_output, num_examples
 
 
 class Linearized(NamedTuple):
@@ -117,7 +117,7 @@ def linear_outputs(
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """A function of one example: its K outputs f, and J V Jᵀ (K, K) or the diagonal of it (K,)."""
     check_callable(apply_fn)
-    q = PosteriorNoise(gaussian_at(state, params), params)
+    q = PosteriorNoise(gaussian(state, params), params)
     variance = [1 / p for p in q.precision]
 
     def at_example(*example: PyTree) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ivon_jax._core.checks import Number, check_floating, check_number, check_precision, is_concrete
 from ivon_jax._core.state import Posterior, gaussian
-from ivon_jax._core.trees import PyTree, Slots, wide_dtype, without_nnx
+from ivon_jax._core.trees import Owned, PyTree, wide_dtype, without_nnx
 
 
 def merge(
@@ -72,17 +72,15 @@ def merge(
         raise TypeError("posteriors must be a non-empty sequence, with one entry per model.")
     posteriors = [q if isinstance(q, Posterior) else gaussian(q) for q in posteriors]
     alphas = _checked_weights(weights, len(posteriors))
-    slots = Slots(posteriors[0].mean)
-    models = [_leaves(slots, f"posteriors[{i}]", q) for i, q in enumerate(posteriors)]
-    bases = [None] * len(slots.leaves) if base is None else _leaves(slots, "base", base)
+    own = Owned(posteriors[0].mean)
+    models = [_leaves(own, f"posteriors[{i}]", q) for i, q in enumerate(posteriors)]
+    bases = [None] * len(own.leaves) if base is None else _leaves(own, "base", base)
     merged = [
         _merge_leaf(path, like, base_leaf, leaf, alphas)
-        for path, like, base_leaf, *leaf in zip(
-            slots.paths, slots.leaves, bases, *models, strict=True
-        )
+        for path, like, base_leaf, *leaf in zip(own.paths, own.leaves, bases, *models, strict=True)
     ]
     means, precisions = zip(*merged, strict=True) if merged else ((), ())
-    return Posterior(slots.join(list(means)), slots.join(list(precisions)))
+    return Posterior(own.join(list(means)), own.join(list(precisions)))
 
 
 def task_arithmetic(
@@ -123,15 +121,15 @@ def _unit_precision(x: Any) -> jax.Array:
     return jnp.ones(jnp.shape(x), wide_dtype(jnp.result_type(x)))
 
 
-def _leaves(slots: Slots, name: str, q: Posterior) -> list[tuple[jax.Array, jax.Array]]:
+def _leaves(own: Owned, name: str, q: Posterior) -> list[tuple[jax.Array, jax.Array]]:
     if not isinstance(q, Posterior):
         raise TypeError(f"{name} must be a Posterior(mean, precision); got {type(q).__name__}.")
     check_precision(f"{name}.precision", q.precision)
-    means, _ = slots.split(f"{name}.mean", q.mean)
-    precisions, _ = slots.split(f"{name}.precision", q.precision)
+    means, _ = own.split(f"{name}.mean", q.mean)
+    precisions, _ = own.split(f"{name}.precision", q.precision)
     for part, leaves in (("mean", means), ("precision", precisions)):
-        slots.check_shapes(f"{name}.{part}", leaves)
-    check_floating(slots, f"{name}.precision", precisions)
+        own.check_shapes(f"{name}.{part}", leaves)
+    check_floating(own, f"{name}.precision", precisions)
     return list(zip(means, precisions, strict=True))
 
 

@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._core.checks import Number, check_number, check_scalar, is_concrete
-from ivon_jax._core.kl import divergence
-from ivon_jax._core.lean import with_means
 from ivon_jax._core.optimizer import ivon
+from ivon_jax._core.posteriors import kl_divergence
+from ivon_jax._core.rule import LeafPrior, debiased, direction
 from ivon_jax._core.state import (
     IVONState,
-    decay_leaves,
     find_states,
     gaussian,
+    leaf_priors,
     precision_leaves,
     prior_gaussian,
+    with_means,
 )
 from ivon_jax._core.trees import PyTree
-from ivon_jax._uses.order import lower_quantiles
-from ivon_jax._uses.pruning import ratio_leaves
+from ivon_jax._uses.pruning import lower_quantiles, ratio_leaves
 
 PERCENTILES = (1, 25, 50, 75, 99)
 MOVED = 0.1
@@ -109,8 +109,8 @@ def diagnostics(
     means = [m for part in parts for m in jax.tree.leaves(part.mean)]
     hess = [h for part in parts for h in jax.tree.leaves(part.hess)]
     precisions = [p for part in parts for p in precision_leaves(part)]
-    steps = [u for part in parts for u in _preconditioned(part, b1, debias)]
-    deltas = [d for part in parts for d in decay_leaves(part)]
+    steps = [u for part in parts for u in _directions(part, b1, debias)]
+    deltas = [prior.delta for part in parts for prior in leaf_priors(part)]
     free = [~jnp.isinf(p) for p in precisions]
     ess = parts[0].ess
 
@@ -126,7 +126,7 @@ def diagnostics(
 
     sigma = percentiles("sigma", precisions, from_top=True)
     gain = _largest_gain(parts, hess_init)
-    kl = divergence(q, prior_gaussian(state)).astype(jnp.float32)
+    kl = kl_divergence(q, prior_gaussian(state)).astype(jnp.float32)
     number = sum(x.size for x in hess)
     broken = [~jnp.isfinite(m) | ~jnp.isfinite(h) for m, h in zip(means, hess, strict=True)]
     numbers = {
@@ -271,25 +271,17 @@ def _check_one_ess(parts: list[IVONState]) -> None:
         )
 
 
-def _preconditioned(state: IVONState, b1: Number, debias: bool) -> list[jax.Array]:
-    """(ḡ + δ(m−m₀))/(h+δ) of each leaf; zero before the first step, and where δ is infinite."""
-    means, momenta = jax.tree.leaves(state.mean), jax.tree.leaves(state.momentum)
-    centers = (
-        jax.tree.leaves(state.prior.mean) if state.prior else [jnp.zeros_like(m) for m in means]
-    )
-    leaves = zip(
-        means, jax.tree.leaves(state.hess), momenta, decay_leaves(state), centers, strict=True
-    )
+def _directions(state: IVONState, b1: Number, debias: bool) -> list[jax.Array]:
+    """The preconditioned step of each leaf; zero before the first, and where δ is infinite."""
+    count = jnp.maximum(state.count, 1)
 
-    def step(m: Any, h: Any, g: Any, delta: Any, m0: Any) -> jax.Array:
-        delta, g = delta.astype(m.dtype), g.astype(m.dtype)
-        if debias:
-            g = g / (1 - jnp.asarray(b1, m.dtype) ** jnp.maximum(state.count, 1).astype(m.dtype))
-        still = jnp.isinf(delta) | (state.count == 0)
-        delta = jnp.where(jnp.isinf(delta), 0, delta)
-        return jnp.where(still, 0, (g + delta * (m - m0)) / (h + delta))
+    def leaf(m: jax.Array, h: jax.Array, g: jax.Array, prior: LeafPrior) -> jax.Array:
+        g = g.astype(m.dtype)
+        step = direction(m, h, debiased(b1, count, g) if debias else g, prior)
+        return jnp.where(state.count == 0, 0, prior.where_fixed(0, step))
 
-    return [step(*leaf) for leaf in leaves]
+    trees = (state.mean, state.hess, state.momentum)
+    return list(map(leaf, *map(jax.tree.leaves, trees), leaf_priors(state)))
 
 
 def _largest_gain(parts: list[IVONState], hess_init: Number) -> jax.Array:
@@ -303,9 +295,9 @@ def _largest_gain(parts: list[IVONState], hess_init: Number) -> jax.Array:
         )
 
     leaves = [
-        gain(h, d)
+        gain(h, prior.delta)
         for part in parts
-        for h, d in zip(jax.tree.leaves(part.hess), decay_leaves(part), strict=True)
+        for h, prior in zip(jax.tree.leaves(part.hess), leaf_priors(part), strict=True)
     ]
     return jnp.max(jnp.stack(leaves)) if leaves else jnp.ones([], jnp.float32)
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from ivon_jax._core.checks import check_positive, renamed
 from ivon_jax._core.trees import PyTree
-from ivon_jax._uses.data import num_examples
 from ivon_jax._uses.linearization import linear_outputs
+from ivon_jax._uses.networks import num_examples
 
 
 class Sensitivity(NamedTuple):

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 
 from ivon_jax._core.axes import varying_axes, zeros_of
 from ivon_jax._core.checks import check_positive, renamed
-from ivon_jax._core.lean import gaussian_at
 from ivon_jax._core.sampling import PosteriorNoise, threefry_key
+from ivon_jax._core.state import gaussian
 from ivon_jax._core.trees import PyTree
-from ivon_jax._uses.data import apply_in_batches
-from ivon_jax._uses.heads import class_log_probs, gaussian_head
+from ivon_jax._uses.networks import apply_in_batches, class_log_probs, gaussian_head
 
 
 def predict_at_mean(
@@ -42,7 +41,7 @@ def predict_at_mean(
     apply = apply_in_batches(apply_fn, data_batch_size)
 
     def at_mean(state: PyTree, *inputs: PyTree, params: PyTree | None = None) -> PyTree:
-        return apply(PosteriorNoise(gaussian_at(state, params), params).mean(), *inputs)
+        return apply(PosteriorNoise(gaussian(state, params), params).mean(), *inputs)
 
     return at_mean
 
@@ -279,7 +278,7 @@ class _Draws:
     def prepare(
         self, key: jax.Array, state: PyTree, inputs: tuple[PyTree, ...], params: PyTree | None
     ) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
-        q = PosteriorNoise(gaussian_at(state, params), params)
+        q = PosteriorNoise(gaussian(state, params), params)
         with jax.threefry_partitionable(True):
             keys = jax.random.split(threefry_key(key), self._num_samples)
         return keys, lambda k: self._apply(q.displaced(q.draw(k)), *inputs)
