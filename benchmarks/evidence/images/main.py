@@ -6,20 +6,20 @@ training images (`--tune` searches again). SGD, AdamW and IVON are then trained 
 well. On two cores the default takes some 5 minutes, MNIST 10 and the ResNet 25.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks._shared import tuning
-from benchmarks._shared.journal import Journal, evidence_parser, read_journal, write_tables
+from benchmarks._shared.journal import Evidence, Journal, parse, read_journal, write_tables
 from benchmarks._shared.methods import Values, average, seed_keys
 from benchmarks.evidence.images.methods import (
     METHODS,
@@ -54,76 +54,93 @@ TUNING_NOTES = (
 )
 
 
+@dataclass(frozen=True)
+class Options(Evidence):
+    """The command line; what is left out depends on network and data."""
+
+    results: Path = Path("images.jsonl")
+    dataset: Literal["digits", "mnist"] = "digits"
+    data_dir: Path | None = None
+    """Folder with the IDX files of MNIST."""
+    model: Literal["mlp", "resnet"] = "mlp"
+    methods: tuple[str, ...] = ()
+    """All that have settings by default."""
+    seeds: int = 0
+    """0: 10, or 3 of the ResNet."""
+    epochs: int = 0
+    """Of the usual runs; 0: by data and network."""
+    overlong: int = -1
+    """Length of the over-long runs in usual ones; -1: 8 for digits, 5 for MNIST, no ResNet."""
+    tune: bool = False
+    """Search hyperparameters instead of comparing."""
+    grid: str = ""
+    """Of --tune, by data and network by default: digits, example, mnist or resnet."""
+    splits: int = 1
+    """Splits of the training images for --tune."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dataset == "mnist" and self.data_dir is None and not self.report:
+            raise SystemExit("--dataset mnist needs --data-dir, the folder with its IDX files")
+        grid = self.grid or ("resnet" if self.model == "resnet" else self.dataset)
+        if grid not in GRIDS:
+            raise SystemExit(f"--grid must be one of {', '.join(GRIDS)}")
+        known = GRIDS[grid] if self.tune else CHOSEN[self.model, self.dataset]
+        if missing := [method for method in self.methods if method not in known]:
+            raise SystemExit(f"no settings of {', '.join(missing)}; known: {', '.join(known)}")
+        overlong = OVERLONG[self.dataset] if self.model == "mlp" else 0
+        defaults: dict[str, Any] = {
+            "grid": grid,
+            "methods": self.methods or tuple(known),
+            "seeds": self.seeds or SEEDS[self.model],
+            "epochs": self.epochs or EPOCHS[self.model, self.dataset],
+            "overlong": overlong if self.overlong < 0 else self.overlong,
+        }
+        for name, value in defaults.items():
+            object.__setattr__(self, name, value)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Computes what is missing, and reports."""
-    args = parse(argv)
-    if not args.report:
+    options = parse(Options, __doc__, argv)
+    if not options.report:
         try:
-            study = Study(args, load_dataset(args.dataset, args.data_dir))
+            study = Study(options, load_dataset(options.dataset, options.data_dir))
         except DataError as error:
             raise SystemExit(f"error: {error}") from None
-        if args.tune:
+        if options.tune:
             return tune(study)
         compare(study)
-    return write_report(read_journal(args.results), identity(args), args.overlong)
+    return write_report(read_journal(options.results), identity(options), options.overlong)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, with defaults that depend on network and data."""
-    parser = evidence_parser((__doc__ or "").split("\n")[0], "images")
-    add = parser.add_argument
-    add("--dataset", choices=("digits", "mnist"), default="digits", help="images to learn")
-    add("--data-dir", type=Path, metavar="DIR", help="folder with the IDX files of MNIST")
-    add("--model", choices=tuple(NETWORKS), default="mlp", help="network")
-    add("--methods", nargs="+", choices=tuple(METHODS), help="methods; None: all")
-    add("--seeds", type=int, help="runs of each method; None: 10, or 3 of the ResNet")
-    add("--epochs", type=int, help="of the usual runs; None: by data and network")
-    add("--overlong", type=int, metavar="FACTOR", help="length of the over-long runs in usual ones")
-    add("--tune", action="store_true", help="search hyperparameters instead of comparing")
-    add("--grid", choices=tuple(GRIDS), help="grid of --tune; None: by data and network")
-    add("--splits", type=int, default=1, help="splits of the training images for --tune")
-    args = parser.parse_args(argv)
-    if args.dataset == "mnist" and args.data_dir is None and not args.report:
-        parser.error("--dataset mnist needs --data-dir, the folder with its IDX files")
-    args.grid = args.grid or ("resnet" if args.model == "resnet" else args.dataset)
-    known = GRIDS[args.grid] if args.tune else CHOSEN[args.model, args.dataset]
-    if missing := [method for method in args.methods or () if method not in known]:
-        parser.error(f"no settings for {', '.join(missing)}; known: {', '.join(known)}")
-    args.methods = args.methods or list(known)
-    args.seeds = args.seeds or SEEDS[args.model]
-    args.epochs = args.epochs or EPOCHS[args.model, args.dataset]
-    if args.overlong is None:
-        args.overlong = OVERLONG[args.dataset] if args.model == "mlp" else 0
-    return args
-
-
-def identity(args: argparse.Namespace) -> dict[str, Any]:
+def identity(options: Options) -> dict[str, Any]:
     """What all runs of a command have in common."""
     return {
-        "model": args.model,
-        "dataset": args.dataset,
-        "epochs": args.epochs,
+        "model": options.model,
+        "dataset": options.dataset,
+        "epochs": options.epochs,
         "batch_size": BATCH_SIZE,
-        "samples": SAMPLES[args.model],
+        "samples": SAMPLES[options.model],
     }
 
 
 class Study:
     """A network and the data, with everything that is compiled for them."""
 
-    def __init__(self, args: argparse.Namespace, data: ImageData):
-        self.args, self.data, self.journal = args, data, Journal(args.results)
-        self.network = NETWORKS[args.model]
+    def __init__(self, options: Options, data: ImageData):
+        self.options, self.data, self.journal = options, data, Journal(options.results)
+        self.network = NETWORKS[options.model]
         apply: Any = self.network.apply
         self.at_mean = jax.jit(predict_at_mean(lambda p, x: jax.nn.log_softmax(apply(p, x))))
         self._trainers: dict[tuple[str, int], Trainer] = {}
         sizes = f"{len(data.train_labels):,} training and {len(data.test_labels):,} test images"
-        print(f"{args.dataset}: {sizes} ({data.note}); {args.epochs} epochs", file=sys.stderr)
+        print(f"{options.dataset}: {sizes} ({data.note}); {options.epochs} epochs", file=sys.stderr)
 
     def run(self, task: str, method: str, values: Values, seed: int, **more: Any) -> dict[str, Any]:
         """What identifies a run."""
         images = {"train": len(self.data.train_labels), "test": len(self.data.test_labels)}
-        named = {"task": task, **identity(self.args), **images, "method": method, "seed": seed}
+        named = {"task": task, **identity(self.options), **images, "method": method, "seed": seed}
         return {**named, "values": dict(values), **more}
 
     def trainer(self, method: str, data: Data, epochs: int) -> Trainer:
@@ -229,42 +246,42 @@ def sample_curve(log_probs: np.ndarray, labels: np.ndarray) -> dict[str, list]:
 
 def compare(study: Study) -> None:
     """All methods from all seeds, and the over-long runs."""
-    args, data = study.args, study.data
+    options, data = study.options, study.data
     shape = data.train_images.shape[1:]
     sets = {"test": data.test_images, "letters": letters(shape), "patches": photo_patches(shape)}
     train = (jnp.asarray(data.train_images), jnp.asarray(data.train_labels))
     part = Part(train, sets, data.test_labels)
-    chosen = CHOSEN[args.model, args.dataset]
-    long = [m for m in args.methods if m in POINTS + VARIATIONAL] if args.overlong else []
+    chosen = CHOSEN[options.model, options.dataset]
+    long = [m for m in options.methods if m in POINTS + VARIATIONAL] if options.overlong else []
     kept = [method for method in long if method in VARIATIONAL]
-    study.journal.total = args.seeds * (len(args.methods) + len(long))
-    study.journal.total += 2 * min(args.seeds, KEPT_SEEDS) * len(kept)
-    for seed in range(args.seeds):
-        for method in args.methods:
+    study.journal.total = options.seeds * (len(options.methods) + len(long))
+    study.journal.total += 2 * min(options.seeds, KEPT_SEEDS) * len(kept)
+    for seed in range(options.seeds):
+        for method in options.methods:
             values = chosen[method]
             run = study.run("compare", method, values, seed)
             study.journal.compute(run, partial(usual, study, method, values, seed, part))
-        runs = [(method, overlong_values(chosen[method], args.overlong)) for method in long]
+        runs = [(method, overlong_values(chosen[method], options.overlong)) for method in long]
         for method in kept if seed < KEPT_SEEDS else ():
             runs += [(method, chosen[method]), (method, guarded_values(chosen[method]))]
         for method, values in runs:
-            run = study.run("overlong", method, values, seed, factor=args.overlong)
+            run = study.run("overlong", method, values, seed, factor=options.overlong)
             study.journal.compute(run, partial(overlong, study, method, values, seed, part))
 
 
 def usual(study: Study, method: str, values: Values, seed: int, part: Part) -> dict[str, Any]:
     """One run of the usual length."""
-    trainer = study.trainer(method, part.train, study.args.epochs)
+    trainer = study.trainer(method, part.train, study.options.epochs)
     start = time.perf_counter()
     fitted = jax.block_until_ready(trainer.fit(values, part.train, seed))
     seconds = time.perf_counter() - start
-    result = evaluate(study, fitted, seed, SAMPLES[study.args.model], part)
+    result = evaluate(study, fitted, seed, SAMPLES[study.options.model], part)
     return {**result, "seconds": round(seconds, 2)}
 
 
 def overlong(study: Study, method: str, values: Values, seed: int, part: Part) -> dict[str, Any]:
     """One over-long run, with its NLL of training and test images along the way."""
-    epochs = study.args.epochs * study.args.overlong
+    epochs = study.options.epochs * study.options.overlong
     trainer = study.trainer(method, part.train, epochs)
     per_epoch = len(part.train[1]) // BATCH_SIZE
     epoch = sorted({max(1, round(epochs * look / LOOKS)) for look in range(1, LOOKS + 1)})
@@ -306,17 +323,19 @@ def tune(study: Study) -> None:
     There are more epochs, so that the number of steps is that of the comparison: what IVON forgets
     of its initial curvature depends on it.
     """
-    args, labels = study.args, study.data.train_labels
+    options, labels = study.options, study.data.train_labels
     held_out = len(labels) // 5
-    epochs = round(args.epochs * len(labels) / (len(labels) - held_out))
-    grids = {method: GRIDS[args.grid][method] for method in args.methods}
-    study.journal.total = args.splits * sum(len(tuning.settings(each)) for each in grids.values())
+    epochs = round(options.epochs * len(labels) / (len(labels) - held_out))
+    grids = {method: GRIDS[options.grid][method] for method in options.methods}
+    study.journal.total = options.splits * sum(
+        len(tuning.settings(each)) for each in grids.values()
+    )
     tables = {}
     for method, grid in grids.items():
         tried = []
         for values in tuning.settings(grid):
             found = []
-            for split in range(args.splits):
+            for split in range(options.splits):
                 parts = stratified_split(study.data.train_images, labels, held_out, split)
                 work = partial(trial, study, method, values, split, parts, epochs)
                 found.append(study.journal.compute(study.run("tune", method, values, split), work))
@@ -325,9 +344,9 @@ def tune(study: Study) -> None:
         edges = tuning.at_edges(grid, tuning.best(tried).values)
         note = f" (at the edge of the grid: {', '.join(edges)})" if edges else ""
         tables[f"{METHODS[method]}{note}"] = tuning.rows(tried)
-    title = f"Settings tried: {args.dataset}, {args.model}"
-    notes = TUNING_NOTES.format(epochs=epochs, splits=args.splits)
-    write_tables(read_journal(args.results), title, tables, notes)
+    title = f"Settings tried: {options.dataset}, {options.model}"
+    notes = TUNING_NOTES.format(epochs=epochs, splits=options.splits)
+    write_tables(read_journal(options.results), title, tables, notes)
 
 
 def trial(
