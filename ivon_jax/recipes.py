@@ -46,11 +46,11 @@ class Recipe:
     settings: Mapping[str, Any]
     batch_size: int | None
     length: str
-    warmup: float
-    decay: str
-    clip_norm: float | None
-    test_samples: int | None
-    source: str
+    warmup: float = 0.0
+    decay: str = "cosine"
+    clip_norm: float | None = None
+    test_samples: int | None = None
+    source: str = IVON_PAPER
     note: str = ""
 
     def __post_init__(self):
@@ -277,168 +277,97 @@ def b2_for(num_steps: int) -> float:
     return 1.0 - 2.0 / max(check_positive("num_steps", num_steps), 20)  # at least 0.9
 
 
-def _vision(
+def _settings(
     learning_rate: float,
     ess: float,
     hess_init: float,
     weight_decay: float,
     b2: float,
-    batch_size: int,
-    note: str,
-) -> Recipe:
-    return Recipe(
-        settings={
-            "learning_rate": learning_rate,
-            "ess": ess,
-            "hess_init": hess_init,
-            "weight_decay": weight_decay,
-            "b2": b2,
-        },
-        batch_size=batch_size,
-        length="200 epochs",
-        warmup=5 / 200,
-        decay="cosine",
-        clip_norm=None,
-        test_samples=64,
-        source=IVON_PAPER,
-        note=note,
-    )
+    **others: Any,
+) -> dict[str, Any]:
+    return {
+        "learning_rate": learning_rate,
+        "ess": ess,
+        "hess_init": hess_init,
+        "weight_decay": weight_decay,
+        "b2": b2,
+        **others,
+    }
+
+
+_VISION = {"length": "200 epochs", "warmup": 5 / 200, "test_samples": 64}
+CIFAR = Recipe(
+    _settings(0.2, 5e4, 0.5, 2e-4, 0.99999),
+    batch_size=50,
+    note="CIFAR-10 and CIFAR-100, ResNet-20 to DenseNet-121 with filter response normalisation.",
+    **_VISION,
+)
+TINY_IMAGENET = Recipe(
+    _settings(0.2, 2e5, 0.5, 2e-4, 0.99999),
+    batch_size=50,
+    note="ess is twice the number of training images. The schedule is CIFAR's.",
+    **_VISION,
+)
+IMAGENET = Recipe(
+    _settings(2.5, 1_281_167, 0.05, 5e-5, 0.999995),
+    batch_size=1024,
+    note="ResNet-50. The schedule is CIFAR's.",
+    **_VISION,
+)
+CIFAR_10_LARGE_BATCH = Recipe(
+    _settings(0.3, 5e4, 1.0, 1e-4, 0.9999),
+    batch_size=256,
+    length="50,000 steps",
+    source=THIRD_PARTY,
+    note="ResNet-20 with filter response normalisation and SiLU, random crops and flips.",
+)
 
 
 def _gpt2(learning_rate: float) -> Recipe:
     return Recipe(
-        settings={
-            "learning_rate": learning_rate,
-            "ess": 1e10,
-            "hess_init": 1e-3,
-            "weight_decay": 1e-6,
-            "mask": matrices,
-            "b2": 0.99999,
-            "clip_radius": 1e-3,
-        },
+        _settings(learning_rate, 1e10, 1e-3, 1e-6, 0.99999, mask=matrices, clip_radius=1e-3),
         batch_size=480,
         length="100,000 steps of 480 sequences of 1,024 tokens, 2,000 of them warmup",
         warmup=0.02,
-        decay="cosine",
         clip_norm=1.0,
-        test_samples=None,
-        source=IVON_PAPER,
         note="Every micro-batch on every device draws fresh noise.",
     )
 
 
-CIFAR = _vision(
-    0.2,
-    5e4,
-    0.5,
-    2e-4,
-    0.99999,
-    50,
-    "CIFAR-10 and CIFAR-100, ResNet-20 to DenseNet-121 with filter response normalisation.",
-)
-TINY_IMAGENET = _vision(
-    0.2,
-    2e5,
-    0.5,
-    2e-4,
-    0.99999,
-    50,
-    "ess is twice the number of training images. The schedule is CIFAR's.",
-)
-IMAGENET = _vision(
-    2.5, 1_281_167, 0.05, 5e-5, 0.999995, 1024, "ResNet-50. The schedule is CIFAR's."
-)
 GPT2_125M = _gpt2(300.0)
 GPT2_355M = _gpt2(200.0)
 GPT2_773M = _gpt2(150.0)
+IWSLT14 = Recipe(
+    _settings(0.15, 1e8, 0.1, 1e-4, 0.99999, clip_radius=1e-3),
+    batch_size=None,
+    length="translation, from scratch",
+    warmup=4000,
+    decay="inverse square root",
+    clip_norm=1.0,
+    source=THIRD_PARTY,
+    note="Transformer-base; 2 Monte Carlo samples in every training step.",
+)
 UCI_ENERGY = Recipe(
-    settings={
-        "learning_rate": 0.02,
-        "ess": 6000,
-        "hess_init": 0.5,
-        "weight_decay": 5e-3,
-        "b2": 0.999,
-    },
+    _settings(0.02, 6000, 0.5, 5e-3, 0.999),
     batch_size=8,
     length="60 epochs",
-    warmup=0.0,
-    decay="cosine",
-    clip_norm=None,
-    test_samples=None,
-    source=IVON_PAPER,
     note="One hidden layer of 50 units; 5 Monte Carlo samples in every training step.",
 )
 LORA = Recipe(
-    settings={
-        "learning_rate": 0.03,
-        "ess": 1e7,
-        "hess_init": 1e-3,
-        "weight_decay": 0.0,
-        "b2": 0.99999,
-        "clip_radius": 1e-3,
-        "rescale_lr": False,
-    },
+    _settings(0.03, 1e7, 1e-3, 0.0, 0.99999, clip_radius=1e-3, rescale_lr=False),
     batch_size=4,
     length="10,000 steps",
-    warmup=0.0,
     decay="linear",
-    clip_norm=None,
     test_samples=10,
     source=LORA_PAPERS,
     note="Low-rank adapters of Llama-2-7B. Published: ess 1e6 to 1e8, hess_init 3e-4 to 1e-3.",
 )
-
-CIFAR_10_LARGE_BATCH = Recipe(
-    settings={
-        "learning_rate": 0.3,
-        "ess": 5e4,
-        "hess_init": 1.0,
-        "weight_decay": 1e-4,
-        "b2": 0.9999,
-    },
-    batch_size=256,
-    length="50,000 steps",
-    warmup=0.0,
-    decay="cosine",
-    clip_norm=None,
-    test_samples=None,
-    source=THIRD_PARTY,
-    note="ResNet-20 with filter response normalisation and SiLU, random crops and flips.",
-)
-IWSLT14 = Recipe(
-    settings={
-        "learning_rate": 0.15,
-        "ess": 1e8,
-        "hess_init": 0.1,
-        "weight_decay": 1e-4,
-        "b2": 0.99999,
-        "clip_radius": 1e-3,
-    },
-    batch_size=None,
-    length="translation, trained from scratch",
-    warmup=4000,
-    decay="inverse square root",
-    clip_norm=1.0,
-    test_samples=None,
-    source=THIRD_PARTY,
-    note="Transformer-base; 2 Monte Carlo samples in every training step.",
-)
 LORA_2B = Recipe(
-    settings={
-        "learning_rate": 0.03,
-        "ess": 1e7,
-        "hess_init": 3e-4,
-        "weight_decay": 1e-6,
-        "b2": 0.99999,
-        "clip_radius": 1e-3,
-        "rescale_lr": False,
-    },
+    _settings(0.03, 1e7, 3e-4, 1e-6, 0.99999, clip_radius=1e-3, rescale_lr=False),
     batch_size=32,
     length="fine-tuning, of a length that the source does not name",
     warmup=512,
-    decay="cosine",
     clip_norm=1.0,
-    test_samples=None,
     source=THIRD_PARTY,
     note="Low-rank adapters of Gemma-2B.",
 )

@@ -292,7 +292,7 @@ def test_reseed_of_a_stack_of_states_needs_vmap():
 
 
 def test_numpy_integers_are_seeds_and_counts():
-    tx = auto_sample(ivon(0.1, 10), np.int64(3), np.int64(2))
+    tx = auto_sample(ivon(0.1, 10), np.int64(3), num_samples=np.int64(2))
     same = auto_sample(ivon(0.1, 10), 3, num_samples=2)
     jax.tree.map(np.testing.assert_array_equal, tx.init(PARAMS), same.init(PARAMS))
 

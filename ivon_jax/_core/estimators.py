@@ -9,10 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ivon_jax._core.axes import split_over, whole_first_axis, zeros_of
+from ivon_jax._core.axes import split_over
 from ivon_jax._core.checks import Number, check_axis_name, check_number, check_positive, renamed
 from ivon_jax._core.rule import hess_estimate
-from ivon_jax._core.sampling import PosteriorNoise, key_words, threefry_key
+from ivon_jax._core.sampling import (
+    PosteriorNoise,
+    fold_in_groups,
+    key_words,
+    one_or_many,
+    threefry_key,
+)
 from ivon_jax._core.state import gaussian
 from ivon_jax._core.trees import PyTree, wide_dtype
 
@@ -259,39 +265,17 @@ def _mean_over_samples(
     spmd_axis_name: str | tuple[str, ...] | None,
 ) -> tuple[_Estimates, Any]:
     """The mean of the estimates over the samples, and aux stacked on axis 0."""
-    size = min(sample_batch_size or 1, num_samples)
     axes = (spmd_axis_name,) if isinstance(spmd_axis_name, str) else spmd_axis_name
-    stacked_at_sample = jax.vmap(at_sample, spmd_axis_name=axes)
+    at_samples = jax.vmap(at_sample, spmd_axis_name=axes) if axes else one_or_many(at_sample)
 
     def group(members: tuple[Any, ...]) -> tuple[_Estimates, Any]:
-        if len(members[0]) == 1 and axes is None:
-            estimates, aux = at_sample(*jax.tree.map(lambda x: x[0], members))
-            return estimates, jax.tree.map(lambda x: jnp.asarray(x)[None], aux)
         if axes is not None:
             members = jax.tree.map(functools.partial(split_over, names=axes), members)
-        estimates, aux = stacked_at_sample(*members)
+        estimates, aux = at_samples(*members)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), estimates), aux
 
-    def add(total: _Estimates, members: tuple[Any, ...]) -> tuple[_Estimates, Any]:
-        estimates, aux = group(members)
-        return jax.tree.map(jnp.add, total, estimates), aux
-
-    groups, rest = divmod(num_samples, size)
-    if groups == 1 and not rest:
-        total, aux = group(samples)
-    else:
-        samples = jax.tree.map(whole_first_axis, samples)
-        zeros = jax.tree.map(
-            zeros_of, jax.eval_shape(group, jax.tree.map(lambda x: x[:size], samples))[0]
-        )
-        grouped = jax.tree.map(
-            lambda x: x[: groups * size].reshape(groups, size, *x.shape[1:]), samples
-        )
-        total, aux = jax.lax.scan(add, zeros, grouped)
-        aux = jax.tree.map(lambda x: x.reshape(groups * size, *x.shape[2:]), aux)
-        if rest:
-            total, last = add(total, jax.tree.map(lambda x: x[groups * size :], samples))
-            aux = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), aux, last)
+    add = functools.partial(jax.tree.map, jnp.add)
+    total, aux = fold_in_groups(group, add, samples, sample_batch_size)
     return jax.tree.map(lambda x: x / num_samples, total), aux
 
 

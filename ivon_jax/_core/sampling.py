@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ivon_jax._core.axes import whole_first_axis, zeros_of
 from ivon_jax._core.compiler import kept_on_cpu, materialized, rounded
 from ivon_jax._core.noise import THREEFRY, gaussian_noise
 from ivon_jax._core.state import Posterior, gaussian
@@ -170,3 +171,58 @@ class PosteriorNoise:
         if self._params is None:
             return self._own.join(leaves)
         return self._own.fill(leaves, self._params, wide_zeros)
+
+
+def one_or_many(at_sample: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """`jax.vmap(at_sample)`; a single sample is evaluated without a batch axis, which is faster."""
+
+    def at_samples(*members: Any) -> PyTree:
+        if len(jax.tree.leaves(members)[0]) > 1:
+            return jax.vmap(at_sample)(*members)
+        out = at_sample(*jax.tree.map(lambda x: x[0], members))
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], out)
+
+    return at_samples
+
+
+def fold_in_groups(
+    group: Callable[[PyTree], tuple[PyTree, PyTree]],
+    merge: Callable[[PyTree, PyTree], PyTree],
+    members: PyTree,
+    size: int | None,
+    start: Callable[[Any], jax.Array] = zeros_of,
+) -> tuple[PyTree, PyTree]:
+    """Goes through samples in groups of `size` (one by default), so that memory does not grow.
+
+    Args:
+      group: maps members (samples on axis 0) to what is merged, and to what is kept of each of
+        them on axis 0.
+      merge: of two groups' results.
+      members: keys and whatever else differs between samples, on axis 0.
+      size: members at a time.
+      start: the neutral element of `merge` for an abstract array.
+
+    Returns:
+      The merged result, and what is kept of all samples on axis 0.
+    """
+    number = len(jax.tree.leaves(members)[0])
+    size = min(size or 1, number)
+    groups, rest = divmod(number, size)
+    if groups == 1 and not rest:
+        return group(members)
+    full = groups * size
+    members = jax.tree.map(whole_first_axis, members)
+    first = jax.tree.map(lambda x: x[:size], members)
+    total = jax.tree.map(start, jax.eval_shape(group, first)[0])
+
+    def add(total: PyTree, members: PyTree) -> tuple[PyTree, PyTree]:
+        result, kept = group(members)
+        return merge(total, result), kept
+
+    grouped = jax.tree.map(lambda x: x[:full].reshape(groups, size, *x.shape[1:]), members)
+    total, kept = jax.lax.scan(add, total, grouped)
+    kept = jax.tree.map(lambda x: x.reshape(full, *x.shape[2:]), kept)
+    if rest:
+        total, last = add(total, jax.tree.map(lambda x: x[full:], members))
+        kept = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), kept, last)
+    return total, kept

@@ -1,1 +1,1 @@
-"""What the posterior is used for."""
+"""What the posterior is used for: one module per use; nothing in `_core` imports them."""

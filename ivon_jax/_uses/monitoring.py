@@ -14,7 +14,6 @@ from ivon_jax._core.rule import LeafPrior, debiased, direction
 from ivon_jax._core.state import (
     IVONState,
     find_states,
-    gaussian,
     leaf_priors,
     precision_leaves,
     prior_gaussian,
@@ -105,7 +104,6 @@ def diagnostics(
     state = with_means(state, params)
     parts = find_states(state)
     _check_one_ess(parts)
-    q = gaussian(state)
     means = [m for part in parts for m in jax.tree.leaves(part.mean)]
     hess = [h for part in parts for h in jax.tree.leaves(part.hess)]
     precisions = [p for part in parts for p in precision_leaves(part)]
@@ -126,7 +124,7 @@ def diagnostics(
 
     sigma = percentiles("sigma", precisions, from_top=True)
     gain = _largest_gain(parts, hess_init)
-    kl = kl_divergence(q, prior_gaussian(state)).astype(jnp.float32)
+    kl = kl_divergence(state, prior_gaussian(state)).astype(jnp.float32)
     number = sum(x.size for x in hess)
     broken = [~jnp.isfinite(m) | ~jnp.isfinite(h) for m, h in zip(means, hess, strict=True)]
     numbers = {

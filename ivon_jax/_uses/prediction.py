@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ivon_jax._core.axes import varying_axes, zeros_of
 from ivon_jax._core.checks import check_positive, renamed
-from ivon_jax._core.sampling import PosteriorNoise, threefry_key
+from ivon_jax._core.sampling import PosteriorNoise, fold_in_groups, one_or_many, threefry_key
 from ivon_jax._core.state import gaussian
 from ivon_jax._core.trees import PyTree
 from ivon_jax._uses.networks import apply_in_batches, class_log_probs, gaussian_head
@@ -125,13 +125,13 @@ def predict_log_probs(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
     ) -> jax.Array:
         keys, at_key = draws.prepare(key, state, inputs, params)
-        total = _fold(
-            at_key,
+        at_keys = one_or_many(at_key)
+        total, _ = fold_in_groups(
+            lambda keys: (jax.nn.logsumexp(at_keys(keys), axis=0), None),
+            jnp.logaddexp,
             keys,
             sample_batch_size,
             start=lambda x: zeros_of(x) - jnp.inf,
-            reduce=lambda group: jax.nn.logsumexp(group, axis=0),
-            merge=jnp.logaddexp,
         )
         return total - jnp.log(jnp.asarray(num_samples, total.dtype))
 
@@ -192,16 +192,18 @@ def predict_moments(
     ) -> Moments:
         keys, at_key = draws.prepare(key, state, inputs, params)
 
-        def reduce(group: Any) -> Any:
-            means, variances = group
+        at_keys = one_or_many(at_key)
+
+        def group(keys: jax.Array) -> Any:
+            means, variances = at_keys(keys)
             mean = jnp.mean(means, axis=0)
             # Deviations, not squares: mean μ² − μ̄² would cancel for μ far from zero.
             squares = jnp.sum((means - mean[None]) ** 2, axis=0)
-            return jnp.full_like(mean, len(means)), mean, squares, jnp.sum(variances, axis=0)
+            count = jnp.full_like(mean, len(means))
+            return (count, mean, squares, jnp.sum(variances, axis=0)), None
 
-        count, mean, squares, noise = _fold(
-            at_key, keys, sample_batch_size, zeros_of, reduce, _pool
-        )
+        pooled, _ = fold_in_groups(group, _pool, keys, sample_batch_size)
+        count, mean, squares, noise = pooled
         return Moments(mean, (noise + squares) / count, squares / count)
 
     return moments
@@ -282,34 +284,6 @@ class _Draws:
         with jax.threefry_partitionable(True):
             keys = jax.random.split(threefry_key(key), self._num_samples)
         return keys, lambda k: self._apply(q.displaced(q.draw(k)), *inputs)
-
-
-def _fold(
-    at_key: Callable[[jax.Array], PyTree],
-    keys: jax.Array,
-    sample_batch_size: int | None,
-    start: Callable[[Any], jax.Array],
-    reduce: Callable[[PyTree], PyTree],
-    merge: Callable[[PyTree, PyTree], PyTree],
-) -> PyTree:
-    """Reduces the outputs of all samples, of which only `sample_batch_size` exist at a time."""
-    size = min(sample_batch_size or 1, len(keys))
-    groups, rest = divmod(len(keys), size)
-
-    def group(keys: jax.Array) -> PyTree:
-        if len(keys) == 1:
-            return reduce(jax.tree.map(lambda x: x[None], at_key(keys[0])))
-        return reduce(jax.vmap(at_key)(keys))
-
-    if groups == 1 and not rest:
-        return group(keys)
-    total = jax.tree.map(start, jax.eval_shape(group, keys[:size]))
-    total, _ = jax.lax.scan(
-        lambda total, keys: (merge(total, group(keys)), None),
-        total,
-        keys[: groups * size].reshape(groups, size),
-    )
-    return merge(total, group(keys[groups * size :])) if rest else total
 
 
 def _pool(a: Any, b: Any) -> Any:
