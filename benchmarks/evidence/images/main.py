@@ -30,7 +30,7 @@ from benchmarks.evidence.images.methods import (
     Trainer,
     sample_log_probs,
 )
-from benchmarks.evidence.images.report import write_report
+from benchmarks.evidence.images.report import command, write_report
 from benchmarks.evidence.images.tuning import CHOSEN, GRIDS, guarded_values, overlong_values
 from examples._shared.datasets import DataError, ImageData, load_dataset, stratified_split
 from examples._shared.unfamiliar import letters, photo_patches
@@ -48,9 +48,9 @@ LOOKS = 16  # at an over-long run
 LOOK_SAMPLES = 16  # posterior samples of a look
 LOOK_IMAGES = 2000  # of the training images
 TUNING_NOTES = (
-    "Each setting was trained on 80 % of the training images for {epochs} epochs, as many steps as "
-    "in the comparison, and scored on the other 20 % ({splits} split: ± where several). The NLL "
-    "chooses."
+    "`{command} --tune --grid {grid}`\n\nEach setting was trained on 80 % of the training images "
+    "for {epochs} epochs, as many steps as in the comparison, and scored on the other 20 % "
+    "({splits} split: ± where several). The NLL chooses."
 )
 
 
@@ -345,7 +345,8 @@ def tune(study: Study) -> None:
         note = f" (at the edge of the grid: {', '.join(edges)})" if edges else ""
         tables[f"{METHODS[method]}{note}"] = tuning.rows(tried)
     title = f"Settings tried: {options.dataset}, {options.model}"
-    notes = TUNING_NOTES.format(epochs=epochs, splits=options.splits)
+    shown = {"command": command(**identity(options)), "grid": options.grid}
+    notes = TUNING_NOTES.format(epochs=epochs, splits=options.splits, **shown)
     write_tables(read_journal(options.results), title, tables, notes)
 
 

@@ -116,8 +116,16 @@ def write_report(journal: Journal, identity: Mapping[str, Any], factor: int) -> 
     seeds = max(len(results) for results in usual.values())
     run = journal.select(task="compare", **identity)[0][0]
     notes = NOTES.format(seeds=seeds, **run) + (DETECTION_NOTES if detected else "")
+    notes = f"`{command(**identity)} --seeds {seeds}`\n\n{notes}"
     write_tables(journal, title, tables, notes)
     save_figure(draw(title, usual, overlong, identity["epochs"]), journal.path.with_suffix(".png"))
+
+
+def command(model: str, dataset: str, **_: Any) -> str:
+    """The command line of a comparison."""
+    data = "" if dataset == "digits" else f" --dataset {dataset} --data-dir DIR"
+    network = "" if model == "mlp" else f" --model {model}"
+    return f"python benchmarks/evidence/images/main.py{data}{network}"
 
 
 def collect(

@@ -24,7 +24,9 @@ STYLES: dict[str, dict[str, Any]] = {
     "IVON, mean": {"color": COLORS["IVON"], "ls": "-"},
     "IVON, 16 samples": {"color": COLORS["SGD"], "ls": "", "marker": "D", "ms": 6, "mfc": "none"},
 }
-NOTES = """{steps:,} steps of 12 windows of 64 characters; mean ± standard error over {seeds}, \
+NOTES = """`python benchmarks/evidence/language/main.py --text {text}`, after the same with `--tune`
+
+{steps:,} steps of 12 windows of 64 characters; mean ± standard error over {seeds}, \
 which set the initial weights, the batches and IVON's noise. The last tenth of the text is for \
 validation; the settings were chosen on the twentieth before it, in short runs with one seed each.
 
@@ -52,7 +54,7 @@ def write_report(journal: Journal) -> None:
         tables["Validation loss on the way"] = on_the_way(results)
         settings = "\n\n".join(f"`{shown(x)}`" for x in sorted({r["settings"] for r, _ in finals}))
         seeds = f"{count} seed{'s' * (count > 1)}"
-        notes = NOTES.format(steps=run["steps"], seeds=seeds, settings=settings)
+        notes = NOTES.format(text=run["text"], steps=run["steps"], seeds=seeds, settings=settings)
         if published := PUBLISHED.get(run["digest"]):
             notes += "\n\nnanoGPT's published validation loss with this configuration: "
             notes += f"{published}."
