@@ -14,10 +14,15 @@ from benchmarks.evidence.images import claims, main, tuning
 SMALL = ["--seeds", "1", "--epochs", "1", "--methods", "sgd", "ivon", "--overlong", "2"]
 
 
-@pytest.fixture(autouse=True)
-def promotion():
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """What the tables look like does not depend on how well they are compiled."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()  # no other test may reuse what was compiled here
 
 
 def test_it_compares_judges_the_claims_and_goes_on_from_its_file(tmp_path, capsys, monkeypatch):

@@ -11,6 +11,17 @@ from benchmarks._shared.journal import Journal
 from benchmarks.evidence.language import main, training
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """What the tables look like does not depend on how well they are compiled."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()  # no other test may reuse what was compiled here
+
+
 @pytest.fixture
 def text_file(tmp_path):
     path = tmp_path / "small.txt"
@@ -38,8 +49,7 @@ def test_runs_are_reported(text_file, tmp_path, monkeypatch, capsys):
     timed = {"seconds": {"AdamW": 0.01, "IVON": 0.02}, "ratio": [2.0, 1.9, 2.1]}
     monkeypatch.setattr(main, "timing", lambda *_: timed)
     path = tmp_path / "language.jsonl"
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        main.main([f"--text={text_file}", "--steps=4", "--seeds=1", f"--results={path}"])
+    main.main([f"--text={text_file}", "--steps=4", "--seeds=1", f"--results={path}"])
     assert "IVON, 16 samples" in capsys.readouterr().out
     assert (tmp_path / "language.png").stat().st_size > 10_000
     for _, found in Journal(path).select(part="final"):

@@ -38,7 +38,12 @@ from examples.leave_one_out import (
 )
 from ivon_jax import ivon, leave_one_out, posterior
 
-VALUES = {"learning_rate": 0.1, "hess_init": 0.1, "b2": 0.999, "weight_decay": 1e-4}
+VALUES: dict[str, Any] = {
+    "learning_rate": 0.1,
+    "hess_init": 0.1,
+    "b2": 0.999,
+    "weight_decay": 1e-4,
+}
 Array = jax.Array
 
 
