@@ -20,6 +20,7 @@ def train(
     epochs: int,
     batch_size: int,
     progress: bool = True,
+    label: str | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Minimises the mean of `loss_fn(params, batch)` over shuffled minibatches.
 
@@ -41,6 +42,7 @@ def train(
       epochs: passes over the data; an incomplete last batch is left out.
       batch_size: examples per step, at most all of them.
       progress: whether to show a progress bar.
+      label: what the bar is called.
 
     Returns:
       Parameters and optimizer state. After `auto_sample` the parameters are one posterior
@@ -54,7 +56,7 @@ def train(
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    bar = tqdm(total=epochs, unit="epoch", disable=not progress)
+    bar = tqdm(total=epochs, unit="epoch", desc=label, disable=not progress)
 
     def count() -> None:
         bar.update()
