@@ -36,47 +36,17 @@ from ivon_jax._uses.saving import load, load_metadata, save
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "AutoSampleState",
-    "IVONState",
-    "LeaveOneOut",
-    "Linearized",
-    "Moments",
-    "Posterior",
-    "Sensitivity",
-    "Status",
-    "auto_sample",
-    "diagnostics",
-    "ivon",
-    "kl_divergence",
-    "learning_status",
-    "leave_one_out",
-    "linearize",
-    "load",
-    "load_metadata",
-    "mc_value_and_grad",
-    "merge",
-    "metrics",
-    "posterior",
-    "posterior_mean",
-    "predict_at_mean",
-    "predict_draws",
-    "predict_log_probs",
-    "predict_moments",
-    "predict_samples",
-    "prior_of",
-    "probit_log_probs",
-    "prune",
-    "recipes",
-    "reseed",
-    "sample_params",
-    "save",
-    "sensitivity",
-    "signal_to_noise",
-    "task_arithmetic",
-    "with_ess",
-    "with_mean",
-]
+# The optimizer and its posterior.
+__all__ = ["auto_sample", "ivon", "mc_value_and_grad", "reseed", "sample_params"]
+__all__ += ["kl_divergence", "posterior", "posterior_mean", "prior_of", "with_ess", "with_mean"]
+__all__ += ["AutoSampleState", "IVONState", "Posterior"]
+# Uses of the posterior.
+__all__ += ["predict_at_mean", "predict_draws", "predict_log_probs", "predict_moments"]
+__all__ += ["linearize", "predict_samples", "probit_log_probs"]
+__all__ += ["leave_one_out", "merge", "prune", "sensitivity", "signal_to_noise", "task_arithmetic"]
+__all__ += ["diagnostics", "learning_status", "load", "load_metadata", "save"]
+__all__ += ["LeaveOneOut", "Linearized", "Moments", "Sensitivity", "Status"]
+__all__ += ["metrics", "recipes"]
 
 _REMOVED = {
     "Selection": "the index of the smallest leave-one-out NLL, as in examples/leave_one_out.py",

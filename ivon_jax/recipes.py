@@ -104,19 +104,19 @@ def _schedule(peak: float, num_steps: int, warmup: float, decay: str) -> optax.S
     num_steps = check_positive("num_steps", num_steps)
     steps = round(warmup * num_steps) if warmup < 1 else round(warmup)
     rest = max(num_steps - steps, 1)
-    if decay == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest)
-    elif decay == "linear":
-        after = optax.linear_schedule(peak, 0.0, rest)
-    else:
 
-        def after(count: jax.Array) -> jax.Array:
-            # join_schedules asks for counts before the boundary too.
-            return peak * jnp.sqrt(steps / (steps + jnp.maximum(count, 0)))
+    def inverse_square_root(count: Any) -> jax.Array:
+        # join_schedules asks for counts before the boundary too.
+        return peak * jnp.sqrt(steps / (steps + jnp.maximum(count, 0)))
 
+    after: dict[str, optax.Schedule] = {
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "inverse square root": inverse_square_root,
+    }
     if not steps:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, steps), after], [steps])
+        return after[decay]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, steps), after[decay]], [steps])
 
 
 def start(
@@ -157,8 +157,8 @@ def start(
       >>> state = ivon(**settings).init(params)
     """
     rate = check_number("learning_rate", learning_rate, low=0.0, open_low=True)
-    temperature = check_number("temperature", temperature, low=0.0, open_low=True)
-    ess = check_positive("num_examples", num_examples) / float(temperature)
+    tau = check_number("temperature", temperature, low=0.0, open_low=True)
+    ess = check_positive("num_examples", num_examples) / float(tau)
     return {
         "learning_rate": _schedule(float(rate), num_steps, warmup=0.05, decay="cosine"),
         "ess": ess,

@@ -9,8 +9,8 @@ import optax
 
 from ivon_jax._core.axes import varying_axes, varying_over
 from ivon_jax._core.checks import check_positive, renamed
-from ivon_jax._core.noise import THREEFRY, derived_keys
-from ivon_jax._core.sampling import displaced, threefry_key
+from ivon_jax._core.noise import THREEFRY, derived_keys, displaced
+from ivon_jax._core.sampling import threefry_key
 from ivon_jax._core.state import (
     AutoSampleState,
     IVONState,

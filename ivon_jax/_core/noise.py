@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivon_jax._core.compiler import materialized, running_sums
+from ivon_jax._core.compiler import materialized, rounded, running_sums
 
 THREEFRY = "threefry2x32"
 
@@ -60,6 +60,20 @@ def gaussian_noise(
         e * (jnp.asarray(sign, p.dtype) * jax.lax.rsqrt(p))
         for e, p in zip(draws, precision, strict=True)
     ]
+
+
+def displaced(mean: jax.Array, noise: jax.Array) -> jax.Array:
+    """m + n, with the same last bit in every kernel and for every sharding."""
+    # A Posterior may hold leaves that are fixed because they are not floating, or narrower.
+    if not jnp.issubdtype(mean.dtype, jnp.floating):
+        return mean
+    return mean.astype(noise.dtype) + rounded(noise)
+
+
+def means_of(samples: list[jax.Array], noise: list[jax.Array]) -> list[jax.Array]:
+    """θ − n, the inverse of `displaced` up to rounding."""
+    pairs = zip(samples, noise, strict=True)
+    return materialized([x.astype(n.dtype) - rounded(n) for x, n in pairs])
 
 
 def standard_normals(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:

@@ -38,8 +38,8 @@ class Rule(NamedTuple):
 
     def astype(self, dtype: Any) -> "Rule":
         """The rule with its numbers in this dtype."""
-        *numbers, rescale_lr, debias = self
-        return Rule(*(jnp.asarray(x, dtype) for x in numbers), rescale_lr, debias)
+        numbers = Rule._fields[: Rule._fields.index("rescale_lr")]
+        return self._replace(**{name: jnp.asarray(getattr(self, name), dtype) for name in numbers})
 
 
 class LeafPrior(NamedTuple):

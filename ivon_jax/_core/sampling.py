@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._core.axes import whole_first_axis, zeros_of
-from ivon_jax._core.compiler import kept_on_cpu, materialized, rounded
-from ivon_jax._core.noise import THREEFRY, gaussian_noise
+from ivon_jax._core.compiler import kept_on_cpu, materialized
+from ivon_jax._core.noise import THREEFRY, displaced, gaussian_noise
 from ivon_jax._core.state import Posterior, gaussian
 from ivon_jax._core.trees import Owned, PyTree, wide_zeros
 
@@ -89,14 +89,6 @@ def sample_params(
     noise = materialized(q.draw(key))
     later = kept_on_cpu(noise, jax.random.key_data(key), q.draw_again)
     return q.displaced(noise), q.tree(later)
-
-
-def displaced(mean: jax.Array, noise: jax.Array) -> jax.Array:
-    """m + n, with the same last bit in every kernel and for every sharding."""
-    # A Posterior may hold leaves that are fixed because they are not floating, or narrower.
-    if not jnp.issubdtype(mean.dtype, jnp.floating):
-        return mean
-    return mean.astype(noise.dtype) + rounded(noise)
 
 
 class PosteriorNoise:

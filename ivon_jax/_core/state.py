@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ivon_jax._core.checks import check_precision
-from ivon_jax._core.compiler import materialized, rounded
-from ivon_jax._core.noise import THREEFRY, gaussian_noise
+from ivon_jax._core.noise import THREEFRY, gaussian_noise, means_of
 from ivon_jax._core.rule import LeafPrior
 from ivon_jax._core.trees import (
     Owned,
@@ -291,9 +290,8 @@ def _recovered(state: AutoSampleState, params: PyTree) -> AutoSampleState:
     own = owned_leaves(state.inner_state)
     owned, _ = own.split("params", params)
     own.check_shapes("params", owned)
-    noise = [jnp.where(state.at_mean, 0, rounded(n)) for n in current_noise(state)]
-    means = [p.astype(n.dtype) - n for p, n in zip(owned, noise, strict=True)]
-    mean = own.join(materialized(means))
+    noise = [jnp.where(state.at_mean, 0, n) for n in current_noise(state)]
+    mean = own.join(means_of(owned, noise))
 
     def fill(node: Any) -> IVONState:
         (part,) = find_states(node)
