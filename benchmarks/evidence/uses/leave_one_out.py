@@ -30,7 +30,6 @@ from examples.leave_one_out import (
     HELD_OUT,
     NUM_TRAIN,
     WRONG,
-    Data,
     Network,
     cross_entropy,
     draw_data,
@@ -90,35 +89,36 @@ since their removal would leave no proper posterior; they are left out, which fl
 def follow(options: Options, held_out: int, key: Array) -> Losses:
     """Trains one seed by IVON and measures after every `EVERY` epochs."""
     data_key, init_key, shuffle_key = jax.random.split(key, 3)
-    data = draw_data(data_key, held_out)
+    train, valid, test = draw_data(data_key, held_out)
     apply: Callable[..., Any] = Network().apply
-    params = Network().init(init_key, data.train[0][:1])
+    params = Network().init(init_key, train[0][:1])
     tx = ivon(ess=(NUM_TRAIN - held_out) / options.temperature, **VALUES)
     step = ivon_step(classification_loss(apply), tx)
 
     def look(carry: Any, keys: Array) -> tuple[Any, Losses]:
         for epoch_key in keys:
-            carry = scan_epoch(step, BATCH_SIZE, data.train, carry, epoch_key)
+            carry = scan_epoch(step, BATCH_SIZE, train, carry, epoch_key)
         # Whatever λ was in training, the variance must be that of plain Bayes, λ = N.
-        return carry, measure(apply, posterior(carry[1], temperature=1 / options.temperature), data)
+        q = posterior(carry[1], temperature=1 / options.temperature)
+        return carry, measure(apply, q, train, valid, test)
 
     keys = jax.random.split(shuffle_key, (options.epochs // EVERY, EVERY))
     return jax.lax.scan(look, (params, tx.init(params)), keys)[1]
 
 
-def measure(apply: Callable[..., Any], q: Any, data: Data) -> Losses:
+def measure(apply: Callable[..., Any], q: Any, train: Any, valid: Any, test: Any) -> Losses:
     """What is known of the network at one time in training."""
 
     def nll(images: Array, labels: Array) -> Array:
         return cross_entropy(apply(q.mean, images), labels).mean()
 
-    images, labels = data.train
+    images, labels = train
     first, second = (
         leave_one_out(apply, cross_entropy, second_order=order)(q, images, targets=labels).loss
         for order in (False, True)
     )
     estimates = first.mean(), jnp.nanmean(second), jnp.isnan(second).mean()
-    return Losses(nll(*data.train), nll(*data.valid), nll(*data.test), *estimates)
+    return Losses(nll(*train), nll(*valid), nll(*test), *estimates)
 
 
 def table(whole: Losses, part: Losses) -> str:
