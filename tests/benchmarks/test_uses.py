@@ -50,3 +50,20 @@ def test_merging(capsys):
     rows = rows_of(capsys.readouterr().out)
     assert all(len(rows[rule]) == 7 for rule in merging.RULES)
     assert len(rows["joint training"]) == 7
+
+
+def test_continual(capsys):
+    from benchmarks.evidence.uses import continual
+
+    continual.main(["--seeds", "1", "--steps", "20"])
+    rows = rows_of(capsys.readouterr().out)
+    assert all(len(rows[f"{title}: EWC"]) == 3 for title in continual.CHOSEN)
+
+
+def test_regression_1d(capsys):
+    pytest.importorskip("blackjax", reason='NUTS needs: pip install -e ".[hmc]"')
+    from benchmarks.evidence.uses import regression_1d
+
+    regression_1d.main(["--seeds", "2", "--steps", "20", "--draws", "10"])
+    rows = rows_of(capsys.readouterr().out)
+    assert len(rows["clusters"]) == len(rows["std of f gap"]) == 4

@@ -91,6 +91,9 @@ class Linear(nn.Module):
         return nn.Dense(NUM_CLASSES)((2.0 * images - 1.0).reshape(len(images), -1))
 
 
+LINEAR = Linear()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints both tables."""
     options = parse(Options, __doc__, argv)
@@ -184,38 +187,29 @@ def compare_with_truth(options: Options, key: Array) -> list[Agreement]:
     data_key, init_key, train_key, same_key, other_key = jax.random.split(key, 5)
     drawn = draw_data(data_key)
     data = Weighted(drawn.images, drawn.true_labels, jnp.ones(NUM_TRAIN))
-    network, linear = SETTINGS["λ = N"][0], Linear()
-    train_keys, same, other = (
-        jax.random.split(k, options.epochs) for k in (train_key, same_key, other_key)
-    )
+    keys = [jax.random.split(k, options.epochs) for k in (train_key, same_key, other_key)]
 
-    apply: Apply = network.apply
-    state = fit(apply, VALUES, data, network.init(init_key, data.images[:1]), train_keys)
+    apply: Apply = SETTINGS["λ = N"][0].apply
+    start = SETTINGS["λ = N"][0].init(init_key, data.images[:1])
+    state = fit(apply, VALUES, data, start, keys[0])
     rows = spread(apply, posterior(state), data, options.examples)
     # The schedule starts anew, and with it the debiasing of the momentum.
     momentum = jax.tree.map(jnp.zeros_like, state.momentum)
-    state = state._replace(count=jnp.zeros_like(state.count), momentum=momentum)
+    begin = state._replace(count=jnp.zeros_like(state.count), momentum=momentum)
     values = {**VALUES, "learning_rate": AGAIN * VALUES["learning_rate"]}
 
-    def continued(weights: Array, keys: Array) -> Tree:
-        return fit(apply, values, data._replace(weights=weights), state, keys)
+    def again(weights: Array, keys: Array = keys[1]) -> Posterior:
+        return posterior(fit(apply, values, data._replace(weights=weights), begin, keys))
 
-    again, apart = continued(data.weights, same), continued(data.weights, other)
+    by_ivon, _ = agreement(apply, data, rows, again, again(data.weights, keys[2]).mean)
+    at_mean, _ = without_noise(apply, posterior(state), data, rows, options.steps)
 
-    def retrain(weights: Array) -> Tree:
-        return posterior_mean(continued(weights, same))
-
-    by_ivon = agreement(apply, posterior(again), data, rows, retrain, posterior_mean(apart))
-    at_mean, _ = at_the_mean(apply, posterior(state), data, rows, options)
-
-    apply = linear.apply
-    start = linear.init(init_key, data.images[:1])
-    q = posterior(fit(apply, VALUES, data, start, train_keys))
+    apply = LINEAR.apply
+    q = posterior(fit(apply, VALUES, data, LINEAR.init(init_key, data.images[:1]), keys[0]))
     rows = spread(apply, q, data, options.examples)
-    diagonal, base = at_the_mean(apply, q, data, rows, options)
-    first, second = full_covariance_changes(apply, data, base, rows)
-    others = [diagonal._replace(estimate=estimate) for estimate in (first, second)]
-    return [by_ivon, at_mean, diagonal, *others]
+    diagonal, base = without_noise(apply, q, data, rows, options.steps)
+    others = full_covariance_changes(apply, data, base, rows)
+    return [by_ivon, at_mean, diagonal, *(diagonal._replace(estimate=x) for x in others)]
 
 
 def spread(apply: Apply, q: Posterior, data: Weighted, count: int) -> Array:
@@ -224,39 +218,38 @@ def spread(apply: Apply, q: Posterior, data: Weighted, count: int) -> Array:
     return jnp.argsort(scores)[np.linspace(0, NUM_TRAIN - 1, count).round().astype(int)]
 
 
-def at_the_mean(
-    apply: Apply, q: Posterior, data: Weighted, rows: Array, options: Options
+def without_noise(
+    apply: Apply, q: Posterior, data: Weighted, rows: Array, steps: int
 ) -> tuple[Agreement, Tree]:
     """From a stationary point of the whole set to those without an example."""
-    fitted = minimise(apply, data, q.mean, options.steps)
-    steps = max(1, round(REFIT_SHARE * options.steps))
+    fitted = minimise(apply, data, q.mean, steps)
+    few = max(1, round(REFIT_SHARE * steps))
 
-    def refit(weights: Array) -> Tree:
-        return minimise(apply, data._replace(weights=weights), fitted, steps)
+    def refit(weights: Array) -> Posterior:
+        return q._replace(mean=minimise(apply, data._replace(weights=weights), fitted, few))
 
-    base = refit(data.weights)
-    return agreement(apply, q._replace(mean=base), data, rows, refit, fitted), base
+    return agreement(apply, data, rows, refit, fitted)
 
 
 def agreement(
-    apply: Apply,
-    q: Posterior,
-    data: Weighted,
-    rows: Array,
-    retrain: Callable[[Array], Tree],
-    other: Tree,
-) -> Agreement:
-    """The estimate under q beside what `retrain(weights)` does; `other` sets the floor."""
-    images, labels = data.images[rows], data.labels[rows]
-    found = sensitivity(apply, cross_entropy)(q, images, targets=labels)
+    apply: Apply, data: Weighted, rows: Array, retrain: Callable[[Array], Posterior], other: Tree
+) -> tuple[Agreement, Tree]:
+    """The estimate beside what `retrain(weights)` does; `other` sets the floor.
 
-    def without(row: Array) -> Array:
-        params = retrain(data.weights.at[row].set(0.0))
-        return apply(params, data.images[row][None])[0]
-
+    Returns:
+      The agreement, and the mean retrained with all examples.
+    """
+    weights = jnp.ones((len(rows), NUM_TRAIN)).at[jnp.arange(len(rows)), rows].set(0.0)
+    every = jax.lax.map(retrain, jnp.concatenate([data.weights[None], weights]))
+    q = jax.tree.map(lambda x: x[0], every)
+    images = data.images[rows]
+    found = sensitivity(apply, cross_entropy)(q, images, targets=data.labels[rows])
     base = apply(q.mean, images)
-    truth = jax.lax.map(without, rows) - base
-    return Agreement(found.deviation, truth, apply(other, images) - base, found.error)
+    means = jax.tree.map(lambda x: x[1:], every.mean)
+    without = jax.vmap(lambda mean, image: apply(mean, image[None])[0])(means, images)
+    return Agreement(
+        found.deviation, without - base, apply(other, images) - base, found.error
+    ), q.mean
 
 
 def full_covariance_changes(
