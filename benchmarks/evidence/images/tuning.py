@@ -6,164 +6,118 @@ one. A temperature of 0.1 means an effective sample size of ten times the number
 b2 is fixed at 0.999, the usual value for runs as short as these.
 """
 
+from typing import Any
+
 from benchmarks._shared.methods import Values
 from benchmarks._shared.tuning import Grid
 
-DIGITS_SGD: Grid = {
-    "learning_rate": (0.1, 0.15, 0.2, 0.3),
-    "weight_decay": (1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 1e-2),
-}
-MNIST_SGD: Grid = {
-    "learning_rate": (0.01, 0.02, 0.03),
-    "weight_decay": (3e-4, 1e-3, 2e-3, 4e-3),
-}
+
+def _of(**choices: Any) -> dict[str, Any]:
+    return choices
+
+
+def _ivon(rate: Any, hess_init: Any, decay: Any, temperature: Any, b2: Any = 0.999) -> Any:
+    values = _of(learning_rate=rate, hess_init=hess_init, weight_decay=decay)
+    return {**values, "temperature": temperature, "b2": b2}
+
+
+DIGITS_SGD: Grid = _of(
+    learning_rate=(0.1, 0.15, 0.2, 0.3), weight_decay=(1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 1e-2)
+)
+MNIST_SGD: Grid = _of(learning_rate=(0.01, 0.02, 0.03), weight_decay=(3e-4, 1e-3, 2e-3, 4e-3))
 GRIDS: dict[str, dict[str, Grid]] = {
     # 24 settings each, for the perceptron on the digits.
     "digits": {
         "sgd": DIGITS_SGD,
-        "dropout": {
-            "learning_rate": (0.2, 0.3),
-            "weight_decay": (3e-4, 1e-3, 3e-3),
-            "rate": (0.05, 0.1, 0.2, 0.3),
-        },
-        "swag": {
-            "learning_rate": (0.2, 0.3),
-            "weight_decay": (3e-4, 1e-3, 3e-3),
-            "swag_rate": (0.05, 0.1, 0.2, 0.3),
-        },
-        "backprop": {
-            "learning_rate": (3e-3, 1e-2, 3e-2),
-            "init_std": (0.01, 0.02),
-            "weight_decay": (1e-3, 3e-3),
-            "temperature": (0.03, 0.01),
-        },
+        "dropout": _of(
+            learning_rate=(0.2, 0.3), weight_decay=(3e-4, 1e-3, 3e-3), rate=(0.05, 0.1, 0.2, 0.3)
+        ),
+        "swag": _of(
+            learning_rate=(0.2, 0.3),
+            weight_decay=(3e-4, 1e-3, 3e-3),
+            swag_rate=(0.05, 0.1, 0.2, 0.3),
+        ),
+        "backprop": _of(
+            learning_rate=(3e-3, 1e-2, 3e-2),
+            init_std=(0.01, 0.02),
+            weight_decay=(1e-3, 3e-3),
+            temperature=(0.03, 0.01),
+        ),
         "ensemble": DIGITS_SGD,
-        "ivon": {
-            "learning_rate": (0.5, 1.0),
-            "hess_init": (0.01, 0.03, 0.1),
-            "weight_decay": (1e-5, 1e-4),
-            "temperature": (0.3, 0.1),
-            "b2": (0.999,),
-        },
-        "ivon_bayes": {
-            "learning_rate": (0.3, 0.5, 0.7),
-            "hess_init": (0.2, 0.3, 0.5, 1.0),
-            "weight_decay": (1e-5, 1e-4),
-            "temperature": (1.0,),
-            "b2": (0.999,),
-        },
+        "ivon": _ivon((0.5, 1.0), (0.01, 0.03, 0.1), (1e-5, 1e-4), (0.3, 0.1), b2=(0.999,)),
+        "ivon_bayes": _ivon(
+            (0.3, 0.5, 0.7), (0.2, 0.3, 0.5, 1.0), (1e-5, 1e-4), (1.0,), b2=(0.999,)
+        ),
     },
     # 48 settings each, for examples/image_classification.py. IVON's choice lies at an edge, but
     # what lies beyond was in a first grid: rate 3 diverges, temperature 1 scores worse.
     "example": {
-        "sgd": {
-            "learning_rate": (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
-            "weight_decay": (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-        },
-        "adamw": {
-            "learning_rate": (1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 1e-1, 3e-1),
-            "weight_decay": (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
-        },
-        "ivon": {
-            "learning_rate": (0.5, 1.0),
-            "hess_init": (0.01, 0.03, 0.1, 0.3),
-            "weight_decay": (1e-5, 1e-4, 1e-3),
-            "temperature": (0.1, 0.03),
-            "b2": (0.999,),
-        },
+        "sgd": _of(
+            learning_rate=(0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
+            weight_decay=(1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        ),
+        "adamw": _of(
+            learning_rate=(1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 1e-1, 3e-1),
+            weight_decay=(1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+        ),
+        "ivon": _ivon(
+            (0.5, 1.0), (0.01, 0.03, 0.1, 0.3), (1e-5, 1e-4, 1e-3), (0.1, 0.03), b2=(0.999,)
+        ),
     },
     # 12 settings each.
     "mnist": {
         "sgd": MNIST_SGD,
-        "adamw": {"learning_rate": (3e-3, 5e-3, 1e-2), "weight_decay": (0.1, 0.2, 0.3, 0.5)},
-        "dropout": {
-            "learning_rate": (0.02, 0.03),
-            "weight_decay": (1e-4, 1e-3, 3e-3),
-            "rate": (0.02, 0.05),
-        },
-        "swag": {
-            "learning_rate": (0.02, 0.03),
-            "weight_decay": (1e-3, 3e-3),
-            "swag_rate": (0.01, 0.02, 0.03),
-        },
+        "adamw": _of(learning_rate=(3e-3, 5e-3, 1e-2), weight_decay=(0.1, 0.2, 0.3, 0.5)),
+        "dropout": _of(
+            learning_rate=(0.02, 0.03), weight_decay=(1e-4, 1e-3, 3e-3), rate=(0.02, 0.05)
+        ),
+        "swag": _of(
+            learning_rate=(0.02, 0.03), weight_decay=(1e-3, 3e-3), swag_rate=(0.01, 0.02, 0.03)
+        ),
         "ensemble": MNIST_SGD,
-        "ivon": {
-            "learning_rate": (0.1, 0.2),
-            "hess_init": (0.1, 0.3, 1.0),
-            "weight_decay": (1e-3,),
-            "temperature": (0.3, 0.1),
-            "b2": (0.999,),
-        },
-        "ivon_bayes": {
-            "learning_rate": (0.1, 0.2),
-            "hess_init": (0.5, 1.0, 2.0),
-            "weight_decay": (1e-3, 3e-3),
-            "temperature": (1.0,),
-            "b2": (0.999,),
-        },
+        "ivon": _ivon((0.1, 0.2), (0.1, 0.3, 1.0), (1e-3,), (0.3, 0.1), b2=(0.999,)),
+        "ivon_bayes": _ivon((0.1, 0.2), (0.5, 1.0, 2.0), (1e-3, 3e-3), (1.0,), b2=(0.999,)),
     },
     # 4 settings each: a run takes long. Members of the ensemble are networks of "sgd".
     "resnet": {
-        "sgd": {"learning_rate": (0.1, 0.3), "weight_decay": (3e-4, 3e-3)},
-        "adamw": {"learning_rate": (3e-3, 1e-2), "weight_decay": (0.03, 0.3)},
-        "dropout": {"learning_rate": (0.1, 0.3), "weight_decay": (3e-4,), "rate": (0.02, 0.1)},
-        "swag": {"learning_rate": (0.1, 0.3), "weight_decay": (3e-4,), "swag_rate": (0.03, 0.1)},
-        "ivon_bayes": {
-            "learning_rate": (1.0, 3.0),
-            "hess_init": (0.3, 1.0),
-            "weight_decay": (1e-4,),
-            "temperature": (1.0,),
-            "b2": (0.999,),
-        },
+        "sgd": _of(learning_rate=(0.1, 0.3), weight_decay=(3e-4, 3e-3)),
+        "adamw": _of(learning_rate=(3e-3, 1e-2), weight_decay=(0.03, 0.3)),
+        "dropout": _of(learning_rate=(0.1, 0.3), weight_decay=(3e-4,), rate=(0.02, 0.1)),
+        "swag": _of(learning_rate=(0.1, 0.3), weight_decay=(3e-4,), swag_rate=(0.03, 0.1)),
+        "ivon_bayes": _ivon((1.0, 3.0), (0.3, 1.0), (1e-4,), (1.0,), b2=(0.999,)),
     },
 }
 
 
-def ivon_values(rate: float, hess_init: float, decay: float, temperature: float) -> Values:
-    """IVON's hyperparameters by name."""
-    return {
-        "learning_rate": rate,
-        "hess_init": hess_init,
-        "weight_decay": decay,
-        "temperature": temperature,
-        "b2": 0.999,
-    }
-
-
 RESNET: dict[str, Values] = {
-    "sgd": {"learning_rate": 0.1, "weight_decay": 3e-4},
-    "adamw": {"learning_rate": 0.01, "weight_decay": 0.03},
-    "dropout": {"learning_rate": 0.1, "weight_decay": 3e-4, "rate": 0.1},
-    "swag": {"learning_rate": 0.1, "weight_decay": 3e-4, "swag_rate": 0.1},
-    "ensemble": {"learning_rate": 0.1, "weight_decay": 3e-4},
-    "ivon_bayes": ivon_values(1.0, 1.0, 1e-4, 1.0),
+    "sgd": _of(learning_rate=0.1, weight_decay=3e-4),
+    "adamw": _of(learning_rate=0.01, weight_decay=0.03),
+    "dropout": _of(learning_rate=0.1, weight_decay=3e-4, rate=0.1),
+    "swag": _of(learning_rate=0.1, weight_decay=3e-4, swag_rate=0.1),
+    "ensemble": _of(learning_rate=0.1, weight_decay=3e-4),
+    "ivon_bayes": _ivon(1.0, 1.0, 1e-4, 1.0),
 }
 CHOSEN: dict[tuple[str, str], dict[str, Values]] = {
     # From the grid "digits" on five splits; AdamW's from "example".
     ("mlp", "digits"): {
-        "sgd": {"learning_rate": 0.2, "weight_decay": 1e-3},
-        "adamw": {"learning_rate": 0.05, "weight_decay": 0.3},
-        "dropout": {"learning_rate": 0.2, "weight_decay": 1e-3, "rate": 0.1},
-        "swag": {"learning_rate": 0.2, "weight_decay": 1e-3, "swag_rate": 0.1},
-        "backprop": {
-            "learning_rate": 0.03,
-            "init_std": 0.01,
-            "weight_decay": 1e-3,
-            "temperature": 0.01,
-        },
-        "ensemble": {"learning_rate": 0.2, "weight_decay": 3e-4},
-        "ivon": ivon_values(1.0, 0.1, 1e-5, 0.3),
-        "ivon_bayes": ivon_values(0.7, 0.5, 1e-5, 1.0),
+        "sgd": _of(learning_rate=0.2, weight_decay=1e-3),
+        "adamw": _of(learning_rate=0.05, weight_decay=0.3),
+        "dropout": _of(learning_rate=0.2, weight_decay=1e-3, rate=0.1),
+        "swag": _of(learning_rate=0.2, weight_decay=1e-3, swag_rate=0.1),
+        "backprop": _of(learning_rate=0.03, init_std=0.01, weight_decay=1e-3, temperature=0.01),
+        "ensemble": _of(learning_rate=0.2, weight_decay=3e-4),
+        "ivon": _ivon(1.0, 0.1, 1e-5, 0.3),
+        "ivon_bayes": _ivon(0.7, 0.5, 1e-5, 1.0),
     },
     # From the grid "mnist", in a folder that held the t10k files alone.
     ("mlp", "mnist"): {
-        "sgd": {"learning_rate": 0.03, "weight_decay": 4e-3},
-        "adamw": {"learning_rate": 5e-3, "weight_decay": 0.5},
-        "dropout": {"learning_rate": 0.03, "weight_decay": 1e-3, "rate": 0.02},
-        "swag": {"learning_rate": 0.03, "weight_decay": 1e-3, "swag_rate": 0.02},
-        "ensemble": {"learning_rate": 0.03, "weight_decay": 1e-3},
-        "ivon": ivon_values(0.2, 1.0, 1e-3, 0.1),
-        "ivon_bayes": ivon_values(0.2, 0.5, 1e-3, 1.0),
+        "sgd": _of(learning_rate=0.03, weight_decay=4e-3),
+        "adamw": _of(learning_rate=5e-3, weight_decay=0.5),
+        "dropout": _of(learning_rate=0.03, weight_decay=1e-3, rate=0.02),
+        "swag": _of(learning_rate=0.03, weight_decay=1e-3, swag_rate=0.02),
+        "ensemble": _of(learning_rate=0.03, weight_decay=1e-3),
+        "ivon": _ivon(0.2, 1.0, 1e-3, 0.1),
+        "ivon_bayes": _ivon(0.2, 0.5, 1e-3, 1.0),
     },
     # From the grid "resnet" on MNIST, likewise; not tuned on the digits.
     ("resnet", "mnist"): RESNET,
