@@ -35,14 +35,13 @@ NETWORK = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(64), nn.relu, nn.Dense(
 TASK_COLORS = ("#332288", "#0072B2", "#00785A", "#E69F00", "#CC3311")
 
 
-@dataclass
-class Args:
+@dataclass(frozen=True)
+class Options:
     """Continual learning."""
 
     seeds: int = 5
-    steps: int = 600
-    """of each task"""
-    output: Path = Path("continual_learning.png")
+    steps: int = 600  # of each task
+    figure: Path = Path("continual_learning.png")
 
 
 class Tasks(NamedTuple):
@@ -150,28 +149,27 @@ def accuracies(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
     return 100 * jnp.mean(logits.argmax(-1) == labels, axis=-1)
 
 
-def main(args: Args) -> None:
+def main(options: Options) -> None:
     """Learns the tasks, prints the table and writes the figure."""
     rows = [["test accuracy, %", "all tasks at the end", "each when new", "forgotten"]]
     found = {}
     with tqdm(total=len(SETTINGS) * (2 * NUM_TASKS + 1), unit="task") as bar:
         for (title, make), settings in SETTINGS.items():
-            tasks = make_tasks(make, args.seeds)
+            tasks = make_tasks(make, options.seeds)
             for name, setting in settings.items():
                 joint = name not in ("AdamW", "IVON")
                 if joint:  # the tasks become one, for as many steps
                     together = (x.reshape(len(x), 1, -1, *x.shape[3:]) for x in tasks.train)
                     tasks = tasks._replace(train=tuple(together))
-                steps = args.steps * (NUM_TASKS if joint else 1)
+                steps = options.steps * (NUM_TASKS if joint else 1)
                 matrix = found[title, name] = learn_in_turn(setting, tasks, steps, bar)
                 row = [f"{title}: {name}", cell(matrix[:, -1].mean(axis=1), 1)]
-                if not joint:
-                    new = np.diagonal(matrix, axis1=1, axis2=2)
-                    lost = (new - matrix[:, -1])[:, :-1].mean(axis=1)
-                    row += [cell(new.mean(axis=1), 1), cell(lost, 1)]
-                rows.append(row if not joint else [*row, "-", "-"])
+                new = np.diagonal(matrix, axis1=1, axis2=2)
+                lost = (new - matrix[:, -1])[:, :-1].mean(axis=1)
+                row += ["-", "-"] if joint else [cell(new.mean(axis=1), 1), cell(lost, 1)]
+                rows.append(row)
     print("\n" + format_table(rows))
-    save_figure(draw(found), args.output)
+    save_figure(draw(found), options.figure)
 
 
 def draw(found: dict[tuple[str, str], np.ndarray]) -> Figure:
@@ -198,4 +196,4 @@ def draw(found: dict[tuple[str, str], np.ndarray]) -> Figure:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Options))

@@ -40,13 +40,13 @@ Pair = tuple[jax.Array, jax.Array]  # images and labels
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
-@dataclass
-class Args:
+@dataclass(frozen=True)
+class Options:
     """Early stopping by the leave-one-out loss."""
 
     seeds: int = 8
     epochs: int = 200
-    output: Path = Path("leave_one_out.png")
+    figure: Path = Path("leave_one_out.png")
 
 
 class Network(nn.Module):
@@ -155,11 +155,11 @@ def kept(losses: np.ndarray) -> np.ndarray:
     return np.array([best_look(seed) for seed in losses])
 
 
-def main(args: Args) -> None:
+def main(options: Options) -> None:
     """Trains, prints the table and writes the figure."""
-    whole, part = (run(args.seeds, args.epochs, held_out) for held_out in (0, HELD_OUT))
+    whole, part = (run(options.seeds, options.epochs, held_out) for held_out in (0, HELD_OUT))
     best = whole.test.min(axis=1)
-    last = np.full(args.seeds, whole.test.shape[1] - 1)
+    last = np.full(options.seeds, whole.test.shape[1] - 1)
     rows = [["", "epoch kept", "test NLL", "above the best"]]
     for name, looks, test in (
         ("best epoch by the test set", whole.test.argmin(axis=1), whole.test),
@@ -171,7 +171,7 @@ def main(args: Args) -> None:
         rows.append([name, cell((looks + 1) * EVERY, 0), cell(nlls, 3), cell(nlls - best, 3)])
     print(f"\nWhich epoch to keep: {NUM_TRAIN} digits, {100 * WRONG:.0f} % of the labels wrong\n")
     print(format_table(rows))
-    save_figure(draw(whole), args.output)
+    save_figure(draw(whole), options.figure)
 
 
 def draw(losses: Losses) -> Figure:
@@ -197,4 +197,4 @@ def draw(losses: Losses) -> Figure:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Options))

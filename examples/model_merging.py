@@ -39,13 +39,13 @@ WEIGHTS = np.array([0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8])
 NETWORK = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(64), nn.relu, nn.Dense(10)])
 
 
-@dataclass
-class Args:
+@dataclass(frozen=True)
+class Options:
     """Merging of fine-tuned networks."""
 
     seeds: int = 10
     epochs: int = 120
-    output: Path = Path("model_merging.png")
+    figure: Path = Path("model_merging.png")
 
 
 class Data(NamedTuple):
@@ -147,10 +147,10 @@ def accuracies(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
     return 100 * jnp.mean(logits.argmax(-1) == labels, axis=-1)
 
 
-def main(args: Args) -> None:
+def main(options: Options) -> None:
     """Trains, merges, prints the table and writes the figure."""
-    data = make_data(args.seeds)
-    models = train_models(data, args.epochs)
+    data = make_data(options.seeds)
+    models = train_models(data, options.epochs)
     rows = [["test accuracy, %", "weight", *ANGLES, "mean"]]
 
     def add(name, params, weight="-"):
@@ -175,7 +175,7 @@ def main(args: Args) -> None:
     add("IVON's merge", by_precision(models, 1.0), "1")
     levels["joint training"] = add("joint training", models.joint.mean)
     print("\n" + format_table(rows))
-    save_figure(draw(curves, levels), args.output)
+    save_figure(draw(curves, levels), options.figure)
 
 
 def draw(curves: dict[str, tuple[np.ndarray, int]], levels: dict[str, Any]) -> Figure:
@@ -197,4 +197,4 @@ def draw(curves: dict[str, tuple[np.ndarray, int]], levels: dict[str, Any]) -> F
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Options))

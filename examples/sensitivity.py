@@ -37,13 +37,13 @@ PICTURES = 12  # in a row of the figure
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
-@dataclass
-class Args:
+@dataclass(frozen=True)
+class Options:
     """Sensitivity to training examples, some of which have a wrong label."""
 
     seeds: int = 8
     epochs: int = 60
-    output: Path = Path("sensitivity.png")
+    figure: Path = Path("sensitivity.png")
 
 
 class Network(nn.Module):
@@ -123,9 +123,9 @@ def class_sensitivity(scores: jax.Array, labels: jax.Array) -> jax.Array:
     return jax.ops.segment_sum(scores, labels, NUM_CLASSES)
 
 
-def main(args: Args) -> None:
+def main(options: Options) -> None:
     """Trains, prints the table and writes the figure."""
-    data, scores = run(args.seeds, args.epochs)
+    data, scores = run(options.seeds, options.epochs)
     wrong = data.labels != data.true_labels
     rows = [["", "AUROC", "wrong labels in the top tenth, %"]]
     for name, score in (("sensitivity", scores.sensitivity), ("training loss", scores.loss)):
@@ -136,7 +136,7 @@ def main(args: Args) -> None:
     print(f"\nFinding wrong labels ({100 * WRONG:.0f} %) among {NUM_TRAIN} digits\n")
     print(format_table(rows))
     first = jax.tree.map(lambda x: x[0], (data, scores))
-    save_figure(draw(*first), args.output)
+    save_figure(draw(*first), options.figure)
 
 
 def draw(data: Data, scores: Scores) -> Figure:
@@ -174,4 +174,4 @@ def draw(data: Data, scores: Scores) -> Figure:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Options))
