@@ -17,3 +17,10 @@ def quick_compilation():
     yield
     jax.config.update(OPTION, before)
     del os.environ[OPTION.upper()]
+
+
+@pytest.fixture(autouse=True)
+def the_promotion_of_users():
+    """Optax's own optimizers do not pass under the strict rules of the other tests."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
