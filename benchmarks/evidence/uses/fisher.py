@@ -6,27 +6,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
-Params = Any
 
-
-def diagonal_fisher(
-    logits_fn: Callable[[Params, Array], Any], params: Params, inputs: Array
-) -> Params:
+def diagonal_fisher(apply: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
     """Σ_k p_k (∂ log p_k / ∂θ)², averaged over the inputs.
 
     The expectation is over the labels k that the model itself predicts. (At the true labels the
     squares nearly vanish for a network that fits its training data.)
 
     Args:
-      logits_fn: maps parameters and a batch of inputs to logits (n, K).
+      apply: maps parameters and a batch of inputs to logits (n, K).
       params: where the gradients are taken.
       inputs: the examples, along the first axis.
     """
 
-    def add(total: Params, example: Array) -> tuple[Params, None]:
-        def log_probs(params: Params) -> Array:
-            return jax.nn.log_softmax(logits_fn(params, example[None])[0])
+    def add(total: Any, example: jax.Array) -> tuple[Any, None]:
+        def log_probs(params: Any) -> jax.Array:
+            return jax.nn.log_softmax(apply(params, example[None])[0])
 
         value, pull_back = jax.vjp(log_probs, params)
         (scaled,) = jax.vmap(pull_back)(jnp.diag(jnp.exp(0.5 * value)))  # √p_k ∂ log p_k
