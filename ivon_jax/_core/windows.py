@@ -17,8 +17,7 @@ class Draw(NamedTuple):
 
     Attributes:
       noise: noise of the point at which the gradient was taken.
-      at_sample: false if that point is the mean itself; such a gradient has no
-        information on the curvature and must not move `hess`.
+      at_sample: false if that point is the mean: such a gradient must not move `hess`.
       closes: whether the step is taken now, or the statistics only accumulated.
     """
 
