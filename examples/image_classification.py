@@ -32,9 +32,9 @@ from examples._shared.unfamiliar import LETTERS, letters, photo_patches
 from ivon_jax import auto_sample, ivon, metrics, predict_at_mean, predict_samples
 
 BATCH_SIZE = 50
-NUM_SAMPLES = 64
+COUNTS = (1, 2, 4, 8, 16, 32, 64)  # of posterior samples
 SET_COLORS = {"test images": "#666666", "letters": "#CC3311", "photo patches": "#AA66CC"}
-AT_MEAN, AVERAGED = "IVON at the mean", f"IVON, {NUM_SAMPLES} samples"
+AT_MEAN, AVERAGED = "IVON at the mean", f"IVON, {COUNTS[-1]} samples"
 COLUMN_COLORS = {
     "SGD": COLORS["SGD"],
     "AdamW": COLORS["AdamW"],
@@ -87,7 +87,7 @@ def main(options: Options) -> None:
     data = load_dataset(options.dataset, options.data_dir)
     epochs = options.epochs or EPOCHS[options.dataset]
     print(f"{options.dataset}: {data.note}")
-    predictions, samples = compare(data, HYPERPARAMETERS[options.dataset], options.seeds, epochs)
+    predictions, averages = compare(data, HYPERPARAMETERS[options.dataset], options.seeds, epochs)
     labels = jnp.asarray(data.test_labels)
     print(f"\n{table(predictions, labels)}\n")
     print(
@@ -96,7 +96,7 @@ def main(options: Options) -> None:
         f"tells test images from rendered letters ({LETTERS}: unlike digits) or photo patches."
     )
     title = f"{options.dataset}: {options.seeds} seeds, {epochs} epochs"
-    save_figure(draw(predictions, samples, labels, title), options.figure)
+    save_figure(draw(predictions, averages, labels, title), options.figure)
 
 
 # --- Training and predictions ---------------------------------------------------------------------
@@ -118,7 +118,7 @@ def make_optimizer(
 def compare(
     data: ImageData, hyperparameters: dict[str, dict[str, float]], seeds: int, epochs: int
 ) -> tuple[Predictions, Array]:
-    """Log-probabilities of every column, and of every posterior sample on the test images."""
+    """Log-probabilities of every column, and those on the test images for each of `COUNTS`."""
     shape = data.train_images.shape[1:]
     sets = [data.test_images, letters(shape), photo_patches(shape)]
     images, ends = jnp.concatenate(sets), np.cumsum([len(each) for each in sets])[:-1]
@@ -149,19 +149,16 @@ def compare(
     _, states = trained("IVON")
     at_mean = predict_at_mean(log_probs, data_batch_size=500)
     outputs[AT_MEAN] = jax.lax.map(lambda state: at_mean(state, images), states)
-    at_samples = predict_samples(log_probs, NUM_SAMPLES, data_batch_size=500)
+    at_samples = predict_samples(log_probs, COUNTS[-1], data_batch_size=500)
     samples = jax.lax.map(lambda x: at_samples(*x, images), (keys[:, 2], states))
-    outputs[AVERAGED] = average(samples, NUM_SAMPLES)
+    sums = [jax.nn.logsumexp(samples[:, :count], axis=1) for count in COUNTS]
+    averages = jnp.stack(sums) - jnp.log(jnp.array(COUNTS))[:, None, None, None]
+    outputs[AVERAGED] = averages[-1]
     predictions = {
         column: dict(zip(SET_COLORS, jnp.split(x, ends, axis=1), strict=True))
         for column, x in outputs.items()
     }
-    return predictions, samples[:, :, : len(data.test_labels)]
-
-
-def average(samples: Array, count: int) -> Array:
-    """Averages the probabilities of the first `count` samples on axis 1, as `predict_log_probs`."""
-    return jax.nn.logsumexp(samples[:, :count], axis=1) - jnp.log(count)
+    return predictions, averages[:, :, : len(data.test_labels)]
 
 
 # --- Table and figure -----------------------------------------------------------------------------
@@ -176,13 +173,19 @@ def table(predictions: Predictions, labels: Array) -> str:
         ("ECE, %", metrics.ece, 100, 2),
         ("Brier score", metrics.brier, 1, 4),
     ):
-        tests = (sets["test images"] for sets in predictions.values())
-        values = ([factor * float(metric(seed, labels)) for seed in test] for test in tests)
+        tests = jnp.stack([sets["test images"] for sets in predictions.values()])
+        values = factor * measure(metric, tests, labels)
         rows.append([label, *(cell(each, decimals) for each in values)])
     for name in ("letters", "photo patches"):
         cells = [cell(aurocs(sets["test images"], sets[name]), 4) for sets in predictions.values()]
         rows.append([f"AUROC, {name}", *cells])
     return format_table(rows)
+
+
+def measure(metric: Any, log_probs: Array, labels: Array) -> np.ndarray:
+    """A metric of log-probabilities (..., n, 10), for all leading axes."""
+    values = jax.lax.map(lambda x: metric(x, labels), log_probs.reshape(-1, *log_probs.shape[-2:]))
+    return np.asarray(values).reshape(log_probs.shape[:-2])
 
 
 def aurocs(familiar: Array, unfamiliar: Array) -> list[float]:
@@ -191,19 +194,19 @@ def aurocs(familiar: Array, unfamiliar: Array) -> list[float]:
     return [metrics.detection(*seed).auroc for seed in zip(*entropies, strict=True)]
 
 
-def draw(predictions: Predictions, samples: Array, labels: Array, title: str) -> Figure:
+def draw(predictions: Predictions, averages: Array, labels: Array, title: str) -> Figure:
     """Reliability, metrics against the number of samples, and entropies of three columns."""
     figure = Figure(figsize=(13, 7.6), layout="constrained")
     figure.suptitle(f"{title}; bands and bars: one standard error", fontsize=12)
     axes = figure.subplots(2, 3)
     tests = {column: sets["test images"] for column, sets in predictions.items()}
     draw_reliability(axes[0, 0], tests, labels)
-    draw_curve(axes[0, 1], tests, samples, labels, metrics.nll, "NLL (lower is better)")
-    draw_curve(axes[0, 2], tests, samples, labels, metrics.accuracy, "accuracy (higher is better)")
+    draw_curve(axes[0, 1], tests, averages, labels, metrics.nll, "NLL (lower is better)")
+    draw_curve(axes[0, 2], tests, averages, labels, metrics.accuracy, "accuracy (higher is better)")
     bins = np.linspace(0.0, np.log(10), 31)
     for ax, column in zip(axes[1], ("SGD", "AdamW", AVERAGED), strict=True):
         for name, log_probs in predictions[column].items():
-            entropies = metrics.predictive_entropy(log_probs)
+            entropies = np.maximum(metrics.predictive_entropy(log_probs), 0.0)  # rounding
             share = np.histogram(entropies, bins)[0] / entropies.size
             style: Any = {"fill": True, "alpha": 0.35} if name == "test images" else {"lw": 1.6}
             ax.stairs(share, bins, color=SET_COLORS[name], label=name, **style)
@@ -226,16 +229,14 @@ def draw_reliability(ax: Axes, tests: dict[str, Array], labels: Array) -> None:
     ax.set(xlabel="confidence", ylabel="accuracy", ylim=(None, 1.02), title="Reliability")
 
 
-def draw_curve(ax: Axes, tests: dict, samples: Array, labels: Array, metric: Any, title: str):
+def draw_curve(ax: Axes, tests: dict, averages: Array, labels: Array, metric: Any, title: str):
     """One metric against the number of samples averaged; other columns are level lines."""
-    counts = [2**power for power in range(NUM_SAMPLES.bit_length())]
     for column, log_probs in tests.items():
-        many = column == AVERAGED
-        averages = [average(samples, count) for count in counts] if many else 2 * [log_probs]
-        values = np.array([[metric(seed, labels) for seed in each] for each in averages])
-        mean, error = mean_and_error(values.T)
-        at, color = counts if many else counts[:: len(counts) - 1], COLUMN_COLORS[column]
-        ax.plot(at, mean, "o-" if many else "--", color=color, markersize=4, label=column)
+        at, line = (COUNTS, "o-") if column == AVERAGED else (COUNTS[:: len(COUNTS) - 1], "--")
+        values = measure(metric, averages if column == AVERAGED else log_probs[None], labels)
+        mean, error = mean_and_error(np.broadcast_to(values.T, (values.shape[1], len(at))))
+        color = COLUMN_COLORS[column]
+        ax.plot(at, mean, line, color=color, markersize=4, label=column)
         ax.fill_between(at, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")

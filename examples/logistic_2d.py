@@ -5,8 +5,8 @@ scikit-learn's data) are classified by standardised petal length and width under
 So few flowers leave a wide, skewed posterior, which a grid gives exactly. Look at IVON's Gaussian
 beside it, and at the probabilities far from the data, where SGD, which ends at the mode, is sure.
 
-IVON's ess is the number of flowers and its weight decay is the prior precision over ess: plain
-Bayes. The best diagonal Gaussian, found on the grid, says what the diagonal alone costs.
+IVON's ess is the number of flowers, its weight decay the prior precision over ess: plain Bayes.
+The best diagonal Gaussian, found on the grid, says what the diagonal alone costs.
 """
 
 from dataclasses import dataclass
@@ -88,9 +88,8 @@ def apply(weights: Array, x: Array) -> Array:
 
 def fit(x: np.ndarray, y: np.ndarray, seeds: int, epochs: int) -> tuple[np.ndarray, list]:
     """Where SGD ends (seeds, 2), and the posterior of IVON for each seed."""
-    data = jnp.asarray(x), jnp.asarray(y)
+    data, decay = (jnp.asarray(x), jnp.asarray(y)), PRIOR_PRECISION / len(y)
     num_steps = epochs * (len(y) // BATCH_SIZE)
-    decay = PRIOR_PRECISION / len(y)
 
     def schedule(peak: float) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(0.0, peak, round(0.05 * num_steps), num_steps)
@@ -133,19 +132,19 @@ def divergence(q: Gaussian, grid: np.ndarray, log_posterior: np.ndarray) -> floa
     return float(np.sum(np.exp(log_q) * (log_q - log_posterior)))
 
 
-def moments(grid: np.ndarray, log_p: np.ndarray) -> Gaussian:
-    """Mean and standard deviations of a density on the grid."""
-    p = np.exp(log_p)[..., None]
+def moments(grid: np.ndarray, log_posterior: np.ndarray) -> Gaussian:
+    """Mean and standard deviations of the exact posterior."""
+    p = np.exp(log_posterior)[..., None]
     mean = (p * grid).sum(axis=(0, 1))
     return Gaussian(mean, np.sqrt((p * (grid - mean) ** 2).sum(axis=(0, 1))))
 
 
 def best_diagonal(grid: np.ndarray, log_posterior: np.ndarray) -> Gaussian:
     """The diagonal Gaussian of least KL(q‖p)."""
-    start = moments(grid, log_posterior)
+    mean, std = moments(grid, log_posterior)
     found = scipy.optimize.minimize(
         lambda theta: divergence(Gaussian(theta[:2], np.exp(theta[2:])), grid, log_posterior),
-        np.concatenate([start.mean, np.log(start.std)]),
+        np.concatenate([mean, np.log(std)]),
     ).x
     return Gaussian(found[:2], np.exp(found[2:]))
 
@@ -153,20 +152,18 @@ def best_diagonal(grid: np.ndarray, log_posterior: np.ndarray) -> Gaussian:
 # --- Table and figure -----------------------------------------------------------------------------
 
 
-def table(
-    grid: np.ndarray, log_posterior: np.ndarray, learned: list[Gaussian], points: np.ndarray
-) -> str:
+def table(grid, log_posterior, learned: list[Gaussian], points: np.ndarray) -> str:
     """Means, standard deviations and KL(q‖p) by method."""
     rows = [["", "w1 mean", "w1 std", "w2 mean", "w2 std", "KL(q‖p)"]]
-    exact, best = moments(grid, log_posterior), best_diagonal(grid, log_posterior)
+    best = best_diagonal(grid, log_posterior)
     for label, several in {"best diagonal Gaussian": [best], "IVON": learned}.items():
         numbers = np.array([np.stack(q, axis=1).ravel() for q in several]).T
         distances = [divergence(q, grid, log_posterior) for q in several]
         rows.append([label, *(cell(each, 3) for each in numbers), cell(distances, 4)])
-    numbers = np.stack(exact, axis=1).ravel()
+    numbers = np.stack(moments(grid, log_posterior), axis=1).ravel()
     rows.insert(1, ["exact posterior", *(f"{each:.3f}" for each in numbers), "0"])
-    first, second = (cell(weight, 3) for weight in points.T)
-    return format_table([*rows, ["SGD", first, "-", second, "-", "-"]])
+    w1, w2 = (cell(weight, 3) for weight in points.T)
+    return format_table([*rows, ["SGD", w1, "-", w2, "-", "-"]])
 
 
 def draw_posteriors(ax: Axes, grid, log_posterior, q: Gaussian, point: np.ndarray) -> None:
@@ -176,8 +173,8 @@ def draw_posteriors(ax: Axes, grid, log_posterior, q: Gaussian, point: np.ndarra
     circle = q.std * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     for size, label in ((1, "IVON, 1 and 2 σ"), (2, None)):
         ax.plot(*(q.mean + size * circle).T, color=COLORS["IVON"], label=label)
-    exact = moments(grid, log_posterior).mean
-    ax.plot(*exact, "+", color="black", markersize=12, markeredgewidth=2, label="exact mean")
+    style: Any = {"color": "black", "markersize": 12, "markeredgewidth": 2}
+    ax.plot(*moments(grid, log_posterior).mean, "+", label="exact mean", **style)
     ax.plot(*point, "X", color=COLORS["SGD"], markersize=9, label="SGD")
     ax.set(xlabel="w1 (petal length)", ylabel="w2 (petal width)", xlim=(-3, 10), ylim=(-3, 10))
     ax.set_title("Exact posterior density (grey)")

@@ -1,4 +1,4 @@
-"""What the examples share: options, means over seeds, tables and figures."""
+"""What the examples share: means over seeds, tables and figures."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,37 +18,12 @@ COLORS = {
 }
 
 
-def example_parser(description: str, png: str, seeds: int | None = None) -> argparse.ArgumentParser:
-    """A parser with `--output` and, if a number of seeds is given, `--seeds`.
-
-    Args:
-      description: one line for `--help`.
-      png: default name of the figure, in the current folder.
-      seeds: default number of seeds.
-    """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--output", type=png_path, default=Path(png), help="figure to write")
-    if seeds is not None:
-        parser.add_argument("--seeds", type=positive, default=seeds, help="number of seeds")
-    return parser
-
-
 def positive(text: str) -> int:
     """A positive integer, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
-
-
-def png_path(text: str) -> Path:
-    """The path of a PNG in a folder that exists, for argparse."""
-    path = Path(text)
-    if path.suffix != ".png" or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is not a .png file in an existing folder")
-    return path
 
 
 def mean_and_error(values: np.ndarray | Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
