@@ -1,4 +1,4 @@
-"""IVON for JAX: variational learning for large networks at the price of AdamW."""
+"""IVON for JAX: variational learning for large networks at the cost of AdamW."""
 
 from ivon_jax import metrics, recipes
 from ivon_jax._core.auto_sampling import AutoSampleState, auto_sample, reseed
@@ -17,12 +17,7 @@ from ivon_jax._core.state import IVONState, Posterior
 from ivon_jax._uses.linearization import Linearized, linearize, probit_log_probs
 from ivon_jax._uses.merging import merge, task_arithmetic
 from ivon_jax._uses.monitoring import Status, diagnostics, learning_status
-from ivon_jax._uses.perturbation import (
-    LeaveOneOut,
-    Sensitivity,
-    leave_one_out,
-    sensitivity,
-)
+from ivon_jax._uses.perturbation import LeaveOneOut, Sensitivity, leave_one_out, sensitivity
 from ivon_jax._uses.prediction import (
     Moments,
     predict_at_mean,
@@ -48,11 +43,11 @@ __all__ += ["diagnostics", "learning_status", "load", "load_metadata", "save"]
 __all__ += ["LeaveOneOut", "Linearized", "Moments", "Sensitivity", "Status"]
 __all__ += ["metrics", "recipes"]
 
+_BEST = "the index of the smallest leave-one-out NLL, as in examples/leave_one_out.py"
 _REMOVED = {
-    "Selection": "the index of the smallest leave-one-out NLL, as in examples/leave_one_out.py",
+    "Selection": _BEST,
     "group_sensitivity": "jax.ops.segment_sum(scores, groups, num_groups)",
-    "select_by_leave_one_out": "the index of the smallest leave-one-out NLL, as in "
-    "examples/leave_one_out.py",
+    "select_by_leave_one_out": _BEST,
 }
 
 

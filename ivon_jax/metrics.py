@@ -16,20 +16,9 @@ from ivon_jax._core.trees import wide_dtype
 from ivon_jax._uses.detection import Detection, detection
 from ivon_jax._uses.log_probs import checked_labels, checked_log_probs
 
-__all__ = [
-    "CalibrationBins",
-    "Detection",
-    "accuracy",
-    "brier",
-    "calibration_bins",
-    "detection",
-    "ece",
-    "gaussian_nll",
-    "mutual_information",
-    "nll",
-    "predictive_entropy",
-    "top_k_accuracy",
-]
+__all__ = ["CalibrationBins", "accuracy", "brier", "calibration_bins", "ece"]
+__all__ += ["gaussian_nll", "nll", "top_k_accuracy"]
+__all__ += ["Detection", "detection", "mutual_information", "predictive_entropy"]
 
 
 def nll(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
@@ -43,11 +32,10 @@ def nll(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
       A scalar, +inf if a true class has probability zero.
 
     Raises:
-      TypeError, ValueError: as for every metric here, if the shapes or dtypes do not fit, a
-        label is outside 0 … K−1, or the log-probabilities are not normalised.
+      TypeError, ValueError: as for every metric, if shapes or dtypes do not fit, a label is no
+        class, or the log-probabilities are not normalised.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> log_probs = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
       >>> print(f"{metrics.nll(log_probs, jnp.array([0, 1])):.4f}")
@@ -65,7 +53,6 @@ def accuracy(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
       labels: (...) integer labels.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> log_probs = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
       >>> print(metrics.accuracy(log_probs, jnp.array([0, 0])))
@@ -84,7 +71,6 @@ def top_k_accuracy(log_probs: jax.Array, labels: jax.Array, k: int) -> jax.Array
       k: number of classes, 1 ≤ k ≤ K.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> log_probs = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
       >>> print(metrics.top_k_accuracy(log_probs, jnp.array([1]), k=2))
@@ -105,7 +91,6 @@ def brier(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
       labels: (...) integer labels.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> print(metrics.brier(jnp.log(jnp.array([[0.5, 0.5]])), jnp.array([0])))
       0.5
@@ -138,16 +123,14 @@ def calibration_bins(
       log_probs: (..., K) log-probabilities.
       labels: (...) integer labels.
       num_bins: number of bins B.
-      equal_mass: by default bin b = 1 … B holds the confidences in ((b−1)/B, b/B] (bins of equal
-        width). With True the predictions are sorted by confidence and the one of rank
-        r = 0 … n−1 goes to bin ⌊rB/n⌋ (bins of equal mass). Predictions of equal confidence share
-        the bin of the lowest rank among them, so that the order of examples plays no part.
+      equal_mass: by default bin b = 1 … B holds the confidences in ((b−1)/B, b/B]. With True the
+        prediction of rank r = 0 … n−1 by confidence goes to bin ⌊rB/n⌋; equal confidences share
+        the lowest rank among them, so that the order of examples plays no part.
 
     Returns:
       `CalibrationBins` of shape (num_bins,).
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> log_probs = jnp.log(jnp.array([[0.6, 0.4], [0.1, 0.9]]))
       >>> metrics.calibration_bins(log_probs, jnp.array([0, 0]), num_bins=2).count
@@ -170,11 +153,9 @@ def calibration_bins(
         return jax.ops.segment_sum(x, index, num_bins)
 
     count = total(jnp.ones_like(index))
-    share = count.astype(confidence.dtype)
-    empty = jnp.where(count > 0, share, jnp.nan)
-    return CalibrationBins(
-        count, total(confidence) / empty, total(correct.astype(confidence.dtype)) / empty
-    )
+    size = jnp.where(count > 0, count.astype(confidence.dtype), jnp.nan)
+    accuracy = total(correct.astype(confidence.dtype)) / size
+    return CalibrationBins(count, total(confidence) / size, accuracy)
 
 
 def ece(
@@ -192,7 +173,6 @@ def ece(
       Naeini et al. 2015; Guo et al. 2017, `arXiv:1706.04599 <https://arxiv.org/abs/1706.04599>`_.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> log_probs = jnp.log(jnp.array([[0.75, 0.25], [0.25, 0.75]]))
       >>> print(metrics.ece(log_probs, jnp.array([0, 0])))
@@ -214,7 +194,6 @@ def predictive_entropy(log_probs: jax.Array) -> jax.Array:
       Shape (...), between 0 and log K.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> print(metrics.predictive_entropy(jnp.log(jnp.array([[0.5, 0.5], [1.0, 0.0]]))).round(3))
       [0.693 0.   ]
@@ -232,30 +211,24 @@ def mutual_information(sample_log_probs: jax.Array) -> jax.Array:
         followed by `jax.nn.log_softmax`.
 
     Returns:
-      Shape (...), at least 0: the uncertainty that more data could remove. (Where the stack of
-      samples is too large, H[mean_s p_s] comes from `predict_log_probs`, and mean_s H[p_s] from
-      `predict_samples` of a function that returns the entropy of the network's output.)
+      Shape (...), at least 0: the uncertainty that more data could remove.
 
     Raises:
       ValueError: if there is no sample axis.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> disagreeing = jnp.log(jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]]))  # S = 2, one example
       >>> print(metrics.mutual_information(disagreeing).round(3))
       [0.693]
     """
     if jnp.ndim(sample_log_probs) < 2:
-        raise ValueError(
-            "sample_log_probs must have the samples on axis 0 and the classes on the last one; got "
-            f"shape {jnp.shape(sample_log_probs)}."
-        )
+        shape = jnp.shape(sample_log_probs)
+        raise ValueError(f"sample_log_probs needs samples on axis 0, classes last; got {shape}.")
     sample_log_probs = checked_log_probs(sample_log_probs)
     samples = sample_log_probs.shape[0]
-    mean = jax.nn.logsumexp(sample_log_probs, axis=0) - jnp.log(samples).astype(
-        sample_log_probs.dtype
-    )
+    log_s = jnp.log(samples).astype(sample_log_probs.dtype)
+    mean = jax.nn.logsumexp(sample_log_probs, axis=0) - log_s
     within = jnp.mean(predictive_entropy(sample_log_probs), axis=0)
     return jnp.maximum(predictive_entropy(mean) - within, 0)
 
@@ -275,7 +248,6 @@ def gaussian_nll(mean: jax.Array, variance: jax.Array, targets: jax.Array) -> ja
       ValueError: if the shapes differ or a variance is not positive.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import metrics
       >>> print(f"{metrics.gaussian_nll(jnp.zeros(2), jnp.ones(2), jnp.zeros(2)):.4f}")
       0.9189

@@ -20,7 +20,7 @@ from ivon_jax._core.trees import PyTree
 
 IVON_PAPER = "arXiv:2402.17641"
 LORA_PAPERS = "arXiv:2411.04421, arXiv:2506.14280"
-THIRD_PARTY = "a public configuration of others, not the authors' publication"
+THIRD_PARTY = "a public configuration by others than the authors of IVON"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,16 +29,12 @@ class Recipe:
 
     Attributes:
       settings: keyword arguments of `ivon`; `learning_rate` is the peak.
-      batch_size: examples (sequences for a language model) per step, or None where the source
-        names none.
+      batch_size: examples (sequences for a language model) per step; None if not published.
       length: how long the run was.
       warmup: share of the run in which the rate rises linearly from 0, or a number of steps.
-      decay: "cosine" or "linear" to 0 afterwards, or "inverse square root"; cosine where the source
-        names no schedule.
-      clip_norm: bound on the global norm of each sample's gradient, applied before the product
-        with the noise (an `optax.clip_by_global_norm` before `ivon`), or None.
-      test_samples: posterior samples averaged for prediction, or None where the source names no
-        number.
+      decay: then "cosine" or "linear" to 0, or "inverse square root"; cosine if not published.
+      clip_norm: bound on the global norm of each sample's gradient, before `ivon`, or None.
+      test_samples: posterior samples averaged for prediction; None if not published.
       source: where the values were published.
       note: what else to know.
     """
@@ -61,23 +57,19 @@ class Recipe:
 
         Example:
           >>> from ivon_jax import ivon, recipes
-          >>> recipe = recipes.CIFAR
-          >>> settings = {**recipe.settings, "learning_rate": recipe.schedule(10_000)}
-          >>> tx = ivon(**settings)
-          >>> print(settings["learning_rate"](250))
+          >>> schedule = recipes.CIFAR.schedule(10_000)
+          >>> tx = ivon(**{**recipes.CIFAR.settings, "learning_rate": schedule})
+          >>> print(schedule(250))
           0.2
         """
-        return _schedule(
-            self.settings["learning_rate"], num_steps, warmup=self.warmup, decay=self.decay
-        )
+        return _schedule(self.settings["learning_rate"], num_steps, self.warmup, self.decay)
 
     def optimizer(
         self, num_steps: int, ess: float | None = None, **overrides: Any
     ) -> optax.GradientTransformationExtraArgs:
         """The optimizer of the run: clipping by the global norm where it had one, then `ivon`.
 
-        The clip acts on the gradient that it is given. With a stack of samples, or with `hess=`,
-        clip each sample's instead (`mc_value_and_grad(..., grad_transform=...)`).
+        For stacked gradients or `hess=` clip each sample's, by `mc_value_and_grad`.
 
         Args:
           num_steps: length of your run in steps, for the schedule.
@@ -85,15 +77,12 @@ class Recipe:
           **overrides: further arguments of `ivon`, in place of the run's.
 
         Example:
-          >>> import jax.numpy as jnp
           >>> from ivon_jax import auto_sample, recipes
           >>> tx = auto_sample(recipes.GPT2_125M.optimizer(10_000, ess=1e9), key=0)
           >>> state = tx.init({"kernel": jnp.ones((2, 2))})
         """
-        settings = {"learning_rate": self.schedule(num_steps), **overrides}
-        if ess is not None:
-            settings["ess"] = ess
-        tx = ivon(**{**self.settings, **settings})
+        new = {"learning_rate": self.schedule(num_steps)} | ({} if ess is None else {"ess": ess})
+        tx = ivon(**{**self.settings, **new, **overrides})
         if self.clip_norm is None:
             return tx
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), tx)
@@ -129,9 +118,8 @@ def start(
 ) -> dict[str, Any]:
     """Settings of `ivon` to start from on a problem without a recipe.
 
-    The rate rises over the first twentieth of the run and falls to 0 along a cosine; ess is N/τ,
-    `hess_init` comes from `hess_init_for` and `b2` from `b2_for`. Tune the rate first (0.1, 0.3,
-    1), then the temperature (1, 0.1).
+    The rate rises over a twentieth of the run and falls to 0 along a cosine; ess is N/τ. Tune the
+    rate first (0.1, 0.3, 1), then the temperature (1, 0.1).
 
     Args:
       params: initial parameters, drawn at random.
@@ -148,7 +136,6 @@ def start(
       TypeError: if the parameters are traced.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, recipes
       >>> params = {"kernel": jnp.full((3, 2), 0.1)}
       >>> settings = recipes.start(params, num_examples=10_000, num_steps=2_000)
@@ -156,11 +143,10 @@ def start(
       (10000.0, 0.16, 0.999)
       >>> state = ivon(**settings).init(params)
     """
-    rate = check_number("learning_rate", learning_rate, low=0.0, open_low=True)
-    tau = check_number("temperature", temperature, low=0.0, open_low=True)
-    ess = check_positive("num_examples", num_examples) / float(tau)
+    rate, tau = _positive(learning_rate=learning_rate, temperature=temperature)
+    ess = check_positive("num_examples", num_examples) / tau
     return {
-        "learning_rate": _schedule(float(rate), num_steps, warmup=0.05, decay="cosine"),
+        "learning_rate": _schedule(rate, num_steps, 0.05, "cosine"),
         "ess": ess,
         "hess_init": hess_init_for(params, ess),
         "b2": b2_for(num_steps),
@@ -172,8 +158,7 @@ def rate_from_adamw(
 ) -> float:
     """The α under which a clipped step of IVON is as long as one of AdamW: lr/((h₀+δ)ξ).
 
-    A parameter moves at most α(h₀+δ)ξ in a step; AdamW's steps are about as long as its rate. For
-    networks that are trained with a clip radius, such as transformers.
+    A parameter moves at most α(h₀+δ)ξ in a step; AdamW's steps are about as long as its rate.
 
     Args:
       learning_rate: AdamW's (peak) rate.
@@ -192,8 +177,9 @@ def rate_from_adamw(
       >>> print(f"{recipes.rate_from_adamw(3e-4, hess_init=1e-3, clip_radius=1e-3):.0f}")
       300
     """
-    values = {"learning_rate": learning_rate, "hess_init": hess_init, "clip_radius": clip_radius}
-    lr, h0, xi = (float(check_number(k, v, low=0.0, open_low=True)) for k, v in values.items())
+    lr, h0, xi = _positive(
+        learning_rate=learning_rate, hess_init=hess_init, clip_radius=clip_radius
+    )
     return lr / ((h0 + float(check_number("weight_decay", weight_decay, low=0.0))) * xi)
 
 
@@ -203,7 +189,6 @@ def matrices(params: PyTree) -> PyTree:
     (Where layers are stacked for a scan, vectors have two axes too: write a mask by name then.)
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import recipes
       >>> recipes.matrices({"bias": jnp.zeros(2), "kernel": jnp.zeros((3, 2))})
       {'bias': False, 'kernel': True}
@@ -215,9 +200,8 @@ def hess_init_for(params: PyTree, ess: float, *, noise: float = 0.25) -> float:
     """An h₀ under which a posterior starts a quarter as wide as the weights are large.
 
     h₀ = 1/(λ (noise · r)²), where r is the root mean square of the matrices (leaves with two or
-    more axes; of all leaves if there are none). `benchmarks/robustness.py` compares it with
-    other values of h₀ on handwritten digits. By the sizes of usual initial weights, published runs
-    on images start at about 0.05 to 0.15, and GPT-2 at 0.015.
+    more axes; all leaves if there are none). With usual initial weights, σ/r is about 0.05 to 0.15
+    in published runs on images, and 0.015 for GPT-2.
 
     Args:
       params: initial parameters, drawn at random.
@@ -232,15 +216,11 @@ def hess_init_for(params: PyTree, ess: float, *, noise: float = 0.25) -> float:
       TypeError: if the parameters are traced.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import recipes
       >>> recipes.hess_init_for({"kernel": jnp.full((3, 2), 0.1)}, ess=10_000)
       0.16
     """
-    ess, noise = (
-        float(check_number(name, x, low=0.0, open_low=True))
-        for name, x in (("ess", ess), ("noise", noise))
-    )
+    ess, noise = _positive(ess=ess, noise=noise)
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(params)]
     if not is_concrete(*leaves):
         raise TypeError("params are traced: call hess_init_for before jit, on the initial values.")
@@ -256,9 +236,8 @@ def hess_init_for(params: PyTree, ess: float, *, noise: float = 0.25) -> float:
 def b2_for(num_steps: int) -> float:
     """β₂ = 1 − 2/T for a run of T steps: e⁻² of the initial curvature is left at its end.
 
-    The published runs on images and text have (1−β₂)T of 1 to 2. Where it is much larger the
-    curvature of weights that get no gradient is forgotten, their posterior widens, and training
-    diverges (over-long runs in `benchmarks/images.py`).
+    Published runs on images and text have (1−β₂)T of 1 to 2. Where it is much larger the curvature
+    of weights that get no gradient is forgotten, their posterior widens, and training diverges.
 
     Args:
       num_steps: T, the length of the whole run.
@@ -277,22 +256,13 @@ def b2_for(num_steps: int) -> float:
     return 1.0 - 2.0 / max(check_positive("num_steps", num_steps), 20)  # at least 0.9
 
 
-def _settings(
-    learning_rate: float,
-    ess: float,
-    hess_init: float,
-    weight_decay: float,
-    b2: float,
-    **others: Any,
-) -> dict[str, Any]:
-    return {
-        "learning_rate": learning_rate,
-        "ess": ess,
-        "hess_init": hess_init,
-        "weight_decay": weight_decay,
-        "b2": b2,
-        **others,
-    }
+def _positive(**numbers: float) -> list[float]:
+    return [float(check_number(k, x, low=0.0, open_low=True)) for k, x in numbers.items()]
+
+
+def _settings(*values: float, **others: Any) -> dict[str, Any]:
+    names = ("learning_rate", "ess", "hess_init", "weight_decay", "b2")
+    return {**dict(zip(names, values, strict=True)), **others}
 
 
 _VISION = {"length": "200 epochs", "warmup": 5 / 200, "test_samples": 64}
@@ -365,7 +335,7 @@ LORA = Recipe(
 LORA_2B = Recipe(
     _settings(0.03, 1e7, 3e-4, 1e-6, 0.99999, clip_radius=1e-3, rescale_lr=False),
     batch_size=32,
-    length="fine-tuning, of a length that the source does not name",
+    length="fine-tuning; not published",
     warmup=512,
     clip_norm=1.0,
     source=THIRD_PARTY,

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,10 +27,6 @@ def gradient(params):
     return jax.tree.map(lambda p, t: 3.0 * (p - t.astype(p.dtype)), params, TARGET)
 
 
-def assert_trees_close(x, y, **tolerances):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerances), x, y)
-
-
 def draw_of(state):
     """The sample and noise that `auto_sample` has last drawn, through the public API."""
     return sample_params(state.draw_key, state)
@@ -48,8 +45,10 @@ def run(tx, steps, params=PARAMS, state=None):
 def test_the_parameters_of_the_loop_are_always_a_posterior_sample():
     for params, state in run(auto_sample(ivon(0.1, **SETTINGS), 0), 5):
         sample, noise = draw_of(state)
-        assert_trees_close(params, sample, **CLOSE)
-        assert_trees_close(sample, jax.tree.map(jnp.add, posterior_mean(state), noise), **CLOSE)
+        chex.assert_trees_all_close(params, sample, **CLOSE)
+        chex.assert_trees_all_close(
+            sample, jax.tree.map(jnp.add, posterior_mean(state), noise), **CLOSE
+        )
 
 
 def test_it_takes_the_steps_of_the_explicit_loop_after_a_first_one_at_the_mean():
@@ -61,14 +60,16 @@ def test_it_takes_the_steps_of_the_explicit_loop_after_a_first_one_at_the_mean()
             _, state = tx.update(gradient(sample), state, hess=state.hess)
         else:
             _, state = tx.update(gradient(sample), state, noise=noise)
-        assert_trees_close(auto_state.inner_state._replace(window=()), state, **CLOSE)
+        chex.assert_trees_all_close(auto_state.inner_state._replace(window=()), state, **CLOSE)
         sample, noise = draw_of(auto_state)
 
 
 def test_the_first_gradient_moves_the_mean_but_not_the_hessian():
     ((_, state),) = run(auto_sample(ivon(0.1, **SETTINGS), 0), 1)
     inner = state.inner_state
-    assert_trees_close(inner.hess, jax.tree.map(lambda p: jnp.full_like(p, 0.5), PARAMS), rtol=0)
+    chex.assert_trees_all_close(
+        inner.hess, jax.tree.map(lambda p: jnp.full_like(p, 0.5), PARAMS), rtol=0
+    )
     assert all(np.all(m != p) for m, p in zip(inner.mean.values(), PARAMS.values(), strict=True))
 
 
@@ -92,7 +93,7 @@ def test_num_samples_average_gradients_and_products_and_move_the_mean_every_kth_
             _, reference = tx.update(mean_grads, reference, hess=hess)
             window = []
         inner = state.inner_state[1]._replace(window=())
-        assert_trees_close(inner, reference, **CLOSE)
+        chex.assert_trees_all_close(inner, reference, **CLOSE)
         params, noise = new_params, draw_of(state)[1]
 
 
@@ -112,7 +113,7 @@ def test_below_float32_the_exact_noise_is_regenerated_and_not_the_rounded_one(dt
     rounded = jax.tree.map(lambda s, m: s.astype(jnp.float32) - m, sample, state.inner_state.mean)
     _, wrong = tx.update(grads, state.inner_state, sample, noise=rounded)
     _, state = auto.update(grads, state, sample)
-    assert_trees_close(state.inner_state.hess, expected.hess, rtol=1e-6)
+    chex.assert_trees_all_close(state.inner_state.hess, expected.hess, rtol=1e-6)
     assert not np.allclose(state.inner_state.hess["a"], wrong.hess["a"], rtol=1e-3)
 
 
@@ -123,7 +124,7 @@ def test_the_next_sample_is_within_an_ulp_of_the_draw_in_bfloat16():
     landed = optax.apply_updates(params, updates)
     sample, _ = sample_params(state.draw_key, state)
     # One rounding of the update and one of the sum, relative to numbers up to 3.
-    assert_trees_close(to_f32(landed), sample, atol=2 * 3 * 2**-8)
+    chex.assert_trees_all_close(to_f32(landed), sample, atol=2 * 3 * 2**-8)
 
 
 def gradient_like(params):
@@ -138,7 +139,7 @@ def test_a_key_a_raw_key_and_a_seed_give_the_same_stream():
     keys = (5, jax.random.key(5), jax.random.PRNGKey(5))
     ends = [run(auto_sample(ivon(0.1, **SETTINGS), key), 3)[-1] for key in keys]
     for other in ends[1:]:
-        jax.tree.map(np.testing.assert_array_equal, ends[0], other)
+        chex.assert_trees_all_equal(ends[0], other)
 
 
 def test_two_inits_share_no_buffer_and_can_both_be_donated():
@@ -151,7 +152,7 @@ def test_two_inits_share_no_buffer_and_can_both_be_donated():
     one = step(gradient(PARAMS), first, PARAMS)
     assert first.key.is_deleted()
     two = step(gradient(PARAMS), second, PARAMS)
-    jax.tree.map(np.testing.assert_array_equal, one, two)
+    chex.assert_trees_all_equal(one, two)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -162,10 +163,10 @@ def test_reseed_changes_the_draws_to_come_but_not_the_noise_of_the_current_sampl
     params = optax.apply_updates(start, updates)
     plain = tx.update(gradient_like(params), state, params)
     other = tx.update(gradient_like(params), reseed(state, 1), params)
-    jax.tree.map(np.testing.assert_array_equal, plain[1].inner_state, other[1].inner_state)
+    chex.assert_trees_all_equal(plain[1].inner_state, other[1].inner_state)
     assert not np.array_equal(plain[0]["a"], other[0]["a"])
     again = tx.update(gradient_like(params), reseed(state, jax.random.key(1)), params)
-    jax.tree.map(np.testing.assert_array_equal, other, again)
+    chex.assert_trees_all_equal(other, again)
 
 
 def test_reseed_gives_ensemble_members_their_own_streams():
@@ -187,13 +188,13 @@ def test_with_mean_restarts_at_the_mean_and_drops_an_unfinished_window():
     assert jax.tree.structure(moved) == jax.tree.structure(state)
     assert bool(moved.at_mean) and int(moved.calls) == 0
     assert all(not np.any(x) for x in jax.tree.leaves(moved.inner_state.window))
-    jax.tree.map(np.testing.assert_array_equal, moved.inner_state.mean, TARGET)
-    jax.tree.map(np.testing.assert_array_equal, moved.inner_state.hess, state.inner_state.hess)
+    chex.assert_trees_all_equal(moved.inner_state.mean, TARGET)
+    chex.assert_trees_all_equal(moved.inner_state.hess, state.inner_state.hess)
 
     single = auto_sample(ivon(0.1, **SETTINGS), 0)
     (*_, (_, state)) = run(single, 3)
     ((_, after),) = run(single, 1, TARGET, with_mean(state, TARGET))
-    jax.tree.map(np.testing.assert_array_equal, after.inner_state.hess, state.inner_state.hess)
+    chex.assert_trees_all_equal(after.inner_state.hess, state.inner_state.hess)
 
 
 def test_a_state_of_an_unfinished_window_keeps_mean_hess_momentum_and_count():
@@ -201,9 +202,7 @@ def test_a_state_of_an_unfinished_window_keeps_mean_hess_momentum_and_count():
     states = [state for _, state in run(tx, 4)]
     for state in states[:3]:
         kept = state.inner_state._replace(window=())
-        jax.tree.map(
-            np.testing.assert_array_equal, kept, tx.init(PARAMS).inner_state._replace(window=())
-        )
+        chex.assert_trees_all_equal(kept, tx.init(PARAMS).inner_state._replace(window=()))
     assert int(states[3].inner_state.count) == 1 and int(states[3].calls) == 0
 
 
@@ -240,7 +239,7 @@ def test_training_finds_the_mean_and_the_curvature_of_a_quadratic():
     assert isinstance(state, AutoSampleState)
     # Averages of the second half: spread σ = 0.02 and, for h, 3·√2/√(2000·4 coordinates).
     tail = jax.tree.map(lambda x: x[2000:].mean(axis=0), (means, hessians))
-    assert_trees_close(tail[0], TARGET, atol=0.01)
+    chex.assert_trees_all_close(tail[0], TARGET, atol=0.01)
     assert abs(float(jnp.mean(tail[1]["a"])) - 3.0) < 0.15
 
 
@@ -261,7 +260,7 @@ def test_num_samples_must_be_a_positive_integer(num_samples):
         auto_sample(ivon(0.1, 10), 0, num_samples=num_samples)
 
 
-def test_without_params_it_says_what_to_pass():
+def test_without_params_the_error_says_what_to_pass():
     tx = auto_sample(ivon(0.1, 10), 0)
     with pytest.raises(ValueError, match=r"tx\.update\(grads, state, params\)"):
         tx.update(PARAMS, tx.init(PARAMS))
@@ -272,7 +271,7 @@ def test_a_transformation_without_ivon_is_refused_at_init():
         auto_sample(optax.adam(1e-3), 0).init(PARAMS)
 
 
-def test_noise_and_hess_cannot_be_passed_to_it():
+def test_noise_and_hess_cannot_be_passed_to_auto_sample():
     tx = auto_sample(ivon(0.1, 10), 0)
     for extra in ({"noise": PARAMS}, {"hess": PARAMS}):
         with pytest.raises(ValueError, match="auto_sample draws its own noise"):
@@ -294,7 +293,7 @@ def test_reseed_of_a_stack_of_states_needs_vmap():
 def test_numpy_integers_are_seeds_and_counts():
     tx = auto_sample(ivon(0.1, 10), np.int64(3), num_samples=np.int64(2))
     same = auto_sample(ivon(0.1, 10), 3, num_samples=2)
-    jax.tree.map(np.testing.assert_array_equal, tx.init(PARAMS), same.init(PARAMS))
+    chex.assert_trees_all_equal(tx.init(PARAMS), same.init(PARAMS))
 
 
 # --- antithetic samples ----------------------------------------------------------------------
@@ -335,4 +334,4 @@ def test_in_an_even_window_the_noise_of_a_linear_gradient_cancels():
     history = run(auto_sample(ivon(0.1, **settings), 0, num_samples=2, antithetic=True), 4)
     mean = posterior_mean(history[1][1])
     averaged = history[3][1].inner_state.momentum
-    assert_trees_close(averaged, gradient(mean), rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(averaged, gradient(mean), rtol=1e-5, atol=1e-6)

@@ -99,7 +99,7 @@ def test_flat_and_fixed_elements_are_left_out_of_the_kl():
         kl_divergence(q, Posterior({"w": jnp.zeros(4)}, {"w": jnp.ones(4)}))
 
 
-def test_a_general_prior_is_the_one_that_counts():
+def test_diagnostics_use_a_general_prior():
     prior = posterior(trained(SETTINGS))
     settings = {k: v for k, v in SETTINGS.items() if k != "weight_decay"} | {"prior": prior}
     state = ivon(**settings).init(prior.mean)
@@ -161,7 +161,7 @@ def test_a_diverged_run_is_reported_and_does_not_raise():
         assert np.isnan(numbers["kl"])
 
 
-def test_what_has_no_divergence_is_told_from_what_has_an_infinite_one():
+def test_zero_infinite_and_undefined_divergences_are_told_apart():
     q = Posterior(jnp.array([1.0]), jnp.array([jnp.inf]))
     assert kl_divergence(q, q) == 0
     assert kl_divergence(q, Posterior(jnp.array([2.0]), jnp.array([jnp.inf]))) == jnp.inf
@@ -239,7 +239,7 @@ def test_the_gain_and_the_risk_of_a_weight_that_has_lost_its_curvature():
     assert not str(learning_status(state, settings)).startswith("at risk")
 
 
-def test_samples_that_are_mostly_noise_are_told_before_the_first_step():
+def test_samples_that_are_mostly_noise_are_reported_before_the_first_step():
     for ess, expected in ((1.0, "at risk: the samples are mostly noise"), (1e3, "no: no step")):
         status = learning_status(ivon(0.1, ess, hess_init=0.01).init(jnp.ones(3)), {})
         assert str(status).startswith(expected)

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,10 +24,6 @@ def make_state(params=PARAMS, **settings):
     return ivon(0.1, **settings).init(params)
 
 
-def assert_trees_close(x, y, **tolerances):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerances), x, y)
-
-
 @pytest.mark.parametrize("sample_batch_size", [None, 1, 3, 4, 6, 100])
 def test_any_batch_size_gives_the_explicit_vmap_of_sample_params(sample_batch_size):
     state = make_state()
@@ -35,9 +32,9 @@ def test_any_batch_size_gives_the_explicit_vmap_of_sample_params(sample_batch_si
     f = mc_value_and_grad(loss, 6, sample_batch_size=sample_batch_size)
     value, grads, hess = f(KEY, state, X, Y)
     np.testing.assert_allclose(value, values.mean(), rtol=1e-6)
-    assert_trees_close(grads, jax.tree.map(lambda g: g.mean(axis=0), stack), **REORDERED)
+    chex.assert_trees_all_close(grads, jax.tree.map(lambda g: g.mean(axis=0), stack), **REORDERED)
     tx = ivon(0.1, 20.0, hess_init=0.5, weight_decay=0.1)
-    assert_trees_close(
+    chex.assert_trees_all_close(
         tx.update(grads, state, PARAMS, hess=hess),
         tx.update(stack, state, PARAMS, noise=noise),
         **REORDERED,
@@ -49,7 +46,7 @@ def test_the_product_uses_the_ess_and_weight_decay_of_the_state():
     _, grads, hess = mc_value_and_grad(loss)(KEY, state, X, Y)
     _, noise = sample_params(jax.random.split(KEY, 1)[0], state)
     expected = jax.tree.map(lambda n, g: 40.0 * 0.6 * n * g, noise, grads)
-    assert_trees_close(hess, expected, rtol=1e-5)
+    chex.assert_trees_all_close(hess, expected, rtol=1e-5)
 
 
 def test_antithetic_pairs_cancel_exactly_on_a_quadratic():
@@ -127,7 +124,7 @@ def test_the_gradient_transform_acts_on_each_sample_before_the_product():
     stack = jax.vmap(transform)(jax.vmap(jax.grad(loss), (0, None, None))(samples, X, Y))
     _, grads, hess = mc_value_and_grad(loss, 3, grad_transform=transform)(KEY, state, X, Y)
     tx = ivon(0.1, 20.0, hess_init=0.5, weight_decay=0.1)
-    assert_trees_close(
+    chex.assert_trees_all_close(
         tx.update(grads, state, hess=hess), tx.update(stack, state, noise=noise), **REORDERED
     )
 
@@ -139,7 +136,7 @@ def test_gradsq_is_the_scaled_mean_of_squares():
     f = mc_value_and_grad(loss, 3, estimator="gradsq", estimator_scale=8.0)
     _, _, hess = f(KEY, state, X, Y)
     expected = jax.tree.map(lambda g: 8.0 * jnp.mean(g**2, axis=0), stack)
-    assert_trees_close(hess, expected, **REORDERED)
+    chex.assert_trees_all_close(hess, expected, **REORDERED)
 
 
 def test_hutchinson_is_exact_for_a_diagonal_hessian_at_the_mean():
@@ -148,7 +145,7 @@ def test_hutchinson_is_exact_for_a_diagonal_hessian_at_the_mean():
 
     f = mc_value_and_grad(quartic, 3, has_aux=True, estimator="hutchinson")
     _, _, hess = f(KEY, make_state(), jnp.array(0.5))
-    assert_trees_close(hess, jax.tree.map(lambda p: 6.0 * p**2, PARAMS), **REORDERED)
+    chex.assert_trees_all_close(hess, jax.tree.map(lambda p: 6.0 * p**2, PARAMS), **REORDERED)
 
 
 @pytest.mark.parametrize("estimator", ["reparam", "gradsq", "hutchinson"])
@@ -186,10 +183,10 @@ def test_with_bfloat16_parameters_samples_are_cast_and_averages_stay_float32():
     assert dtypes == {jnp.dtype(jnp.float32)}
 
 
-def test_a_posterior_can_take_the_place_of_the_state():
+def test_a_posterior_works_in_place_of_the_state():
     state = make_state()
     f = mc_value_and_grad(loss, 3)
-    assert_trees_close(f(KEY, state, X, Y), f(KEY, posterior(state), X, Y), rtol=1e-6)
+    chex.assert_trees_all_close(f(KEY, state, X, Y), f(KEY, posterior(state), X, Y), rtol=1e-6)
 
 
 def test_memory_does_not_grow_with_the_number_of_samples():
@@ -239,7 +236,7 @@ def test_axis_name_draws_on_each_device_and_averages(with_vma):
         part = slice(2 * i, 2 * i + 2)
         parts.append(mc_value_and_grad(loss, 3)(key, state, X[part], Y[part]))
     expected = jax.tree.map(lambda *xs: sum(xs) / 4, *parts)
-    assert_trees_close((value, grads, hess), expected, **REORDERED)
+    chex.assert_trees_all_close((value, grads, hess), expected, **REORDERED)
 
 
 @pytest.mark.parametrize(

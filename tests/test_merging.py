@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ def q(mean, precision):
 A, B = q([0.0, 2.0], [1.0, 4.0]), q([4.0, 2.0], [3.0, 4.0])
 
 
-def test_posteriors_of_different_ess_are_weighed_by_their_precisions():
+def test_posteriors_of_different_ess_are_weighted_by_their_precisions():
     a = posterior(ivon(0.1, ess=10, weight_decay=0.0).init(jnp.zeros(1)))
     b = posterior(ivon(0.1, ess=30, weight_decay=0.0).init(jnp.full(1, 4.0)))
     np.testing.assert_allclose(merge([a, b]).mean, [3.0])
@@ -23,7 +24,7 @@ def test_posteriors_of_different_ess_are_weighed_by_their_precisions():
 
 def test_one_model_merges_to_itself():
     for got in (merge([A]), merge([A], base=q([1.0, 1.0], [0.5, 0.5]))):
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), got, A)
+        chex.assert_trees_all_close(got, A, rtol=1e-6)
 
 
 def test_fixed_elements_stay_where_all_models_agree():

@@ -224,7 +224,7 @@ OF_LABELS = (
 
 
 @pytest.mark.parametrize("metric", OF_LABELS)
-def test_logits_and_probabilities_in_the_place_of_log_probabilities_are_refused(metric):
+def test_logits_and_probabilities_in_place_of_log_probabilities_are_refused(metric):
     for wrong in (LOGITS, jax.nn.softmax(LOGITS), jnp.full((2, 3), -jnp.inf)):
         with pytest.raises(ValueError, match="log_softmax"):
             metric(wrong, LABELS)

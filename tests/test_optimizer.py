@@ -1,5 +1,6 @@
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +40,7 @@ def test_a_number_out_of_range_is_refused_by_name(name, value):
 
 
 @pytest.mark.parametrize("value", ["0.1", None, True, 1j, jnp.array(True), [0.1]])
-def test_what_is_not_a_number_is_refused_by_name(value):
+def test_a_value_that_is_not_a_number_is_refused_by_name(value):
     with pytest.raises(TypeError, match="hess_init must be a real number"):
         ivon(0.1, 10, hess_init=value)
 
@@ -184,9 +185,7 @@ def test_a_sample_axis_of_one_is_the_same_as_none(kind):
     state = tx.init(PARAMS)
     one = tx.update(PARAMS, state, PARAMS, **{kind: PARAMS})
     stack = jax.tree.map(lambda x: x[None], PARAMS)
-    jax.tree.map(
-        np.testing.assert_array_equal, one, tx.update(stack, state, PARAMS, **{kind: stack})
-    )
+    chex.assert_trees_all_equal(one, tx.update(stack, state, PARAMS, **{kind: stack}))
 
 
 def test_stacked_samples_give_the_mean_of_products_not_the_product_of_means():
@@ -223,9 +222,7 @@ def test_without_params_the_update_is_the_move_of_the_mean():
     tx = ivon(0.1, 10)
     state = tx.init(PARAMS)
     updates, new = tx.update(PARAMS, state, noise=PARAMS)
-    jax.tree.map(
-        lambda u, m, old: np.testing.assert_array_equal(u, m - old), updates, new.mean, state.mean
-    )
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.subtract, new.mean, state.mean))
 
 
 def test_an_averaged_gradient_with_a_hess_estimate_is_the_product_formed_outside():
@@ -236,7 +233,7 @@ def test_an_averaged_gradient_with_a_hess_estimate_is_the_product_formed_outside
     hess = jax.tree.map(lambda h, n, g: 20.0 * (h + 0.1) * n * g, state.hess, noise, grads)
     by_noise = tx.update(grads, state, PARAMS, noise=noise)
     by_hess = tx.update(grads, state, PARAMS, hess=hess)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), by_noise, by_hess)
+    chex.assert_trees_all_close(by_noise, by_hess, rtol=1e-6)
 
 
 def test_the_largest_move_is_bounded_by_rate_times_precision_times_radius():
@@ -334,7 +331,7 @@ def test_hyperparameters_in_the_state_are_strong_float32_scalars():
             assert x.dtype == jnp.float32 and x.shape == () and not x.weak_type
 
 
-def test_the_prior_field_is_reserved():
+def test_a_weight_decay_leaves_the_prior_of_the_state_empty():
     assert ivon(0.1, 10).init(PARAMS).prior == ()
 
 
@@ -343,7 +340,7 @@ def test_other_extra_arguments_are_ignored():
     tx.update(PARAMS, tx.init(PARAMS), PARAMS, noise=PARAMS, value=1.0, loss_fn=print)
 
 
-def test_trees_without_an_owned_leaf_are_legal():
+def test_trees_without_an_owned_leaf_are_allowed():
     for params in ({}, {"n": jnp.arange(2)}, [None]):
         tx = ivon(0.1, 10)
         state = tx.init(params)
@@ -352,7 +349,7 @@ def test_trees_without_an_owned_leaf_are_legal():
         assert int(state.count) == 1
 
 
-def test_the_loop_of_the_design_trains_to_the_mean():
+def test_the_explicit_loop_trains_to_the_mean():
     target = jnp.array([1.0, -2.0])
     tx = optax.chain(optax.clip_by_global_norm(10.0), ivon(0.3, ess=1000, weight_decay=0.0))
     params = jnp.zeros(2)
@@ -382,7 +379,7 @@ def test_statistics_that_overflow_show_in_the_mean_even_when_clipped(grad, clip_
 
 
 @pytest.mark.parametrize("ess", [1e-50, 1e40])
-def test_a_number_that_float32_turns_into_zero_or_infinity_is_refused(ess):
+def test_a_number_that_becomes_zero_or_infinity_in_float32_is_refused(ess):
     with pytest.raises(ValueError, match=r"ess must be > 0 and finite in float32"):
         ivon(0.1, ess)
 

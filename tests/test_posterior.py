@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,13 +44,11 @@ def test_the_precision_is_ess_times_hess_plus_weight_decay():
 def test_the_temperature_divides_the_precision():
     state = trained(ivon(0.1, **SETTINGS), PARAMS)
     warm, cold = posterior(state, temperature=2.0), posterior(state, temperature=0.5)
-    jax.tree.map(
-        lambda w, c: np.testing.assert_allclose(4.0 * w, c, rtol=1e-6),
-        warm.precision,
-        cold.precision,
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda w: 4.0 * w, warm.precision), cold.precision, rtol=1e-6
     )
     jitted = jax.jit(lambda t: posterior(state, temperature=t))(2.0)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), jitted, warm)
+    chex.assert_trees_all_close(jitted, warm, rtol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, np.nan, np.inf])
@@ -94,7 +93,7 @@ def test_leaves_that_are_not_owned_are_fixed_at_the_parameters():
     for name in ("n", "other"):
         np.testing.assert_array_equal(sample[name], MIXED[name])
         assert not np.any(noise[name])
-    jax.tree.map(np.testing.assert_array_equal, posterior_mean(state, MIXED), q.mean)
+    chex.assert_trees_all_equal(posterior_mean(state, MIXED), q.mean)
     without = posterior(state)
     assert without.mean["n"] == without.precision["n"] == optax.MaskedNode()
 
@@ -125,8 +124,8 @@ def wrappers():
 def test_the_state_is_found_wherever_optax_puts_it(name):
     state = wrappers()[name].init(PARAMS)
     expected = posterior(ivon(0.1, **SETTINGS).init(PARAMS))
-    jax.tree.map(np.testing.assert_array_equal, posterior(state), expected)
-    jax.tree.map(np.testing.assert_array_equal, posterior_mean(state), expected.mean)
+    chex.assert_trees_all_equal(posterior(state), expected)
+    chex.assert_trees_all_equal(posterior_mean(state), expected.mean)
     assert jax.tree.structure(prior_of(state)) == jax.tree.structure(expected)
     moved = with_mean(state, jax.tree.map(jnp.zeros_like, PARAMS))
     assert jax.tree.structure(moved) == jax.tree.structure(state)
@@ -163,8 +162,8 @@ def test_with_mean_moves_the_mean_so_that_an_edit_is_not_undone():
     edited = jax.tree.map(lambda p: p + 10.0, PARAMS)
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     moved = with_mean(state, edited)
-    jax.tree.map(np.testing.assert_array_equal, moved.hess, state.hess)
-    jax.tree.map(np.testing.assert_array_equal, moved.momentum, state.momentum)
+    chex.assert_trees_all_equal(moved.hess, state.hess)
+    chex.assert_trees_all_equal(moved.momentum, state.momentum)
     updates, _ = tx.update(zero, moved, edited, noise=zero)
     assert all(np.all(np.abs(u) < 1) for u in jax.tree.leaves(updates))
     updates, _ = tx.update(zero, state, edited, noise=zero)
@@ -188,12 +187,12 @@ def test_parameters_that_do_not_fit_are_refused_with_their_path(use):
         use(state, {"w": PARAMS["w"]})
 
 
-def test_all_of_it_runs_under_jit_and_vmap():
+def test_posteriors_and_samples_run_under_jit_and_vmap():
     tx = ivon(0.1, **SETTINGS)
     stacked = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), PARAMS)
     states = jax.vmap(tx.init)(stacked)
     q = jax.jit(jax.vmap(posterior))(states)
-    jax.tree.map(np.testing.assert_array_equal, q.mean, stacked)
+    chex.assert_trees_all_equal(q.mean, stacked)
     samples, _ = jax.vmap(sample_params)(jax.random.split(jax.random.key(0), 2), states)
     assert samples["w"].shape == (2, 2)
 

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,23 +48,19 @@ def train(tx, params=PARAMS, steps=8):
     return params, state
 
 
-def assert_close(a, b, **tolerances):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerances), a, b)
-
-
 def test_a_prior_of_mean_zero_is_a_weight_decay_step_by_step():
     """Equal but for the rounding of δ = s₀/λ, which float32 steps carry on."""
     decayed = train(ivon(**SETTINGS, weight_decay=0.1))
     general = train(ivon(**SETTINGS, prior=normal(0.0, 0.1 * 20)))
-    assert_close(general[0], decayed[0], rtol=2e-5)
-    assert_close(general[1].hess, decayed[1].hess, rtol=2e-5, atol=1e-5)
+    chex.assert_trees_all_close(general[0], decayed[0], rtol=2e-5)
+    chex.assert_trees_all_close(general[1].hess, decayed[1].hess, rtol=2e-5, atol=1e-5)
 
 
 def test_a_prior_by_leaf_is_a_mask():
     decayed = train(ivon(**SETTINGS, weight_decay=0.1, mask={"b": False, "w": True}))
     prior = normal(0.0, 0.1 * 20)
     prior.precision["b"] = jnp.zeros(1)
-    assert_close(train(ivon(**SETTINGS, prior=prior))[0], decayed[0], rtol=2e-5)
+    chex.assert_trees_all_close(train(ivon(**SETTINGS, prior=prior))[0], decayed[0], rtol=2e-5)
 
 
 def test_the_prior_pulls_to_its_mean_element_by_element():
@@ -136,10 +133,10 @@ def test_the_state_holds_copies_and_keeps_its_structure():
     state = tx.init(PARAMS)
     assert state.prior.mean.keys() == state.prior.precision.keys() == PARAMS.keys()
     assert state.weight_decay == ()
-    assert_close(prior_of(state), prior)
+    chex.assert_trees_all_close(prior_of(state), prior, rtol=1e-7)
     donated = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(state)
     jax.block_until_ready((donated, prior))
-    assert_close(prior, normal(1.0, 2.0))
+    chex.assert_trees_all_close(prior, normal(1.0, 2.0), rtol=1e-7)
     _, new = train(tx, steps=2)
     assert jax.eval_shape(tx.init, PARAMS) == jax.eval_shape(lambda: new)
 
@@ -156,7 +153,7 @@ def test_a_full_tree_is_accepted_of_which_only_the_owned_leaves_are_read():
         {"b": "none", "w": "ivon", "n": "none"},
     )
     state = again.init(params)
-    assert_close(prior_of(state).precision["w"], q.precision["w"])
+    chex.assert_trees_all_close(prior_of(state).precision["w"], q.precision["w"], rtol=1e-7)
     alone = ivon(**SETTINGS, prior=q).init(params)  # b is owned here, and fixed
     assert np.isinf(alone.prior.precision["b"]) and isinstance(
         alone.prior.mean["n"], optax.MaskedNode
@@ -186,9 +183,9 @@ def test_nnx_states_find_the_prior():
     optimizer.update(model, nnx.grad(lambda m: jnp.mean(m(X) ** 2))(model))
     found = prior_of(nnx.state(optimizer))
     np.testing.assert_allclose(found.precision["kernel"], 3.0)
-    assert_close(found.mean["kernel"], params["kernel"].get_value())
+    chex.assert_trees_all_close(found.mean["kernel"], params["kernel"].get_value(), rtol=1e-7)
     q = posterior(nnx.state(with_ess_of(optimizer)))
-    assert_close(
+    chex.assert_trees_all_close(
         q.precision["kernel"], posterior(nnx.state(optimizer)).precision["kernel"], rtol=1e-5
     )
 
@@ -219,7 +216,7 @@ def test_the_prior_of_a_partitioned_optimizer_can_be_completed():
     assert np.isinf(full.precision["b"]) and np.all(full.precision["w"] == 5.0)
     assert np.isfinite(kl_divergence(posterior(state, PARAMS), full))
     general = ivon(0.1, 3.0, prior=normal(0.1, 0.7)).init(PARAMS)
-    jax.tree.map(np.testing.assert_array_equal, prior_of(general), normal(0.1, 0.7))
+    chex.assert_trees_all_equal(prior_of(general), normal(0.1, 0.7))
 
 
 def test_with_ess_and_with_mean_compose_with_auto_sample():
@@ -230,7 +227,7 @@ def test_with_ess_and_with_mean_compose_with_auto_sample():
         params = optax.apply_updates(params, updates)
     moved = with_ess(with_mean(state, PARAMS), 80.0)
     assert jax.tree.structure(moved) == jax.tree.structure(state)
-    assert_close(posterior(moved).precision, posterior(state).precision, rtol=1e-5)
+    chex.assert_trees_all_close(posterior(moved).precision, posterior(state).precision, rtol=1e-5)
     colder = auto_sample(ivon(**{**SETTINGS, "ess": 80.0}, weight_decay=0.3), 0)
     _, after = colder.update(jax.grad(loss)(PARAMS), moved, PARAMS)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(posterior(after)))

@@ -1,6 +1,7 @@
 import json
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,18 +30,12 @@ def q_of(params):
     return posterior(ivon(0.1, 10).init(params))
 
 
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-    assert [x.dtype for x in jax.tree.leaves(a)] == [x.dtype for x in jax.tree.leaves(b)]
-
-
 def test_a_posterior_comes_back_bitwise(tmp_path):
     q = q_of(PARAMS)
     save(tmp_path / "q.safetensors", q, {"data": "digits"})
-    assert_same(load(tmp_path / "q.safetensors", like=PARAMS), q)
+    chex.assert_trees_all_equal(load(tmp_path / "q.safetensors", like=PARAMS), q, strict=True)
     shapes = jax.eval_shape(lambda: PARAMS)
-    assert_same(load(str(tmp_path / "q.safetensors"), like=shapes), q)
+    chex.assert_trees_all_equal(load(str(tmp_path / "q.safetensors"), like=shapes), q, strict=True)
     assert load_metadata(tmp_path / "q.safetensors") == {"data": "digits"}
     nested = load(tmp_path / "q.safetensors")
     np.testing.assert_array_equal(nested.mean["layers"]["0"]["kernel"], PARAMS["layers"][0].kernel)
@@ -66,20 +61,24 @@ def test_other_frameworks_read_the_file(tmp_path):
     assert tensors["mean.scale"].shape == ()
 
 
-def test_fixed_leaves_of_any_dtype_and_a_state_itself(tmp_path):
+def test_fixed_leaves_of_any_dtype_and_a_state_itself_are_saved(tmp_path):
     params = {"half": jnp.ones(2, jnp.bfloat16), "n": jnp.arange(3), "w": jnp.ones(2)}
     state = ivon(0.1, 10).init({"half": 1, "n": params["n"], "w": params["w"]})
     q = posterior(state, params)
     save(tmp_path / "whole.safetensors", q)
-    assert_same(load(tmp_path / "whole.safetensors", like=params), q)
+    loaded = load(tmp_path / "whole.safetensors", like=params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, q)
+    chex.assert_trees_all_equal(loaded, q)
     save(tmp_path / "own.safetensors", state)
     np.testing.assert_array_equal(
         load(tmp_path / "own.safetensors").precision["w"], q.precision["w"]
     )
     root = Posterior(jnp.ones(3), jnp.full(3, 2.0))
     save(tmp_path / "root.safetensors", root)
-    assert_same(load(tmp_path / "root.safetensors"), root)
-    assert_same(load(tmp_path / "root.safetensors", like=jnp.zeros(3)), root)
+    chex.assert_trees_all_equal(load(tmp_path / "root.safetensors"), root, strict=True)
+    chex.assert_trees_all_equal(
+        load(tmp_path / "root.safetensors", like=jnp.zeros(3)), root, strict=True
+    )
 
 
 def test_the_file_is_as_readable_as_any_other(tmp_path):
@@ -96,7 +95,7 @@ def test_float64_is_kept_or_refused(tmp_path):
         q = q_of({"w": jnp.full(2, 1 / 3)})
         assert q.mean["w"].dtype == jnp.float64
         save(tmp_path / "q", q)
-        assert_same(load(tmp_path / "q"), q)
+        chex.assert_trees_all_equal(load(tmp_path / "q"), q, strict=True)
     with pytest.raises(ValueError, match="jax_enable_x64"):
         load(tmp_path / "q")
 

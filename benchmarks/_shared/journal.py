@@ -1,12 +1,14 @@
 """Results as JSON lines, one record per finished run: a command can be stopped and goes on."""
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import tyro
 
 from benchmarks._shared.measuring import environment
 from examples._shared.reporting import format_table
@@ -111,36 +113,39 @@ def _clock(seconds: float) -> str:
     return f"{minutes}:{seconds:02d}"
 
 
-def evidence_parser(description: str, name: str) -> argparse.ArgumentParser:
-    """The options that all scripts of this kind have.
+@dataclass(frozen=True)
+class Evidence:
+    """The options that all scripts with a journal have; each adds its own in a subclass."""
+
+    results: Path
+    """JSON lines, one per finished run; started again, the command goes on from there."""
+
+    report: bool = False
+    """Train nothing: make the tables (.md) and the figure (.png) beside the results."""
+
+    def __post_init__(self) -> None:
+        if self.results.suffix != ".jsonl" or not self.results.parent.is_dir():
+            raise SystemExit(f"{self.results} is not a .jsonl file in an existing folder")
+
+
+Options = TypeVar("Options")
+
+
+def parse(
+    options: type[Options], description: str | None, argv: Sequence[str] | None = None
+) -> Options:
+    """The command line as a dataclass.
+
+    Checks of values belong in its `__post_init__`: `raise SystemExit("what to pass")`.
 
     Args:
-      description: what it does and how long its default run takes.
-      name: stem of its files.
+      options: the dataclass, of `Evidence` where there is a journal.
+      description: what `--help` prints first, as a rule the script's `__doc__`.
+      argv: arguments in place of the process's, for tests.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    return tyro.cli(
+        options, args=argv, description=description, config=(tyro.conf.FlagCreatePairsOff,)
     )
-    parser.add_argument(
-        "--results",
-        type=results_path,
-        default=Path(f"{name}.jsonl"),
-        help="JSON lines, one per finished run; started again, the command goes on from there",
-    )
-    parser.add_argument(
-        "--report",
-        action="store_true",
-        help="train nothing: make the table (.md) and the figure (.png) beside the results",
-    )
-    return parser
-
-
-def results_path(text: str) -> Path:
-    """A .jsonl file in a folder that exists, for argparse."""
-    path = Path(text)
-    if path.suffix != ".jsonl" or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is not a .jsonl file in an existing folder")
-    return path
 
 
 def read_journal(path: Path) -> Journal:

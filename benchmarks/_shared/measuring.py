@@ -5,22 +5,19 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from examples._shared.reporting import format_table
-
-__all__ = ["Timing", "environment", "format_table", "interleaved", "ratio_cell", "ratios"]
-
 
 def environment() -> str:
-    """Command, date, hardware and versions, in two lines."""
+    """Command, date, commit, hardware and versions, in two lines."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -33,7 +30,22 @@ def environment() -> str:
         hardware = f"{len(jax.devices())} x {device.device_kind}; host: {hardware}"
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "optax"))
     command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-    return f"{command}\n{datetime.date.today()}; {hardware}; {versions}"
+    return f"{command}\n{datetime.date.today()}{_commit()}; {hardware}; {versions}"
+
+
+def _commit() -> str:
+    """The commit of the code, where git knows it, and whether it has been changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        name = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f", commit {name}"
 
 
 class Timing(NamedTuple):
@@ -95,8 +107,3 @@ def jax_loop(step: Callable, carry: object, *args: object) -> Callable[[int], No
         jax.block_until_ready(box[0])
 
     return run
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """As `format_table`."""
-    return format_table(rows)

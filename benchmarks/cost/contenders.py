@@ -1,21 +1,39 @@
 """The optimizers that are compared, each as one training step of the same form."""
 
+import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
-from ivon_jax import auto_sample, ivon, sample_params
-
-PyTree = Any
-ValueAndGrad = Callable[[PyTree], tuple[jax.Array, PyTree]]
+from benchmarks.cost.models import MODELS, Model, PyTree, Shapes, abstract
+from ivon_jax import auto_sample, ivon, mc_value_and_grad, sample_params
 
 # The cost does not depend on the values, as long as all of them stay finite.
 IVON: dict[str, Any] = {"learning_rate": 1e-3, "ess": 1e6}
+
+
+class Differentiated:
+    """Value and gradient of a loss that can still be had by itself."""
+
+    def __init__(self, loss: Callable[[PyTree], jax.Array]):
+        self.loss = loss
+
+    def __call__(self, params: PyTree) -> tuple[jax.Array, PyTree]:
+        """The loss and its gradient."""
+        return jax.value_and_grad(self.loss)(params)
+
+
+ValueAndGrad = Callable[[PyTree], tuple[jax.Array, PyTree]]
+Step = Callable[[PyTree, Any], tuple[PyTree, jax.Array]]
 
 
 class Contender(NamedTuple):
@@ -28,32 +46,38 @@ class Contender(NamedTuple):
     """
 
     init: Callable[[PyTree], PyTree]
-    step: Callable[[PyTree, ValueAndGrad], tuple[PyTree, jax.Array]]
+    step: Step
 
 
-def plain(tx: optax.GradientTransformation) -> Contender:
-    """A loop that was written for AdamW."""
+# --- The contenders -------------------------------------------------------------------------------
+
+
+def with_init(tx: Any, step: Step, *more: Any) -> Contender:
+    """Carries a copy of the parameters, the optimizer's state, and what else is given."""
 
     def init(params: PyTree) -> PyTree:
         params = jax.tree.map(jnp.array, params)
-        return params, tx.init(params)
+        return params, tx.init(params), *(make() for make in more)
+
+    return Contender(init, step)
+
+
+def plain(tx: optax.GradientTransformationExtraArgs, hess_given: bool = False) -> Contender:
+    """A loop that was written for AdamW; or one that hands `ivon` an estimate of h."""
 
     def step(carry: PyTree, value_and_grad: ValueAndGrad) -> tuple[PyTree, jax.Array]:
         params, state = carry
         loss, grads = value_and_grad(params)
-        updates, state = tx.update(grads, state, params)
+        extra = {"hess": grads} if hess_given else {}
+        updates, state = tx.update(grads, state, params, **extra)
         return (optax.apply_updates(params, updates), state), loss
 
-    return Contender(init, step)
+    return with_init(tx, step)
 
 
 def explicit() -> Contender:
     """The explicit loop of README."""
     tx = ivon(**IVON)
-
-    def init(params: PyTree) -> PyTree:
-        params = jax.tree.map(jnp.array, params)
-        return params, tx.init(params), jax.random.key(0)
 
     def step(carry: PyTree, value_and_grad: ValueAndGrad) -> tuple[PyTree, jax.Array]:
         params, state, key = carry
@@ -63,21 +87,17 @@ def explicit() -> Contender:
         updates, state = tx.update(grads, state, params, noise=noise)
         return (optax.apply_updates(params, updates), state, key), loss
 
-    return Contender(init, step)
+    return with_init(tx, step, partial(jax.random.key, 0))
 
 
 def peer(path: Path) -> Contender:
     """The authors' JAX implementation, a file that is not on the package index, as it documents."""
     spec = importlib.util.spec_from_file_location("peer_ivon", path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is not a Python file")
+        raise SystemExit(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     tx = module.ivon(IVON["learning_rate"], IVON["ess"], 1.0, 0.9, 0.99999, 1e-4)
-
-    def init(params: PyTree) -> PyTree:
-        params = jax.tree.map(jnp.array, params)
-        return params, tx.init(params), jax.random.key(0)
 
     def step(carry: PyTree, value_and_grad: ValueAndGrad) -> tuple[PyTree, jax.Array]:
         params, state, key = carry
@@ -88,46 +108,135 @@ def peer(path: Path) -> Contender:
         updates, state = tx.step(state, params)
         return (optax.apply_updates(params, updates), state, key), loss
 
-    return Contender(init, step)
+    return with_init(tx, step, partial(jax.random.key, 0))
 
 
-def without_draws() -> Contender:
-    """`ivon` alone with an estimate of h given: what is left of the step without random numbers."""
+def monte_carlo(num_samples: int) -> Contender:
+    """`mc_value_and_grad`, one sample after another, with the state alone carried."""
     tx = ivon(**IVON)
 
     def init(params: PyTree) -> PyTree:
-        params = jax.tree.map(jnp.array, params)
-        return params, tx.init(params)
+        return tx.init(params), jax.random.key(0)
 
-    def step(carry: PyTree, value_and_grad: ValueAndGrad) -> tuple[PyTree, jax.Array]:
-        params, state = carry
-        loss, grads = value_and_grad(params)
-        updates, state = tx.update(grads, state, params, hess=grads)
-        return (optax.apply_updates(params, updates), state), loss
+    def step(carry: PyTree, value_and_grad: Differentiated) -> tuple[PyTree, jax.Array]:
+        state, key = carry
+        key, draw_key = jax.random.split(key)
+        value, grads, hess = mc_value_and_grad(value_and_grad.loss, num_samples)(draw_key, state)
+        return (tx.update(grads, state, hess=hess)[1], key), value
 
     return Contender(init, step)
 
 
-def lean(**options: Any) -> Contender:
-    """`auto_sample` without a stored mean."""
-    return plain(auto_sample(ivon(**IVON, **options), 0, store_mean=False))
+def auto(options: dict[str, Any] | None = None, **auto_options: Any) -> Contender:
+    """`auto_sample` around `ivon` with some options each."""
+    return plain(auto_sample(ivon(**IVON, **(options or {})), 0, **auto_options))
 
 
-CONTENDERS: dict[str, Callable[[], Contender]] = {
-    "optax.adamw": lambda: plain(optax.adamw(1e-3)),
-    "optax.sgd": lambda: plain(optax.sgd(1e-3, momentum=0.9)),
-    "auto_sample": lambda: plain(auto_sample(ivon(**IVON), 0)),
-    "auto_sample, lean": lean,
-    "lean, bfloat16 momentum": lambda: lean(momentum_dtype=jnp.bfloat16),
-    "antithetic": lambda: plain(auto_sample(ivon(**IVON), 0, antithetic=True)),
-    "explicit": explicit,
-    "no draw, h given": without_draws,
-}
 BASELINE = "optax.adamw"
+CONTENDERS: dict[str, Callable[[], Contender]] = {
+    BASELINE: lambda: plain(optax.with_extra_args_support(optax.adamw(1e-3))),
+    "optax.sgd": lambda: plain(optax.with_extra_args_support(optax.sgd(1e-3, momentum=0.9))),
+    "auto_sample": auto,
+    "auto_sample, lean": partial(auto, store_mean=False),
+    "lean, bfloat16 momentum": partial(auto, {"momentum_dtype": jnp.bfloat16}, store_mean=False),
+    "antithetic": partial(auto, antithetic=True),
+    "explicit": explicit,
+    "no draw, h given": lambda: plain(ivon(**IVON), hess_given=True),
+}
+USUAL = (BASELINE, "auto_sample", "auto_sample, lean", "explicit")
 
 
-def build(names: list[str], peer_path: Path | None) -> dict[str, Contender]:
+def build(names: Iterable[str], peer_path: Path | None = None) -> dict[str, Contender]:
     """The named contenders, AdamW first, and the peer if there is one."""
-    chosen = [BASELINE, *(name for name in names if name != BASELINE)]
+    chosen = [BASELINE, *(name for name in known(names, CONTENDERS) if name != BASELINE)]
     built = {name: CONTENDERS[name]() for name in chosen}
     return built if peer_path is None else {**built, "JAX peer": peer(peer_path)}
+
+
+def known(names: Iterable[str], options: Iterable[str]) -> list[str]:
+    """The names, if they are among those that can be given on the command line."""
+    names, options = list(names), list(options)
+    for name in names:
+        if name not in options:
+            raise SystemExit(f"{name!r} is none of: {', '.join(options)}")
+    return names
+
+
+def models(names: Iterable[str]) -> dict[str, Model]:
+    """The named networks."""
+    return {name: MODELS[name] for name in known(names, MODELS)}
+
+
+# --- Programs -------------------------------------------------------------------------------------
+
+Program = tuple[Any, tuple[Any, ...]]  # a jitted function and its abstract arguments
+
+
+def make_step(contender: Contender) -> Any:
+    """A jitted step from given gradients, which also returns the point they would be taken at."""
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(carried: PyTree, grads: PyTree) -> PyTree:
+        carry, _ = carried
+        points = []
+
+        def given(point: PyTree) -> tuple[jax.Array, PyTree]:
+            points.append(point)
+            return jnp.zeros([]), grads
+
+        new, _ = contender.step(carry, given)
+        # The loop's own parameters exist anyway; a sample has to be written.
+        return new, () if points[0] is carry[0] else points[0]
+
+    return step
+
+
+def optimizer_program(contender: Contender, shapes: Shapes, where: Any = None) -> Program:
+    """The optimizer's step alone, from given gradients."""
+    params = abstract(shapes, where)
+    carry = placed(jax.eval_shape(contender.init, params), where)
+    return make_step(contender), ((carry, () if len(carry) == 2 else params), params)
+
+
+def training_program(
+    contender: Contender, model: Model, batch_size: int, where: Any = None
+) -> Program:
+    """A whole training step, whose arguments are what is carried and a batch."""
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    batch = jax.eval_shape(lambda: model.batch(jax.random.key(0), batch_size))
+    carry = jax.eval_shape(contender.init, params)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(carry: PyTree, batch: PyTree) -> tuple[PyTree, jax.Array]:
+        return contender.step(carry, Differentiated(lambda p: model.loss(p, batch)))
+
+    return step, placed((carry, batch), where)
+
+
+def placed(tree: PyTree, where: Any) -> PyTree:
+    """Abstract arrays on a device; `None` is this machine's."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=x.weak_type),
+        tree,
+    )
+
+
+def kept(carry: PyTree) -> int:
+    """Bytes that exist between two steps; counters and keys are left out."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(carry) if x.size > 4)
+
+
+def target(tpu: str | None) -> Any:
+    """The sharding of one device of a TPU topology, or `None` for this machine.
+
+    To be called before anything that starts a backend: libtpu only compiles.
+    """
+    if tpu is None:
+        return None
+    if importlib.util.find_spec("libtpu") is None:
+        raise SystemExit('compiling for TPUs needs libtpu: pip install "jax[tpu]"')
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    jax.config.update("jax_platforms", "cpu")
+    print(f"compiled for {tpu} by libtpu {importlib.metadata.version('libtpu')}")
+    devices = topologies.get_topology_desc(topology_name=tpu, platform="tpu").devices
+    return SingleDeviceSharding(devices[0])

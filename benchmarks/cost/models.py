@@ -1,15 +1,20 @@
-"""Losses of small and middling networks, as pure functions of a tree of parameters."""
+"""Losses of small and middling networks, and the trees of parameters that optimizers meet."""
 
-import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
+
+from benchmarks._shared.methods import Array, cross_entropy
+from benchmarks._shared.networks import GPT, RESNET20, Perceptron
 
 PyTree = Any
+Shapes = dict[str, tuple[int, ...]]
+
+
+# --- Networks -------------------------------------------------------------------------------------
 
 
 class Model(NamedTuple):
@@ -19,154 +24,96 @@ class Model(NamedTuple):
       init: from a key to parameters.
       loss: of parameters and a batch, the mean per example or token.
       batch: from a key and a number of examples to random data.
+      batch_size: the usual number.
     """
 
-    init: Callable[[jax.Array], PyTree]
-    loss: Callable[[PyTree, PyTree], jax.Array]
-    batch: Callable[[jax.Array, int], PyTree]
+    init: Callable[[Array], PyTree]
+    loss: Callable[[PyTree, PyTree], Array]
+    batch: Callable[[Array, int], PyTree]
+    batch_size: int
+
+    def describe(self) -> tuple[int, int]:
+        """Numbers of parameters and of leaves."""
+        leaves = jax.tree.leaves(jax.eval_shape(self.init, jax.random.key(0)))
+        return sum(x.size for x in leaves), len(leaves)
 
 
-def _dense(key: jax.Array, rows: int, columns: int, scale: float = 1.0) -> dict[str, jax.Array]:
-    weight = jax.random.normal(key, (rows, columns)) * scale / math.sqrt(rows)
-    return {"w": weight, "b": jnp.zeros(columns)}
+def classifier(network: nn.Module, shape: tuple[int, ...]) -> Model:
+    """Of images of a shape into ten classes."""
+
+    def init(key: Array) -> PyTree:
+        return network.init(key, jnp.zeros((1, *shape)))
+
+    def loss(params: PyTree, batch: PyTree) -> Array:
+        logits: Any = network.apply(params, batch[0])
+        return cross_entropy(logits, batch[1])
+
+    def batch(key: Array, size: int) -> tuple[Array, Array]:
+        image_key, label_key = jax.random.split(key)
+        images = jax.random.uniform(image_key, (size, *shape))
+        return images, jax.random.randint(label_key, (size,), 0, 10)
+
+    return Model(init, loss, batch, 64)
 
 
-def _apply(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    return x @ layer["w"] + layer["b"]
+def language_model(gpt: GPT) -> Model:
+    """Of windows of tokens."""
+
+    def batch(key: Array, size: int) -> Array:
+        return jax.random.randint(key, (size, gpt.context + 1), 0, gpt.vocabulary)
+
+    return Model(gpt.init, gpt.loss, batch, 4)
 
 
-def _images(side: tuple[int, ...], key: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    image_key, label_key = jax.random.split(key)
-    return jax.random.normal(image_key, (size, *side)), jax.random.randint(
-        label_key, (size,), 0, 10
-    )
-
-
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def mlp(*hidden: int) -> Model:
-    """A perceptron for 8 x 8 digits."""
-    sizes = (64, *hidden, 10)
-
-    def init(key: jax.Array) -> PyTree:
-        keys = jax.random.split(key, len(sizes) - 1)
-        return [_dense(k, a, b) for k, a, b in zip(keys, sizes[:-1], sizes[1:], strict=True)]
-
-    def loss(params: PyTree, batch: PyTree) -> jax.Array:
-        x, labels = batch
-        for layer in params[:-1]:
-            x = jax.nn.relu(_apply(layer, x))
-        return _cross_entropy(_apply(params[-1], x), labels)
-
-    return Model(init, loss, partial(_images, (64,)))
-
-
-def resnet20() -> Model:
-    """ResNet-20 for 32 x 32 images, with filter response normalisation."""
-    widths = [16] * 3 + [32] * 3 + [64] * 3
-
-    def conv(key: jax.Array, size: int, inputs: int, outputs: int) -> dict[str, jax.Array]:
-        shape = (size, size, inputs, outputs)
-        return {
-            "w": jax.random.normal(key, shape) * math.sqrt(2 / (size * size * inputs)),
-            "scale": jnp.ones(outputs),
-            "bias": jnp.zeros(outputs),
-            "threshold": jnp.zeros(outputs),
-        }
-
-    def init(key: jax.Array) -> PyTree:
-        keys = iter(jax.random.split(key, 40))
-        blocks, inputs = [], 16
-        for outputs in widths:
-            block = [conv(next(keys), 3, inputs, outputs), conv(next(keys), 3, outputs, outputs)]
-            if inputs != outputs:
-                block.append(conv(next(keys), 1, inputs, outputs))
-            blocks.append(block)
-            inputs = outputs
-        return {
-            "stem": conv(next(keys), 3, 3, 16),
-            "blocks": blocks,
-            "head": _dense(next(keys), 64, 10),
-        }
-
-    def normalised(layer: PyTree, x: jax.Array, stride: int = 1) -> jax.Array:
-        x = jax.lax.conv_general_dilated(
-            x, layer["w"], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, (1, 2), keepdims=True) + 1e-6)
-        return jnp.maximum(x * layer["scale"] + layer["bias"], layer["threshold"])
-
-    def loss(params: PyTree, batch: PyTree) -> jax.Array:
-        x, labels = batch
-        x = normalised(params["stem"], x)
-        for block in params["blocks"]:
-            stride = 2 if len(block) == 3 else 1
-            y = normalised(block[1], normalised(block[0], x, stride))
-            x = y + (normalised(block[2], x, stride) if len(block) == 3 else x)
-        return _cross_entropy(_apply(params["head"], x.mean((1, 2))), labels)
-
-    return Model(init, loss, partial(_images, (32, 32, 3)))
-
-
-def gpt(layers: int, width: int, heads: int, context: int, vocabulary: int) -> Model:
-    """A GPT whose layers are separate leaves, with tied embeddings."""
-
-    def init(key: jax.Array) -> PyTree:
-        keys = iter(jax.random.split(key, 4 * layers + 2))
-        scale = 1 / math.sqrt(2 * layers)
-
-        def norm() -> dict[str, jax.Array]:
-            return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
-
-        return {
-            "tokens": 0.02 * jax.random.normal(next(keys), (vocabulary, width)),
-            "positions": 0.02 * jax.random.normal(next(keys), (context, width)),
-            "layers": [
-                {
-                    "norm_1": norm(),
-                    "qkv": _dense(next(keys), width, 3 * width),
-                    "out": _dense(next(keys), width, width, scale),
-                    "norm_2": norm(),
-                    "up": _dense(next(keys), width, 4 * width),
-                    "down": _dense(next(keys), 4 * width, width, scale),
-                }
-                for _ in range(layers)
-            ],
-            "norm": norm(),
-        }
-
-    def normalised(layer: PyTree, x: jax.Array) -> jax.Array:
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
-        return x * layer["scale"] + layer["bias"]
-
-    def loss(params: PyTree, batch: jax.Array) -> jax.Array:
-        inputs, targets = batch[:, :-1], batch[:, 1:]
-        x = params["tokens"][inputs] + params["positions"]
-        for layer in params["layers"]:
-            q, k, v = (
-                y.reshape(*y.shape[:2], heads, width // heads)
-                for y in jnp.split(_apply(layer["qkv"], normalised(layer["norm_1"], x)), 3, -1)
-            )
-            attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-            x = x + _apply(layer["out"], attended.reshape(x.shape))
-            hidden = jax.nn.gelu(_apply(layer["up"], normalised(layer["norm_2"], x)))
-            x = x + _apply(layer["down"], hidden)
-        return _cross_entropy(normalised(params["norm"], x) @ params["tokens"].T, targets)
-
-    def batch(key: jax.Array, size: int) -> jax.Array:
-        return jax.random.randint(key, (size, context + 1), 0, vocabulary)
-
-    return Model(init, loss, batch)
-
-
-MODELS: dict[str, Callable[[], Model]] = {
-    "mlp": lambda: mlp(128),
-    "mlp1m": lambda: mlp(960, 960),
-    "resnet20": resnet20,
-    "gpt10m": lambda: gpt(layers=6, width=384, heads=6, context=256, vocabulary=65),
-    "gpt2-small": lambda: gpt(layers=12, width=768, heads=12, context=1024, vocabulary=50_257),
+MODELS: dict[str, Model] = {
+    "mlp": classifier(Perceptron(128, depth=1), (8, 8, 1)),
+    "mlp1m": classifier(Perceptron(960), (8, 8, 1)),
+    "resnet20": classifier(RESNET20, (32, 32, 3)),
+    "gpt10m": language_model(GPT(6, 6, 384, 256, vocabulary=65, biases=True)),
+    "gpt2-small": language_model(GPT(12, 12, 768, 1024, vocabulary=50_257, biases=True)),
 }
 """Networks of 9,610, 1.0M, 0.27M, 10.8M and 124M parameters."""
+
+
+# --- Trees ----------------------------------------------------------------------------------------
+
+
+def one_leaf(size: int) -> Shapes:
+    """A single vector."""
+    return {"w": (size,)}
+
+
+def many(leaves: int, size: int) -> Shapes:
+    """Equal small leaves."""
+    return {f"w{i:03d}": (size,) for i in range(leaves)}
+
+
+def gpt2(size: int, layers: int = 12) -> Shapes:
+    """GPT-2's tree of 148 leaves, of the width (128, 256, …) that comes closest to this size."""
+
+    def tree(width: int) -> Shapes:
+        vocabulary = round(50_257 * width / 768)
+        network = GPT(layers, 1, width, 1024, vocabulary, biases=True)
+        flat = jax.tree.leaves_with_path(jax.eval_shape(network.init, jax.random.key(0)))
+        return {jax.tree_util.keystr(path): x.shape for path, x in flat}
+
+    trees = [tree(width) for width in range(128, 1664, 128)]
+    return min(trees, key=lambda shapes: abs(count(shapes) - size))
+
+
+def count(shapes: Shapes) -> int:
+    """Number of parameters."""
+    return sum(x.size for x in abstract(shapes).values())
+
+
+def abstract(shapes: Shapes, sharding: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """The tree without values."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        for name, shape in shapes.items()
+    }
+
+
+def filled(shapes: Shapes, value: float) -> dict[str, Array]:
+    """The tree with the same number everywhere."""
+    return {name: jnp.full(shape, value, jnp.float32) for name, shape in shapes.items()}

@@ -1,43 +1,62 @@
 """Times whole training steps, and counts what they compute and move.
 
-    pip install -e ".[examples]"
-    python benchmarks/train_step.py                          # about five minutes on two cores
-    python benchmarks/train_step.py --models gpt2-small --batch-size 8        # a GPU or a TPU
+    python benchmarks/cost/train_step.py                       # about five minutes on two cores
+    python benchmarks/cost/train_step.py --models gpt2-small --batch-size 8      # a GPU or a TPU
 
 FLOPs and bytes accessed are the compiler's for the whole step, and do not change from run to run.
 Times are ratios to AdamW's in the same turn of one process: medians over the turns, and quartiles.
 """
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks._shared.measuring import environment, format_table, interleaved, ratio_cell
-from benchmarks.cost import models
-from benchmarks.cost.compile_time import training_program
-from benchmarks.cost.contenders import BASELINE, CONTENDERS, Contender, build
+from benchmarks._shared.journal import parse
+from benchmarks._shared.measuring import environment, interleaved, jax_loop, ratio_cell
+from benchmarks.cost.contenders import (
+    BASELINE,
+    USUAL,
+    Contender,
+    build,
+    models,
+    training_program,
+)
+from benchmarks.cost.models import Model
+from examples._shared.reporting import format_table
 
-BATCH_SIZES = {"mlp": 64, "mlp1m": 64, "resnet20": 64, "gpt10m": 4, "gpt2-small": 4}
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    models: tuple[str, ...] = ("mlp", "mlp1m", "resnet20", "gpt10m")
+    methods: tuple[str, ...] = USUAL
+    batch_size: int | None = None
+    """64 images or 4 windows of text without it."""
+    peer: Path | None = None
+    """ivon.py of the authors' JAX implementation."""
+    repetitions: int = 15
+    """Turns of each contender."""
 
 
-def loop(compiled: Any, carry: Any, batch: Any) -> Callable[[int], None]:
-    """A function that takes so many training steps."""
-    box = [(carry, None)]
-
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            box[0] = compiled(box[0][0], batch)
-        jax.block_until_ready(box[0])
-
-    return run
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints a table for each network."""
+    options = parse(Options, __doc__, argv)
+    print(environment())
+    contenders = build(options.methods, options.peer)
+    header = ["", "FLOPs, ratio", "bytes, ratio", "temporaries, MB", "ms per step"]
+    for name, model in models(options.models).items():
+        size, (number, leaves) = options.batch_size or model.batch_size, model.describe()
+        print(f"\n{name}: {number:,} parameters in {leaves} leaves, batch {size}\n")
+        rows = measure(model, contenders, size, options.repetitions)
+        print(format_table([[*header, f"ratio to {BASELINE} [quartiles]"], *rows]), flush=True)
 
 
 def measure(
-    model: models.Model, contenders: dict[str, Contender], batch_size: int, repetitions: int
+    model: Model, contenders: dict[str, Contender], batch_size: int, repetitions: int
 ) -> list[list[str]]:
     """Rows of counts and times for one network."""
     key = jax.random.key(0)
@@ -48,7 +67,10 @@ def measure(
         compiled = step.lower(*arguments).compile()
         costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
         counts[name] = (costs["flops"], costs["bytes accessed"], memory.temp_size_in_bytes)
-        functions[name] = loop(compiled, contender.init(model.init(key)), batch)
+        carry = contender.init(model.init(key))
+        functions[name] = jax_loop(
+            lambda carry, batch, f=compiled: f(carry, batch)[0], carry, batch
+        )
     timings = interleaved(functions, repetitions, block_seconds=0.2)
     base = counts[next(iter(counts))]
     return [
@@ -62,32 +84,6 @@ def measure(
         ]
         for name, timing in timings.items()
     ]
-
-
-def main() -> None:
-    """Prints a table for each network."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    methods = [BASELINE, "auto_sample", "auto_sample, lean", "explicit"]
-    add("--models", nargs="+", choices=models.MODELS, default=list(models.MODELS)[:4])
-    add("--methods", nargs="+", choices=CONTENDERS, default=methods)
-    add("--batch-size", type=int, help=f"(default: {BATCH_SIZES})")
-    add("--peer", type=Path, help="ivon.py of the authors' JAX implementation")
-    add("--repetitions", type=int, default=15, help="turns of each contender (default: 15)")
-    args = parser.parse_args()
-    print(environment())
-    contenders = build(args.methods, args.peer)
-    header = ["", "FLOPs, ratio", "bytes, ratio", "temporaries, MB", "ms per step"]
-    for name in args.models:
-        model = models.MODELS[name]()
-        size = args.batch_size or BATCH_SIZES[name]
-        shapes = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
-        number = sum(x.size for x in shapes)
-        print(f"\n{name}: {number:,} parameters in {len(shapes)} leaves, batch {size}\n")
-        rows = measure(model, contenders, size, args.repetitions)
-        print(format_table([[*header, f"ratio to {BASELINE} [quartiles]"], *rows]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Counts the collectives of a compiled program from its HLO text, loops included."""
+"""Counts the collectives of a compiled program from its HLO text.
+
+Counted are the collectives that one chip executes in one run of the program: those in the body of a
+loop as often as it runs, each with the shapes, and so the bytes, of its result on that chip.
+"""
 
 import math
 import re
@@ -33,8 +37,8 @@ class Collective(NamedTuple):
 def collectives(hlo: str) -> Counter[Collective]:
     """How often each collective is executed in one run of the program.
 
-    Those in the body of a loop count as often as it runs. A TPU compiler may spread one collective
-    over several fusions: they share a channel and count once.
+    A TPU compiler may spread one collective over several fusions: they share a channel and count
+    once.
 
     Raises:
       ValueError: if the number of rounds of a loop cannot be read, or a collective stands in a

@@ -1,17 +1,16 @@
 """Compiles GPT-2's whole training step for TPU pods, without a TPU, and counts what it costs.
 
     pip install -e ".[examples]" "jax[tpu]"
-    python benchmarks/tpu_aot.py --results aot.jsonl             # compiles what is not there yet
-    python benchmarks/tpu_aot.py --results aot.jsonl --table     # prints the tables
+    python benchmarks/tpu/tpu_aot.py --results aot.jsonl             # compiles what is missing
+    python benchmarks/tpu/tpu_aot.py --results aot.jsonl --table     # prints the tables
 
-The step is that of examples/gpt2.py, with AdamW, with IVON, and with IVON drawing one sample for
-each index of the mesh axis `data`. Everything is counted per chip, in the program that would run.
-FLOPs and bytes accessed are the compiler's, which counts the body of the layers' loop once: what
-IVON adds to them is exact, the ratio to AdamW's is an upper bound. Collectives count as often as
-they run.
+The step is that of examples/gpt2, with AdamW, with IVON, and with IVON drawing one sample for each
+index of the mesh axis `data`. Counted per chip, in the program that would run: bytes of the state
+and of the peak, FLOPs, bytes accessed, and collectives with their bytes. FLOPs and bytes accessed
+are the compiler's, which counts the body of the layers' loop once: what IVON adds to them is exact,
+the ratio to AdamW's is an upper bound. Collectives count as often as they run.
 """
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -20,14 +19,17 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu only compiles here
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
@@ -38,9 +40,23 @@ from examples.gpt2 import training as gpt2_training
 from examples.gpt2.model import Config, Layout
 from examples.gpt2.training import AdamW, Ivon, Settings
 
-METHODS = ("AdamW", "IVON", "IVON, own samples")
+Preset = Literal["tiny", "small", "medium", "large"]
+Method = Literal["AdamW", "IVON", "IVON, own samples"]
+METHODS = get_args(Method)
 SEQUENCES = 4  # per index of `data` and `fsdp`: the published batch is 480 in all
-DEFAULT_TOPOLOGIES = ["v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:4x4x4"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compile and where to keep it."""
+
+    results: Path = Path("tpu_aot.jsonl")
+    presets: tuple[Preset, ...] = get_args(Preset)
+    # such as v5e:4x4, v5p:4x4x4, v6e:8x8
+    topologies: tuple[str, ...] = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:4x4x4")
+    methods: tuple[Method, ...] = METHODS
+    micro_batches: int = 1  # per step
+    table: bool = False  # only print what is in --results
 
 
 def mesh_shape(chips: int) -> dict[str, int]:
@@ -196,41 +212,26 @@ def difference(base: Counter[Collective], found: Counter[Collective]) -> str:
     return ", ".join(parts) or "the same in number, kind and size"
 
 
-def main() -> None:
-    """Compiles what is missing in the file of results, or prints the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--results", type=Path, default=Path("tpu_aot.jsonl"), help="(default: tpu_aot.jsonl)")
-    add("--presets", nargs="+", choices=gpt2_model.PRESETS, default=list(gpt2_model.PRESETS))
-    add(
-        "--topologies",
-        nargs="+",
-        default=DEFAULT_TOPOLOGIES,
-        help="such as v5e:4x4, v5p:4x4x4, v6e:8x8",
-    )
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    add("--micro-batches", type=int, default=1, help="per step (default: 1)")
-    add("--table", action="store_true", help="only print what is in --results")
-    args = parser.parse_args()
-    rows = read(args.results)
+def main(args: Sequence[str] | None = None) -> None:
+    """Compiles what is missing in the file of results, and prints the tables."""
+    options = tyro.cli(Options, args=args, description=(__doc__ or "").splitlines()[0])
+    rows = read(options.results)
     wanted = [
-        (preset, topology, args.micro_batches, method)
-        for preset in args.presets
-        for topology in args.topologies
-        for method in args.methods
+        (preset, topology, options.micro_batches, method)
+        for preset in options.presets
+        for topology in options.topologies
+        for method in options.methods
     ]
     for number, key in enumerate(wanted, 1):
-        if key in rows or args.table:
+        if key in rows or options.table:
             continue
         preset, topology, micro_batches, method = key
         print(f"{number} of {len(wanted)}: {preset}, {topology}, {method}", flush=True)
         rows[key] = measure(preset, topology, method, micro_batches)
-        with args.results.open("a") as file:
+        with options.results.open("a") as file:
             file.write(json.dumps(rows[key]) + "\n")
         print(f"  compiled in {rows[key]['seconds']:.0f} s", flush=True)
-    print(tables(rows if args.table else {key: rows[key] for key in wanted}))
+    print(tables(rows if options.table else {key: rows[key] for key in wanted}))
 
 
 if __name__ == "__main__":

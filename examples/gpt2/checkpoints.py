@@ -39,7 +39,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, run: dict[str, Any], keep: int = 3):
         self.directory = directory.absolute()
-        self.run = as_read(run)
+        self.run = entries(run)
         self._current: int | None = None  # the step that was saved or restored last
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
@@ -48,13 +48,10 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, step: int, state: PyTree, position: dict[str, Any]) -> None:
+    def save(self, step: int, state: PyTree) -> None:
         """Saves in the background; a step that was just saved or restored is not saved again.
 
-        Args:
-          step: number of the checkpoint, above all that are in the folder.
-          state: arrays; they may be donated or changed as soon as this returns.
-          position: how far the run is (the place in the data, for example), as JSON.
+        The state may be donated or changed as soon as this returns.
 
         Raises:
           RuntimeError: this save or the one before it failed. Earlier checkpoints are kept.
@@ -69,21 +66,18 @@ class Checkpoints:
                 f"{self.directory} has a checkpoint of step {newest}, so that none of step {step} "
                 "can be added: continue from it or choose another folder"
             )
-        about = {"run": self.run, "arrays": shapes(state), "position": as_read(position)}
+        about = {"run": self.run, "arrays": arrays(state)}
         items = {"state": ocp.args.StandardSave(state), "about": ocp.args.JsonSave(about)}
         self._current = step
         with self._explained_errors():  # `force`: whether to save has been decided
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
-    def restore(self, like: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
-        """The newest intact checkpoint, or None if there is none; damaged newer ones are set aside.
+    def restore(self, like: PyTree) -> tuple[int, PyTree] | None:
+        """Step and state of the newest intact checkpoint, or None; sets damaged newer ones aside.
 
         Args:
           like: the state as arrays or `jax.ShapeDtypeStruct`; the shardings are those to restore
             to, whatever devices and processes the checkpoint was written by.
-
-        Returns:
-          Step, state and position, as they were saved.
 
         Raises:
           RuntimeError: there are checkpoints, but all of them are damaged.
@@ -95,29 +89,25 @@ class Checkpoints:
             return None
         args = ocp.args.Composite(about=ocp.args.JsonRestore())
         about = self._manager.restore(step, args=args)["about"]
-        self._check_the_run(step, about, shapes(like))
+        self._check_the_run(step, about, arrays(like))
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         state = self._manager.restore(step, args=args)["state"]
         self._current = step
-        return step, state, about["position"]
+        return step, state
 
     def wait(self) -> None:
         """Waits until nothing is being saved; raises RuntimeError if the last save failed."""
         with self._explained_errors():
             self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Waits like `wait`, and ends Orbax's threads."""
-        try:
-            self.wait()
-        finally:
-            self._manager.close()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()  # ends Orbax's threads
 
     @contextmanager
     def _explained_errors(self) -> Iterator[None]:
@@ -133,7 +123,8 @@ class Checkpoints:
             left = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
             raise RuntimeError(
                 f"The checkpoint of step {step} could not be written to {self.directory}: "
-                f"{first_line(error)}. Steps of the checkpoints that are kept there: {left}"
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
+                f"Steps of the checkpoints that are kept there: {left}"
             ) from None  # Orbax has logged the pages of its traceback
 
     def _unfinished(self, step: int | None) -> list[Path]:
@@ -156,10 +147,10 @@ class Checkpoints:
             chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
         self._manager.reload()
         if chosen == ALL_DAMAGED:
-            reasons = [f"\n  step {step}: {reason}" for step, reason in damaged.items()]
+            reasons = "".join(f"\n  step {step}: {reason}" for step, reason in damaged.items())
             raise RuntimeError(
-                f"All checkpoints in {self.directory} are damaged:{''.join(reasons)}\nTo begin "
-                "anew, delete this folder or choose another one."
+                f"All checkpoints in {self.directory} are damaged:{reasons}\nTo begin again, "
+                "delete this folder or choose another one."
             )
         return None if chosen == NOTHING else chosen
 
@@ -181,16 +172,15 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         (self.directory / str(step)).rename(aside)
         warnings.warn(
-            f"The checkpoint of step {step} in {self.directory} is damaged ({reason}) and that of "
+            f"The checkpoint of step {step} in {self.directory} is damaged ({reason}); that of "
             f"step {instead} is used instead. The damaged one is now called {aside.name}; it is "
             "not used any more and may be deleted.",
             stacklevel=5,
         )
 
-    def _check_the_run(self, step: int, about: dict[str, Any], arrays: dict[str, str]) -> None:
-        """Raises ValueError if the checkpoint is not one of this run."""
+    def _check_the_run(self, step: int, about: dict[str, Any], here: dict[str, str]) -> None:
         # Of arrays a few say enough: in another model all may differ.
-        unlike = differences(about["run"], self.run) or differences(about["arrays"], arrays)[:4]
+        unlike = differences(about["run"], self.run) or differences(about["arrays"], here)[:4]
         if unlike:
             raise ValueError(
                 f"{self.directory / str(step)} is a checkpoint of another model, optimizer or "
@@ -199,30 +189,24 @@ class Checkpoints:
             )
 
 
-def as_read(value: Any) -> Any:
-    """What a value is after it has been written as JSON and read: tuples are lists, for example."""
-    return json.loads(json.dumps(value))
-
-
-def shapes(tree: PyTree) -> dict[str, str]:
+def arrays(tree: PyTree) -> dict[str, str]:
     """Type and shape of each array."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
 
 
-def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """In which entries two trees of JSON differ, and how."""
-    a, b = entries(there), entries(here)
-    differ = [name for name in sorted(a | b) if a.get(name) != b.get(name)]
-    return [f"{n} is {a.get(n, 'absent')} there and {b.get(n, 'absent')} here" for n in differ]
-
-
 def entries(tree: dict[str, Any]) -> dict[str, str]:
     """The leaves of nested dictionaries as JSON, under names such as `model.width`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not isinstance(x, dict))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): json.dumps(x) for path, x in leaves
-    }
+    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
+    return {name: json.dumps(x) for name, (_, x) in zip(names, leaves, strict=True)}
+
+
+def differences(there: dict[str, str], here: dict[str, str]) -> list[str]:
+    """The entries that differ, and how."""
+    differ = [name for name in sorted(there | here) if there.get(name) != here.get(name)]
+    values = [(n, there.get(n, "absent"), here.get(n, "absent")) for n in differ]
+    return [f"{name} is {old} there and {new} here" for name, old, new in values]
 
 
 def damage(folder: Path) -> str | None:
@@ -241,8 +225,3 @@ def sha256(path: Path) -> str:
     """The SHA-256 digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """Type and first line of an error; those of TensorStore go on for pages."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,4 +1,4 @@
-"""Tokens for `gpt2.py`: bytes of text, or the uint16 files that nanoGPT's preparation writes.
+"""Tokens: bytes of text, or the uint16 files that nanoGPT's preparation writes.
 
 The batch of a step is a function of (seed, step) alone: the position in the data is the step's
 number, on any number of processes.
@@ -13,8 +13,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
-
-BYTES = 256
 
 
 class Corpus(NamedTuple):
@@ -34,30 +32,31 @@ class Corpus(NamedTuple):
                     f"window of {window}: give more text, or a smaller context."
                 )
 
+    def fingerprint(self) -> str:
+        """A digest of lengths, vocabulary, and the first and last megabyte of each part."""
+        digest = hashlib.sha256(str(self.vocabulary).encode())
+        for tokens in (self.train, self.validation):
+            digest.update(str((len(tokens), tokens.dtype)).encode())
+            digest.update(tokens[:500_000].tobytes() + tokens[-500_000:].tobytes())
+        return digest.hexdigest()[:16]
+
 
 def load_corpus(path: Path | None, vocabulary: int | None = None) -> Corpus:
-    """A text file, a folder with train.bin and val.bin, or by default Python's standard library.
-
-    Args:
-      path: the file or folder.
-      vocabulary: number of token ids; 256 for text and 50304 for token files if not given.
-    """
+    """A text file, a folder with train.bin and val.bin, or by default Python's standard library."""
     if path is None:
-        return _split("Python's standard library", standard_library(), vocabulary)
-    if path.is_dir():
-        train, validation = (_token_file(path / name) for name in ("train.bin", "val.bin"))
+        name, files = "Python's standard library", sorted(Path(os.__file__).parent.glob("*.py"))
+        tokens = np.frombuffer(b"\n".join(file.read_bytes() for file in files), np.uint8)
+    elif path.is_dir():
+        train, validation = (_token_file(path / part) for part in ("train.bin", "val.bin"))
         return Corpus(path.resolve().name, train, validation, vocabulary or 50304)
-    if not path.is_file():
+    elif path.is_file():
+        name = path.name
+        tokens = _token_file(path) if path.suffix == ".bin" else np.memmap(path, np.uint8, "r")
+    else:
         raise FileNotFoundError(f"{path} is neither a text file nor a folder with train.bin")
-    if path.suffix == ".bin":
-        return _split(path.name, _token_file(path), vocabulary or 50304)
-    return _split(path.name, np.memmap(path, np.uint8, "r"), vocabulary)
-
-
-def standard_library() -> np.ndarray:
-    """The source of the top-level modules, in alphabetical order, as bytes."""
-    files = sorted(Path(os.__file__).parent.glob("*.py"))
-    return np.frombuffer(b"\n".join(path.read_bytes() for path in files), np.uint8)
+    train = len(tokens) * 9 // 10
+    default = 256 if tokens.dtype == np.uint8 else 50304
+    return Corpus(name, tokens[:train], tokens[train:], vocabulary or default)
 
 
 def _token_file(path: Path) -> np.ndarray:
@@ -68,28 +67,9 @@ def _token_file(path: Path) -> np.ndarray:
     return np.memmap(path, np.uint16, "r")
 
 
-def _split(name: str, tokens: np.ndarray, vocabulary: int | None) -> Corpus:
-    """The last tenth is for validation."""
-    train = len(tokens) * 9 // 10
-    return Corpus(name, tokens[:train], tokens[train:], vocabulary or BYTES)
-
-
-def fingerprint(corpus: Corpus) -> str:
-    """A digest of lengths, vocabulary, and the first and last megabyte of each part."""
-    digest = hashlib.sha256(str(corpus.vocabulary).encode())
-    for tokens in (corpus.train, corpus.validation):
-        digest.update(str((len(tokens), tokens.dtype)).encode())
-        digest.update(tokens[:500_000].tobytes() + tokens[-500_000:].tobytes())
-    return digest.hexdigest()[:16]
-
-
 def check_same_everywhere(corpus: Corpus) -> None:
-    """Compares the data of all processes, whose batches would be mixtures if they differed.
-
-    Raises:
-      ValueError: on every process, naming those that differ.
-    """
-    own = np.frombuffer(bytes.fromhex(fingerprint(corpus)), np.uint32)
+    """Compares the data of all processes, whose batches would be mixtures if they differed."""
+    own = np.frombuffer(bytes.fromhex(corpus.fingerprint()), np.uint32)
     every = multihost_utils.process_allgather(own[None], tiled=True)
     others = [i for i, digest in enumerate(every) if not np.array_equal(digest, every[0])]
     if others:
@@ -102,15 +82,7 @@ def check_same_everywhere(corpus: Corpus) -> None:
 def training_batch(
     corpus: Corpus, seed: int, step: int, shape: tuple[int, int, int], sharding: NamedSharding
 ) -> jax.Array:
-    """Windows at random places: (micro-batches, sequences, context + 1), each device its own rows.
-
-    Args:
-      corpus: the corpus.
-      seed: of the whole run.
-      step: number of the step.
-      shape: of the batch, over all processes.
-      sharding: of the batch.
-    """
+    """Windows at random places: (micro-batches, sequences, context + 1), over all processes."""
     last = len(corpus.train) - shape[2]
     starts = np.random.default_rng((seed, step)).integers(0, last + 1, shape[:2])
     return _windows(corpus, corpus.train, starts, shape, sharding)
@@ -119,7 +91,7 @@ def training_batch(
 def validation_batches(
     corpus: Corpus, count: int, shape: tuple[int, int], sharding: NamedSharding
 ) -> list[jax.Array]:
-    """Up to `count` batches of windows, evenly spread over the validation part."""
+    """Batches of windows, evenly spread over the validation part."""
     last = len(corpus.validation) - shape[1]
     starts = np.linspace(0, last, count * shape[0]).astype(int).reshape(count, shape[0])
     return [_windows(corpus, corpus.validation, row, shape, sharding) for row in starts]
@@ -132,7 +104,7 @@ def _windows(
     shape: tuple[int, ...],
     sharding: NamedSharding,
 ) -> jax.Array:
-    def rows(index: Any) -> np.ndarray:
+    def rows(index: Any) -> np.ndarray:  # that one device holds
         windows = tokens[starts[index[:-1]][..., None] + np.arange(shape[-1])].astype(np.int32)
         if windows.max() >= corpus.vocabulary:
             raise ValueError(

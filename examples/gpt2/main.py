@@ -1,7 +1,7 @@
-"""GPT-2 with AdamW and IVON, on one core or on a mesh of many devices and processes.
+r"""GPT-2 with AdamW and IVON, on one core or on a mesh of many devices and processes.
 
-    python examples/gpt2.py                                  # tiny, both optimizers, two cores
-    python examples/gpt2.py --preset small --optimizer ivon --data openwebtext --steps 100000 \
+    python examples/gpt2/main.py                                  # tiny, both optimizers, two cores
+    python examples/gpt2/main.py --preset small --optimizer ivon --data openwebtext --steps 100000 \
         --warmup 2000 --batch 480 --micro-batches 3 --samples 8 --mesh data=8
 
 IVON's settings are those published for GPT-2 (`ivon_jax.recipes`). Every micro-batch has posterior
@@ -9,7 +9,8 @@ samples of its own (24 in a step above); the gradient of each is clipped to norm
 product with its noise; weight decay acts on matrices only.
 
 The same command goes on from the newest checkpoint in `--output`, on the same mesh or another.
-examples/gpt2.md tells how to start several processes, and what happens when something breaks.
+examples/gpt2/README.md tells how to start several processes, and what happens when something
+breaks. To copy: training.py, a step with either optimizer, and `Run._steps` below, the loop.
 """
 
 import math
@@ -17,11 +18,13 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
+import tyro
 from tqdm import tqdm
 
 from examples.gpt2 import data as gpt2_data
@@ -32,164 +35,146 @@ from examples.gpt2 import training as gpt2_training
 from examples.gpt2.checkpoints import Checkpoints
 from examples.gpt2.data import Corpus
 from examples.gpt2.model import Config, Layout
+from examples.gpt2.options import Options
 from examples.gpt2.training import Settings, TrainState
 
-MAX_SKIPPED = 5  # logged losses in a row that may be not finite
+MAX_NOT_FINITE = 5  # logged losses in a row
 
 
-def start_processes(args: Any) -> None:
-    """Joins the other processes, if there are any; before anything else in jax.
-
-    Raises:
-      ValueError: if it is not told enough about them.
-    """
-    manual = (args.coordinator, args.num_processes, args.process_id)
-    if None not in manual:
-        jax.distributed.initialize(*manual)
-    elif manual != (None, None, None):
+def start_processes(options: Options) -> None:
+    """Joins the other processes, if there are any; before anything else in jax."""
+    by_hand = (options.coordinator, options.num_processes, options.process_id)
+    if None not in by_hand:
+        jax.distributed.initialize(*by_hand)
+    elif by_hand != (None, None, None):
         raise ValueError("--coordinator, --num-processes and --process-id belong together.")
-    elif args.distributed:
+    elif options.distributed:
         jax.distributed.initialize()
 
 
-def say(*values: Any) -> None:
+def say(text: str) -> None:
     """Prints on the first process."""
     if jax.process_index() == 0:
-        tqdm.write(" ".join(map(str, values)))
+        tqdm.write(text)
 
 
+@dataclass
 class Run:
     """Training with one optimizer."""
 
-    def __init__(
-        self, args: Any, config: Config, layout: Layout, settings: Settings, corpus: Corpus
-    ):
-        """Compiles nothing yet."""
-        self.args, self.config, self.layout, self.settings = args, config, layout, settings
-        self.corpus = corpus
-        self.name = type(settings).__name__.lower()
-        self.folder = args.output / self.name
+    options: Options
+    config: Config
+    layout: Layout
+    settings: Settings
+    corpus: Corpus
+    peak: float  # FLOP/s of all devices
+
+    def __post_init__(self) -> None:
+        skip, layout = self.options.skip_bad_steps, self.layout
+        self.name = type(self.settings).__name__.lower()
+        self.folder = self.options.output / self.name
         self.init_key, self.run_key, self.evaluation_key = jax.random.split(
-            jax.random.key(args.seed), 3
+            jax.random.key(self.options.seed), 3
         )
-        self.trainer = gpt2_training.make_trainer(config, layout, settings, args.skip_bad_steps)
-        params = gpt2_model.abstract_params(config, layout)
+        self.trainer = gpt2_training.make_trainer(self.config, layout, self.settings, skip)
+        params = gpt2_model.abstract_params(self.config, layout)
         self.abstract = gpt2_training.abstract_state(self.trainer, params, layout)
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
         self.is_finite = jax.jit(gpt2_training.is_finite, out_shardings=layout.sharding())
 
     def fresh_state(self) -> TrainState:
-        """Parameters and moments before the first step, each device filling its own shards."""
+        """The state before the first step, each device filling its own shards."""
         params = gpt2_model.init_params(self.config, self.layout, self.init_key)
-        init = jax.jit(self.trainer.init, out_shardings=self.shardings)
-        return init(params, self.run_key)
+        return jax.jit(self.trainer.init, out_shardings=self.shardings)(params, self.run_key)
 
     def batch(self, step: int) -> jax.Array:
         """The training batch of a step."""
-        count = self.args.micro_batches
-        shape = (count, self.args.batch // count, self.config.context + 1)
+        count = self.options.micro_batches
+        shape = (count, self.options.batch // count, self.config.context + 1)
         sharding = self.layout.sharding(None, "batch", None)
-        return gpt2_data.training_batch(self.corpus, self.args.seed, step, shape, sharding)
+        return gpt2_data.training_batch(self.corpus, self.options.seed, step, shape, sharding)
 
     def compiled_step(self) -> tuple[Callable[..., Any], float]:
         """The training step, and the megabytes that it takes on each device."""
-        step = jax.jit(
-            self.trainer.step,
-            donate_argnums=0,
-            out_shardings=(self.shardings, self.layout.sharding()),
-        )
+        out = (self.shardings, self.layout.sharding())
+        step = jax.jit(self.trainer.step, donate_argnums=0, out_shardings=out)
         compiled = step.lower(self.abstract, self.batch(0)).compile()
         memory: Any = compiled.memory_analysis()
-        total = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-        )
-        return compiled, total / 1e6
+        kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        return compiled, (kept - memory.alias_size_in_bytes + memory.temp_size_in_bytes) / 1e6
 
     def train(self) -> None:
         """Trains to the last step, from the newest checkpoint if there is one."""
-        description = gpt2_options.run_description(
-            self.args, self.config, self.settings, self.corpus
-        )
-        with Checkpoints(self.folder / "checkpoints", description, self.args.keep) as checkpoints:
+        run = gpt2_options.run_description(self.options, self.config, self.settings, self.corpus)
+        with Checkpoints(self.folder / "checkpoints", run, self.options.keep) as checkpoints:
             found = checkpoints.restore(self.abstract)
-            start, state = (0, self.fresh_state()) if found is None else found[:2]
+            start, state = found or (0, self.fresh_state())
             if found is not None:
                 say(f"{self.name}: goes on from the checkpoint of step {start}")
-            if start < self.args.steps:
+            if start < self.options.steps:
                 self._steps(start, state, checkpoints)
 
     def _steps(self, start: int, state: TrainState, checkpoints: Checkpoints) -> None:
-        args, first = self.args, jax.process_index() == 0
-        metrics = gpt2_report.Metrics(self.folder / "metrics.jsonl", start, writes=first)
+        options, first = self.options, jax.process_index() == 0
         evaluate = self._evaluator()
         step_fn, megabytes = self.compiled_step()
-        metrics.write(step=start, step_memory_mb=megabytes)
-        throughput = gpt2_report.Throughput(
-            start,
-            args.batch * self.config.context,
-            self.config.flops_per_token(),
-            args.peak_flops,
-        )
-        bar = tqdm(
-            total=args.steps,
-            initial=start,
-            desc=gpt2_report.NAMES[self.name],
-            disable=None if first else True,
-        )
-        skipped = 0  # losses in a row that were not finite
+        write = gpt2_report.metrics_writer(self.folder / "metrics.jsonl", start)
+        write(step=start, step_memory_mb=megabytes)
+        tokens = options.batch * self.config.context  # per step
+        seconds, since = 0.0, time.perf_counter()  # without compilation, evaluation and saving
+        title = gpt2_report.NAMES[self.name]
+        bar = tqdm(total=options.steps, initial=start, desc=title, disable=None if first else True)
+        not_finite = 0  # losses in a row
         with bar:
-            for step in range(start + 1, args.steps + 1):
+            for step in range(start + 1, options.steps + 1):
                 state, loss = step_fn(state, self.batch(step - 1))
                 bar.update()
                 logs, evaluates, saves = (
-                    step % every == 0 or step == args.steps
-                    for every in (args.log_every, args.eval_every, args.checkpoint_every)
+                    step % every == 0 or step == options.steps
+                    for every in (options.log_every, options.eval_every, options.checkpoint_every)
                 )
                 if not (logs or evaluates or saves):
                     continue
                 loss = float(loss)
-                metrics.write(step=step, loss=loss, **throughput.count(step))
+                seconds += time.perf_counter() - since
+                rate = (step - start) * tokens / seconds
+                utilisation = 100 * rate * self.config.flops_per_token() / self.peak
+                write(step=step, loss=loss, tokens_per_second=rate, mfu_percent=utilisation)
                 bar.set_postfix(loss=f"{loss:.3f}")
-                skipped = 0 if math.isfinite(loss) else skipped + 1
-                if saves or skipped:  # no bad state takes a good one's place
-                    self._check_finite(step, state, skipped)
+                not_finite = 0 if math.isfinite(loss) else not_finite + 1
+                if saves or not_finite:  # no bad state takes a good one's place
+                    self._check_finite(step, state, not_finite)
                 if evaluates:
-                    metrics.write(step=step, **evaluate(state))
+                    write(step=step, **evaluate(state))
                 if saves:
-                    checkpoints.save(step, state, {"next_batch": step})
-                throughput.restart(step)
+                    checkpoints.save(step, state)
+                since = time.perf_counter()
 
-    def _check_finite(self, step: int, state: TrainState, skipped: int) -> None:
-        if self.is_finite(state) and skipped < MAX_SKIPPED:
-            return
-        raise FloatingPointError(
-            f"loss or state is not finite at step {step}. Earlier checkpoints are kept: the same "
-            "command with --skip-bad-steps goes on from the newest and leaves single bad batches "
-            "out. If the loss had been rising, begin again in a new --output with a smaller "
-            "--learning-rate."
-        )
+    def _check_finite(self, step: int, state: TrainState, not_finite: int) -> None:
+        if not self.is_finite(state) or not_finite >= MAX_NOT_FINITE:
+            raise FloatingPointError(
+                f"loss or state is not finite at step {step}. Earlier checkpoints are kept: the "
+                "same command with --skip-bad-steps goes on from the newest and leaves single bad "
+                "batches out. If the loss had been rising, begin again in a new --output with a "
+                "smaller --learning-rate."
+            )
 
     def _evaluator(self) -> Callable[[TrainState], dict[str, float]]:
-        shape = (self.args.batch // self.args.micro_batches, self.config.context + 1)
+        options, key = self.options, self.evaluation_key
+        shape = (options.batch // options.micro_batches, self.config.context + 1)
         batches = gpt2_data.validation_batches(
-            self.corpus, self.args.eval_batches, shape, self.layout.sharding("batch", None)
+            self.corpus, options.eval_batches, shape, self.layout.sharding("batch", None)
         )
         nll = jax.jit(
-            gpt2_training.evaluator(
-                self.config, self.layout, self.settings, self.args.eval_samples
-            ),
+            gpt2_training.evaluator(self.config, self.layout, self.settings, options.eval_samples),
             out_shardings=self.layout.sharding(),
         )
 
         def evaluate(state: TrainState) -> dict[str, float]:
-            key = self.evaluation_key
             parts = [nll(jax.random.fold_in(key, i), state, x) for i, x in enumerate(batches)]
             means = jax.tree.map(lambda *xs: sum(map(float, xs)) / len(xs), *parts)
             losses = ", ".join(f"{value:.4f} ({name})" for name, value in means.items())
-            say(f"  step {int(state.step)}, validation loss {losses.replace(' (mean)', '')}")
+            say(f"  step {int(state.step)}, validation loss {losses}")
             return {f"validation_{name}": value for name, value in means.items()} | {
                 f"perplexity_{name}": math.exp(min(value, 50.0)) for name, value in means.items()
             }
@@ -197,82 +182,72 @@ class Run:
         return evaluate
 
 
-def describe(args: Any, config: Config, layout: Layout, corpus: Corpus) -> str:
+def describe(options: Options, config: Config, layout: Layout, corpus: Corpus) -> str:
     """Two lines about model, devices and data."""
     params = jax.tree.leaves(gpt2_model.abstract_params(config, layout))
-    count = sum(math.prod(x.shape) for x in params)
     axes = ", ".join(f"{name}={size}" for name, size in layout.mesh.shape.items())
-    validation = args.eval_batches * args.batch // args.micro_batches * config.context
+    windows = options.eval_batches * options.batch // options.micro_batches
     return (
-        f"GPT-2 {args.preset}, {count:,} parameters, {config.dtype}, on {jax.device_count()} "
-        f"{jax.devices()[0].device_kind} ({axes})\n{corpus.name}, {len(corpus.train):,} tokens for "
-        f"training; {validation:,} others for validation, in fixed windows"
+        f"GPT-2 {options.preset}, {sum(x.size for x in params):,} parameters, {config.dtype}, on "
+        f"{jax.device_count()} {jax.devices()[0].device_kind} ({axes})\n{corpus.name}, "
+        f"{len(corpus.train):,} tokens for training; {windows * config.context:,} others for "
+        "validation, in fixed windows"
     )
 
 
-def prepare(args: Any) -> list[Run]:
-    """Joins the processes, reads the data and sets up the runs.
+def prepare(options: Options) -> list[Run]:
+    """Joins the processes, reads the data and sets up the runs; compiles none of them yet.
 
-    Raises:
-      ValueError: if options do not fit each other, the data or the devices.
-      OSError: if there are no data, or the output cannot be written.
+    What does not fit is a ValueError or an OSError.
     """
-    start_processes(args)
-    corpus = gpt2_data.load_corpus(args.data, args.vocabulary)
+    options.check()
+    start_processes(options)
+    corpus = gpt2_data.load_corpus(options.data, options.vocabulary)
     gpt2_data.check_same_everywhere(corpus)
-    layout = gpt2_options.make_layout(args)
-    config = gpt2_options.model_config(args, corpus)
-    gpt2_options.check_divisible(args, config, layout)
-    settings = [gpt2_options.optimizer_settings(args, name) for name in args.optimizer]
+    layout = gpt2_options.make_layout(options)
+    config = gpt2_options.model_config(options, corpus)
+    gpt2_options.check_divisible(options, config, dict(layout.mesh.shape))
+    chosen = [gpt2_options.optimizer_settings(options, name) for name in options.optimizer]
     corpus.check_length(config.context + 1)
-    say(describe(args, config, layout, corpus))
-    args.peak_flops, source = gpt2_report.peak_flops(args.peak_tflops, config.dtype)
-    say(f"Utilisation is relative to {args.peak_flops / 1e12:.3g} TFLOP/s, {source}")
-    args.output.mkdir(parents=True, exist_ok=True)
+    say(describe(options, config, layout, corpus))
+    peak, source = gpt2_report.peak_flops(options.peak_tflops, config.dtype)
+    say(f"Utilisation is relative to {peak / 1e12:.3g} TFLOP/s ({source})")
     with jax.set_mesh(layout.mesh):
-        return [Run(args, config, layout, chosen, corpus) for chosen in settings]
+        runs = [Run(options, config, layout, settings, corpus, peak) for settings in chosen]
+    options.output.mkdir(parents=True, exist_ok=True)
+    return runs
 
 
 def report(folder: Path) -> None:
     """Prints the table and draws the figure of all runs in the folder."""
     files = {name: folder / name / "metrics.jsonl" for name in gpt2_report.NAMES}
-    runs = {name: gpt2_report.read_metrics(path) for name, path in files.items()}
-    runs = {name: records for name, records in runs.items() if records}
+    runs = {name: gpt2_report.read_metrics(path) for name, path in files.items() if path.exists()}
     print("\n" + gpt2_report.results_table(runs))
     gpt2_report.save_loss_figure(folder / "gpt2.png", runs)
 
 
-def main() -> None:
-    """Trains with each optimizer, and reports.
-
-    An error in one of several processes ends it at once, so that none waits for it.
-    """
-    parser = gpt2_options.parser(__doc__ or "")
-    args = parser.parse_args()
+def main(args: Sequence[str] | None = None) -> None:
+    """Trains with each optimizer, and reports."""
+    options = tyro.cli(Options, args=args, description=(__doc__ or "").splitlines()[0])
     start = time.perf_counter()
+    runs: list[Run] = []
     try:
-        runs = prepare(args)
-    except (ValueError, OSError) as error:
-        if jax.process_count() == 1:
-            parser.exit(2, f"{parser.prog}: {error}\n")
-        _end_process(error)
-    try:
+        runs = prepare(options)
         for run in runs:
             with jax.set_mesh(run.layout.mesh):
                 run.train()
     except Exception as error:
-        if jax.process_count() == 1:
+        if jax.process_count() > 1:  # ends this process at once, lest the others wait for it
+            traceback.print_exception(error)
+            sys.stderr.flush()
+            os._exit(1)
+        if runs or not isinstance(error, ValueError | OSError):
             raise
-        _end_process(error)
+        print(f"main.py: {error}", file=sys.stderr)
+        sys.exit(2)
     if jax.process_index() == 0:
-        report(args.output)
+        report(options.output)
         print(f"Wall-clock time {time.perf_counter() - start:.0f} s, compilation included.")
-
-
-def _end_process(error: Exception) -> NoReturn:
-    traceback.print_exception(error)
-    sys.stderr.flush()
-    os._exit(1)
 
 
 if __name__ == "__main__":

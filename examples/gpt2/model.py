@@ -1,4 +1,4 @@
-"""GPT-2 in Flax linen, for `gpt2.py`: layers stacked for a scan, every weight with its mesh axes.
+"""GPT-2 in Flax linen: layers stacked for a scan, every weight with its mesh axes.
 
 The mesh has three axes: `data` (batch only), `fsdp` (batch, and weights stored in shards) and
 `model` (tensor parallel: heads, hidden units, vocabulary). Where it is used, a weight is cast to
@@ -72,20 +72,13 @@ class Layout(NamedTuple):
 
     def einsum(self, equation: str, x: Array, w: Array, *axes: Axis) -> Array:
         """The product with this sharding."""
-        if self.explicit:
-            return jnp.einsum(equation, x, w, out_sharding=self.sharding(*axes))
-        return self.place(jnp.einsum(equation, x, w), *axes)
+        out: Any = {"out_sharding": self.sharding(*axes)} if self.explicit else {}
+        return self.place(jnp.einsum(equation, x, w, **out), *axes)
 
     def lookup(self, table: Array, tokens: Array, *axes: Axis) -> Array:
         """Rows of the table; NaN for tokens that it does not have."""
-        if self.explicit:
-            out = self.sharding(*axes)
-            return table.at[tokens].get(mode="fill", fill_value=jnp.nan, out_sharding=out)
-        return self.place(table.at[tokens].get(mode="fill", fill_value=jnp.nan), *axes)
-
-
-def _without_fsdp(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
-    return tuple(None if axis == "fsdp" else axis for axis in axes)
+        out: Any = {"out_sharding": self.sharding(*axes)} if self.explicit else {}
+        return self.place(table.at[tokens].get(mode="fill", fill_value=jnp.nan, **out), *axes)
 
 
 class _Module(nn.Module):
@@ -99,8 +92,8 @@ class _Module(nn.Module):
         init = nn.with_partitioning(nn.initializers.normal(std), axes)
         # Unboxed by hand: flax would constrain the box's sharding, which Explicit meshes refuse.
         param = _values(self.param(name, init, shape, jnp.float32, unbox=False))
-        stored = self.layout.place(param, *axes)
-        return self.layout.place(stored.astype(self.config.dtype), *_without_fsdp(axes))
+        stored = self.layout.place(param, *axes).astype(self.config.dtype)
+        return self.layout.place(stored, *(None if axis == "fsdp" else axis for axis in axes))
 
     def norm(self, name: str, x: Array) -> Array:
         """Layer normalisation, computed in float32."""
@@ -114,31 +107,25 @@ class Block(_Module):
     def __call__(self, x: Array, _: None) -> tuple[Array, None]:
         """Maps (batch, length, width) to the same; the second value is for `nn.scan`."""
         c, place = self.config, self.layout
-        size = c.width // c.heads
-        residual_std = 0.02 / math.sqrt(2 * c.depth)
-        hidden: tuple[Axis, ...] = ("batch", None, None, "model", None)
+        size, wide = c.width // c.heads, 4 * c.width
+        small = 0.02 / math.sqrt(2 * c.depth)  # of what is added to the residual connection
 
         y = self.norm("attention_norm", x)
-        qkv_axes = ("fsdp", None, "model", None)
-        kernel = self.weight("qkv_kernel", (c.width, 3, c.heads, size), qkv_axes, 0.02)
-        bias = self.weight("qkv_bias", (3, c.heads, size), qkv_axes[1:])
-        qkv = place.einsum("btd,dchk->btchk", y, kernel, *hidden) + bias[None, None]
-        mixed = jax.nn.dot_product_attention(
-            qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=True
-        )
-        kernel = self.weight(
-            "output_kernel", (c.heads, size, c.width), ("model", None, "fsdp"), residual_std
-        )
-        x = x + place.einsum("bthk,hkd->btd", mixed, kernel, "batch", None, None)
+        axes = ("fsdp", None, "model", None)
+        kernel = self.weight("qkv_kernel", (c.width, 3, c.heads, size), axes, 0.02)
+        bias = self.weight("qkv_bias", (3, c.heads, size), axes[1:])[None, None]
+        qkv = place.einsum("btd,dchk->btchk", y, kernel, "batch", None, *axes[1:]) + bias
+        y = jax.nn.dot_product_attention(*(qkv[:, :, i] for i in range(3)), is_causal=True)
+        axes = ("model", None, "fsdp")
+        kernel = self.weight("output_kernel", (c.heads, size, c.width), axes, small)
+        x = x + place.einsum("bthk,hkd->btd", y, kernel, "batch", None, None)
         x = x + self.weight("output_bias", (c.width,), (None,))[None, None]
 
         y = self.norm("mlp_norm", x)
-        kernel = self.weight("mlp_in_kernel", (c.width, 4 * c.width), ("fsdp", "model"), 0.02)
-        bias = self.weight("mlp_in_bias", (4 * c.width,), ("model",))
-        y = place.einsum("btd,df->btf", y, kernel, "batch", None, "model") + bias[None, None]
-        kernel = self.weight(
-            "mlp_out_kernel", (4 * c.width, c.width), ("model", "fsdp"), residual_std
-        )
+        kernel = self.weight("mlp_in_kernel", (c.width, wide), ("fsdp", "model"), 0.02)
+        bias = self.weight("mlp_in_bias", (wide,), ("model",))[None, None]
+        y = place.einsum("btd,df->btf", y, kernel, "batch", None, "model") + bias
+        kernel = self.weight("mlp_out_kernel", (wide, c.width), ("model", "fsdp"), small)
         x = x + place.einsum("btf,fd->btd", jax.nn.gelu(y), kernel, "batch", None, None)
         return x + self.weight("mlp_out_bias", (c.width,), (None,))[None, None], None
 
@@ -153,9 +140,8 @@ class GPT2(_Module):
         table = self.weight("token_embedding", (c.vocabulary, c.width), ("model", "fsdp"), 0.02)
         positions = self.weight("position_embedding", (c.context, c.width), (None, "fsdp"), 0.01)
         x = place.lookup(table, tokens, "batch", None, None) + positions[None, : tokens.shape[1]]
-        block: Any = nn.remat(Block, prevent_cse=False) if c.remat else Block
         layers = nn.scan(
-            block,
+            nn.remat(Block, prevent_cse=False) if c.remat else Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=c.depth,

@@ -1,4 +1,4 @@
-"""One training step of `gpt2.py`, with AdamW or IVON behind the same two functions.
+"""One training step, with AdamW or IVON behind the same two functions.
 
 IVON needs no parameters beside its state: the mean in the state is what AdamW calls parameters, and
 hess and momentum take the place of AdamW's two moments.
@@ -14,13 +14,7 @@ import optax
 
 from examples.gpt2 import model as gpt2_model
 from examples.gpt2.model import Config, Layout
-from ivon_jax import (
-    ivon,
-    mc_value_and_grad,
-    posterior_mean,
-    predict_samples,
-    recipes,
-)
+from ivon_jax import ivon, mc_value_and_grad, posterior_mean, predict_samples, recipes
 
 Array = jax.Array
 PyTree = Any
@@ -85,59 +79,29 @@ class Trainer(NamedTuple):
     step: Callable[[TrainState, Array], tuple[TrainState, Array]]
 
 
-def schedule(settings: Settings) -> optax.Schedule:
-    """Linear warmup, then a cosine to 0."""
-    return optax.warmup_cosine_decay_schedule(
-        0.0, settings.learning_rate, settings.warmup, max(settings.steps, settings.warmup + 1)
-    )
-
-
 def make_trainer(
     config: Config, layout: Layout, settings: Settings, skip_bad_steps: bool = False
 ) -> Trainer:
-    """The trainer for these settings.
+    """The trainer; on request the state stays as it is where a gradient is not finite."""
+    is_ivon = isinstance(settings, Ivon)
+    tx, step = (_ivon if is_ivon else _adamw)(config, layout, settings)
 
-    Args:
-      config: the model.
-      layout: the mesh.
-      settings: the optimizer.
-      skip_bad_steps: leave the state as it is where a gradient is not finite.
-    """
-    if isinstance(settings, AdamW):
-        trainer = _adamw_trainer(config, layout, settings)
-    else:
-        trainer = _ivon_trainer(config, layout, settings)
-    return trainer._replace(step=_guarded(trainer.step)) if skip_bad_steps else trainer
+    def init(params: PyTree, key: Array) -> TrainState:
+        step, kept = jnp.zeros([], jnp.int32), () if is_ivon else params
+        return TrainState(step, kept, tx.init(params), jax.random.key_data(key))
 
-
-def _guarded(step: Callable[..., Any]) -> Callable[[TrainState, Array], tuple[TrainState, Array]]:
     def guarded(state: TrainState, batch: Array) -> tuple[TrainState, Array]:
         new, loss = step(state, batch)
         ok = is_finite(new)
         kept = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
         return kept._replace(step=new.step), loss
 
-    return guarded
+    return Trainer(tx, init, guarded if skip_bad_steps else step)
 
 
-def _loss(config: Config, layout: Layout) -> Callable[[PyTree, Array], Array]:
-    log_likelihoods = gpt2_model.token_log_likelihoods(config, layout)
-    return lambda params, windows: -jnp.mean(log_likelihoods(params, windows))
-
-
-def clip_by_norm(grads: PyTree, bound: float) -> PyTree:
-    """Gradients of at most this global norm; NaN where the norm is not finite.
-
-    (optax.clip_by_global_norm turns finite gradients whose norm overflows into zeros.)
-    """
-    norm = optax.tree.norm(grads)
-    scale = jnp.where(jnp.isfinite(norm), jnp.minimum(1.0, bound / norm), jnp.nan)
-    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-
-
-def _adamw_trainer(config: Config, layout: Layout, settings: AdamW) -> Trainer:
+def _adamw(config: Config, layout: Layout, settings: Any) -> tuple[Any, Any]:
     tx = optax.adamw(
-        schedule(settings),
+        _schedule(settings),
         b1=0.9,
         b2=0.95,
         weight_decay=settings.weight_decay,
@@ -157,15 +121,12 @@ def _adamw_trainer(config: Config, layout: Layout, settings: AdamW) -> Trainer:
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state, state.key), loss
 
-    def init(params: PyTree, key: Array) -> TrainState:
-        return TrainState(_zero(), params, tx.init(params), jax.random.key_data(key))
-
-    return Trainer(tx, init, step)
+    return tx, step
 
 
-def _ivon_trainer(config: Config, layout: Layout, settings: Ivon) -> Trainer:
+def _ivon(config: Config, layout: Layout, settings: Any) -> tuple[Any, Any]:
     tx = ivon(
-        schedule(settings),
+        _schedule(settings),
         settings.ess,
         hess_init=settings.hess_init,
         b2=settings.b2,
@@ -180,7 +141,7 @@ def _ivon_trainer(config: Config, layout: Layout, settings: Ivon) -> Trainer:
         _loss(config, layout._replace(batch=("fsdp",)) if own else layout),
         num_samples=settings.samples,
         split_batch=own,
-        batch_size=groups if split else None,
+        sample_batch_size=groups if split else None,
         spmd_axis_name="data" if split else None,
         grad_transform=lambda grads: clip_by_norm(grads, settings.clip_norm),
     )
@@ -196,14 +157,29 @@ def _ivon_trainer(config: Config, layout: Layout, settings: Ivon) -> Trainer:
         _, opt_state = tx.update(grads, state.opt_state, hess=hess)
         return TrainState(state.step + 1, (), opt_state, state.key), loss
 
-    def init(params: PyTree, key: Array) -> TrainState:
-        return TrainState(_zero(), (), tx.init(params), jax.random.key_data(key))
-
-    return Trainer(tx, init, step)
+    return tx, step
 
 
-def _zero() -> Array:
-    return jnp.zeros([], jnp.int32)
+def _schedule(settings: Settings) -> optax.Schedule:
+    """Linear warmup, then a cosine to 0."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0, settings.learning_rate, settings.warmup, settings.steps
+    )
+
+
+def _loss(config: Config, layout: Layout) -> Callable[[PyTree, Array], Array]:
+    log_likelihoods = gpt2_model.token_log_likelihoods(config, layout)
+    return lambda params, windows: -jnp.mean(log_likelihoods(params, windows))
+
+
+def clip_by_norm(grads: PyTree, bound: float) -> PyTree:
+    """Gradients of at most this global norm; NaN where the norm is not finite.
+
+    (optax.clip_by_global_norm turns finite gradients whose norm overflows into zeros.)
+    """
+    norm = optax.tree.norm(grads)
+    scale = jnp.where(jnp.isfinite(norm), jnp.minimum(1.0, bound / norm), jnp.nan)
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
 
 
 def _step_key(state: TrainState) -> Array:
@@ -232,15 +208,9 @@ def is_finite(state: TrainState) -> Array:
 
 
 def abstract_state(trainer: Trainer, params: PyTree, layout: Layout) -> Any:
-    """Shapes, dtypes and shardings of a state: moments lie where their parameters lie.
-
-    Args:
-      trainer: the trainer.
-      params: shapes, dtypes and shardings of the parameters.
-      layout: where to put the rest, a copy on each device.
-    """
-    copied = layout.sharding()
+    """Shapes, dtypes and shardings of a state: moments lie where their parameters lie."""
     state: Any = jax.eval_shape(lambda p: trainer.init(p, jax.random.key(0)), params)
+    copied = layout.sharding()
 
     def placed(leaf: Any, sharding: Any = copied) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -249,9 +219,11 @@ def abstract_state(trainer: Trainer, params: PyTree, layout: Layout) -> Any:
     opt_state = optax.tree.map_params(
         trainer.tx, placed, state.opt_state, shardings, transform_non_params=placed
     )
-    params = jax.tree.map(placed, state.params, shardings) if state.params else ()
     return state._replace(
-        step=placed(state.step), params=params, opt_state=opt_state, key=placed(state.key)
+        step=placed(state.step),
+        params=params if state.params else (),
+        opt_state=opt_state,
+        key=placed(state.key),
     )
 
 
@@ -268,9 +240,7 @@ def evaluator(
         mean = posterior_mean(state.opt_state)
         draws = at_samples(key, state.opt_state, windows)
         averaged = jax.nn.logsumexp(draws, axis=0) - jnp.log(float(samples))
-        return {
-            "mean": -jnp.mean(log_likelihoods(mean, windows)),
-            "averaged": -jnp.mean(averaged),
-        }
+        at_mean = log_likelihoods(mean, windows)
+        return {"mean": -jnp.mean(at_mean), "averaged": -jnp.mean(averaged)}
 
     return evaluate

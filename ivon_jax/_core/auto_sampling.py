@@ -31,6 +31,7 @@ from ivon_jax._core.trees import (
     difference,
     get_field,
     set_fields,
+    unflatten_like,
     wide_dtype,
 )
 from ivon_jax._core.windows import Draw
@@ -47,42 +48,36 @@ def auto_sample(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the training loop's parameters at a posterior sample.
 
-    One line turns a loop that was written for AdamW into variational learning:
-    `optax.apply_updates(params, updates)` lands on the *next* sample θ' = m' + n',
-    and the noise of the current one is recovered as θ − m (regenerated from the key
-    for parameters below float32). Evaluate, and save for evaluation, with
-    `posterior_mean(state)` or `sample_params`, not with the loop's parameters.
-
-    The first gradient is taken at the mean; it moves the mean but not `hess`.
+    One line turns a loop written for AdamW into variational learning: `optax.apply_updates(params,
+    updates)` lands on the *next* sample θ' = m' + n', and the noise of the current one is recovered
+    as θ − m (redrawn from the key for parameters below float32). Evaluate and save
+    `posterior_mean(state)`, not the loop's parameters. The first gradient is taken at the mean; it
+    moves the mean but not `hess`.
 
     Args:
-      tx: `ivon(...)`, or a transformation that contains it, such as
-        `optax.chain(optax.clip_by_global_norm(1.0), ivon(...))`. Wrap once, around
-        `optax.partition`: two wrappers with the same key would share draws.
+      tx: `ivon(...)`, or what contains it, as `optax.chain(optax.clip(1.0), ivon(...))`. Wrap once,
+        around `optax.partition`: two wrappers with the same key would share draws.
       key: a PRNG key, or an integer seed. The state carries a copy of its data.
       num_samples: number of calls, each with its own sample, whose ĝ and n⊙ĝ are averaged
         before the mean moves. Schedules inside `ivon` count steps of the mean; those of
         `optax.inject_hyperparams` count calls.
       store_mean: whether the state holds the mean. Without it the state is as large as AdamW's:
         the mean is recovered as θ − n, with n drawn again from its key, and what needs the mean
-        takes the loop's parameters, as in `posterior(state, params)`. Rounding adds a random walk
-        of the size that float32 updates themselves have while σ is below a tenth of the means,
-        and about twice that where it is as large as they are.
+        takes the loop's parameters, as in `posterior(state, params)`. The recovery adds about the
+        rounding of a float32 update, twice that where σ is as large as the means.
       antithetic: whether every second sample mirrors the one before, m' − εσ' after m + εσ. With
-        an even `num_samples` both are taken at one mean. With `num_samples=1` the mean has moved in
-        between, by a step that depends on ε, and h is biased upwards: see the benchmarks.
+        an even `num_samples` both are taken at one mean. With `num_samples=1` the mean moves in
+        between, by a step that depends on ε, and h is biased upwards.
 
     Returns:
       A transformation whose `update(grads, state, params)` needs the loop's parameters.
 
     Raises:
-      TypeError: if `key` is neither a key nor an integer; in `init`, if parameters are below
-        float32 and `store_mean` is false.
-      ValueError: if `num_samples` is not a positive integer; in `init`, if `tx` contains no
-        `ivon()`; in `update`, if `params` is missing.
+      TypeError: if `key` is no key or integer, or parameters are below float32 with
+        `store_mean=False`.
+      ValueError: if `num_samples` is not positive, `tx` has no `ivon()`, or `params` is missing.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
       >>> from ivon_jax import auto_sample, ivon, posterior_mean
       >>> tx = auto_sample(ivon(0.2, ess=1000, weight_decay=0.0), key=0)
       >>> params = jnp.zeros(2)
@@ -122,18 +117,13 @@ def auto_sample(
         grads: PyTree, state: AutoSampleState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, AutoSampleState]:
         if params is None:
-            raise ValueError(
-                "auto_sample needs the loop's parameters, which are the sample: call "
-                "tx.update(grads, state, params)."
-            )
+            raise ValueError("auto_sample needs the sample: call tx.update(grads, state, params).")
         if {"noise", "hess"} & extra_args.keys():
             raise ValueError(
-                "auto_sample draws its own noise: leave noise= and hess= out, or use the "
-                "transformation inside it with sample_params."
+                "auto_sample draws its own noise: leave noise= and hess= out, or auto_sample."
             )
         own = owned_leaves(state.inner_state)
-        owned, _ = own.split("params", params)
-        own.check_shapes("params", owned)
+        owned = own.checked("params", params)
         if not store_mean:
             state = with_means(state, params)
         calls = state.calls + 1
@@ -165,7 +155,7 @@ def auto_sample(
         samples = map(displaced, means, current_noise(new_state))
         moves = [difference(x, p, p.dtype) for x, p in zip(samples, owned, strict=True)]
         moved = own.join(moves, own.split("updates", updates)[1])
-        updates = jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(moved))
+        updates = unflatten_like(updates, jax.tree.leaves(moved))
         if not store_mean:
             new_state = new_state._replace(inner_state=without_means(inner_state))
         return updates, new_state
@@ -177,8 +167,7 @@ def auto_sample(
 def reseed(state: PyTree, key: jax.Array | int) -> PyTree:
     """Gives the `auto_sample` inside a state a stream of its own, from the next draw on.
 
-    For ensemble members or devices that start from one `init`:
-    `jax.vmap(reseed)(states, keys)`.
+    For ensemble members that start from one `init`: `jax.vmap(reseed)(states, keys)`.
 
     Args:
       state: a state that contains one or several `AutoSampleState`.
@@ -192,7 +181,6 @@ def reseed(state: PyTree, key: jax.Array | int) -> PyTree:
       ValueError: if there is no `AutoSampleState` in the state.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import auto_sample, ivon, reseed
       >>> state = auto_sample(ivon(0.1, ess=100), key=0).init(jnp.ones(3))
       >>> bool((reseed(state, 1).key == state.key).all())
@@ -216,13 +204,11 @@ def reseed(state: PyTree, key: jax.Array | int) -> PyTree:
                 "jax.vmap(reseed)(states, keys)."
             )
         # The leaf may sit in a flax.nnx Variable, which is kept.
-        new_key = jax.tree.map(lambda _, data=data: copy_array(data), get_field(leaves[i], "key"))
+        new_key = unflatten_like(get_field(leaves[i], "key"), [copy_array(data)])
         # Under shard_map the key of the next draw varies over the axes of the new one.
-        axes = varying_axes(jax.typeof(data))
-        draw_key = jax.tree.map(
-            lambda x, axes=axes: varying_over(x, axes), get_field(leaves[i], "draw_key")
-        )
-        leaves[i] = set_fields(leaves[i], key=new_key, draw_key=draw_key)
+        old = get_field(leaves[i], "draw_key")
+        draw_key = varying_over(jax.tree.leaves(old)[0], varying_axes(jax.typeof(data)))
+        leaves[i] = set_fields(leaves[i], key=new_key, draw_key=unflatten_like(old, [draw_key]))
     return treedef.unflatten(leaves)
 
 
@@ -233,13 +219,10 @@ def _key_data(key: jax.Array | int) -> jax.Array:
 
 
 def _with_window(state: IVONState) -> IVONState:
-    def zeros() -> PyTree:
-        return jax.tree.map(jnp.zeros_like, state.mean)
-
-    def zero() -> jax.Array:
-        return jnp.zeros([], jnp.int32)
-
-    return state._replace(window=Window(zero(), zero(), zeros(), zeros()))
+    # Buffers of their own, so that donation does not meet one twice.
+    calls, draws = (jnp.zeros([], jnp.int32) for _ in range(2))
+    grads, products = (jax.tree.map(jnp.zeros_like, state.mean) for _ in range(2))
+    return state._replace(window=Window(calls, draws, grads, products))
 
 
 def _noise_of(state: AutoSampleState, owned: list[jax.Array]) -> list[jax.Array]:

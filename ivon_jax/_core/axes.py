@@ -9,11 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def varying_axes(aval: Any) -> frozenset[str]:
-    """Mesh axes over which an array of this type varies; empty where jax does not track it.
-
-    Args:
-      aval: `jax.typeof(x)`, or a `jax.ShapeDtypeStruct` from `jax.eval_shape`.
-    """
+    """Mesh axes over which an array of this type varies; empty where jax does not track it."""
     manual = getattr(aval, "manual_axis_type", None)
     axes = getattr(aval, "vma", None) if manual is None else manual.varying
     return frozenset(axes or ())
@@ -37,11 +33,7 @@ def varying_over(zeros: jax.Array, names: frozenset[str]) -> jax.Array:
 
 
 def split_over(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """The array with its leading axis split over these axes of the mesh in `jax.set_mesh`.
-
-    Raises:
-      ValueError: if no mesh is set, if it does not have these axes, or if they do not divide it.
-    """
+    """The array with its leading axis split over these axes of the mesh in `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     if not set(names) <= set(mesh.axis_names):
         raise ValueError(

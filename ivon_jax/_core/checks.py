@@ -46,22 +46,15 @@ def check_number(
 ) -> Number:
     """A Python float for a concrete number in [low, high), or the traced number as it is.
 
-    Args:
-      name: the argument's name, for the message.
-      value: a Python or NumPy number, or a scalar array, concrete or traced.
-      low: smallest value.
-      high: bound that must not be reached.
-      open_low: whether `low` itself is refused.
-      allow_inf: whether +inf is accepted.
-
-    Raises:
-      TypeError: if it is not a real number, or an array with less than float32 precision.
-      ValueError: if it is NaN or out of range.
+    With `open_low`, `low` itself is refused; with `allow_inf`, +inf is accepted.
     """
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         _check_array(name, value)
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a real number; got {value!r}.{_schedule_hint(value)}")
+        hint = " Only learning_rate may be a schedule: use optax.inject_hyperparams(ivon)."
+        raise TypeError(
+            f"{name} must be a real number; got {value!r}.{hint if callable(value) else ''}"
+        )
     if isinstance(value, jax.core.Tracer):
         return value
     number = float(cast(Any, value))
@@ -72,31 +65,18 @@ def check_number(
     above = number >= high or math.isinf(stored)
     if math.isnan(number) or below or (above and not (allow_inf and number == math.inf)):
         left = f"> {low:g}" if open_low else f">= {low:g}" if low > -math.inf else "a number"
-        right = (
-            ""
-            if allow_inf
-            else " and finite in float32"
-            if high == math.inf
-            else f" and < {high:g}"
-        )
-        raise ValueError(f"{name} must be {left}{right}; got {number!r}.")
+        right = " and finite in float32" if high == math.inf else f" and < {high:g}"
+        raise ValueError(f"{name} must be {left}{'' if allow_inf else right}; got {number!r}.")
     return number
 
 
 def is_concrete(*arrays: Any) -> bool:
-    """Whether the values can be looked at: none of the arrays is traced.
-
-    Ask it of what is to be looked at: under jit even a comparison of constants is traced.
-    """
+    """Whether none is traced. Ask it of a result: under jit comparing constants is traced."""
     return not any(isinstance(x, jax.core.Tracer) for x in arrays)
 
 
 def check_positive(name: str, value: Any) -> int:
-    """A Python integer of at least one.
-
-    Raises:
-      ValueError: if it is anything else.
-    """
+    """A Python integer of at least one."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1; got {value!r}.")
     return int(value)
@@ -121,12 +101,6 @@ def _check_array(name: str, value: Any) -> None:
         )
 
 
-def _schedule_hint(value: Any) -> str:
-    if not callable(value):
-        return ""
-    return " Only learning_rate may be a schedule; for others use optax.inject_hyperparams(ivon)."
-
-
 def check_momentum_dtype(dtype: Any) -> np.dtype | None:
     """A floating dtype, or None."""
     if dtype is None:
@@ -140,7 +114,7 @@ def check_momentum_dtype(dtype: Any) -> np.dtype | None:
 
 
 def check_exactly_one(noise: PyTree | None, hess: PyTree | None) -> None:
-    """Refuses an update with neither or both of the two ways to learn of the curvature."""
+    """Refuses an update that is given neither noise nor curvature, or both."""
     if (noise is None) == (hess is None):
         got = "neither" if noise is None else "both"
         raise ValueError(
@@ -188,9 +162,8 @@ def check_varying(grads: list[jax.Array], axis_name: str | tuple[str, ...] | Non
             raise ValueError(
                 f"axis_name={name!r}, but the gradients do not vary over that axis: under "
                 "shard_map the gradient with respect to a replicated sample is already summed, "
-                "and a further mean leaves it too large by the axis size. Draw one sample per "
-                "device (fold the axis index into the key), or average the loss yourself and "
-                "leave axis_name out. If mc_value_and_grad has this axis_name, the gradients are "
-                "averaged: leave it out of ivon. If auto_sample does the drawing, mark its first "
+                "and a mean leaves it too large by the axis size. Draw one sample per device (fold "
+                "the axis index into the key), or average the loss and leave axis_name out, as "
+                "after mc_value_and_grad with this axis_name. With auto_sample mark its first "
                 f"parameters with jax.lax.pcast(params, {name!r}, to='varying')."
             )

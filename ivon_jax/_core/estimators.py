@@ -12,13 +12,7 @@ import optax
 from ivon_jax._core.axes import split_over
 from ivon_jax._core.checks import Number, check_axis_name, check_number, check_positive, renamed
 from ivon_jax._core.rule import hess_estimate
-from ivon_jax._core.sampling import (
-    PosteriorNoise,
-    fold_in_groups,
-    key_words,
-    one_or_many,
-    threefry_key,
-)
+from ivon_jax._core.sampling import PosteriorNoise, fold_in_groups, one_or_many, threefry_key
 from ivon_jax._core.state import gaussian
 from ivon_jax._core.trees import PyTree, wide_dtype
 
@@ -55,52 +49,42 @@ def mc_value_and_grad(
       "gradsq"      c · mean_s(ĝ_s²)
       "hutchinson"  mean_s(u_s ⊙ ∇²fun(m)u_s), u_s Rademacher
 
-    "reparam" is unbiased for E_q of the Hessian diagonal and costs no more than the gradient.
-    "hutchinson" costs a Hessian-vector product more per sample. For "gradsq", write ĝ as the
-    mean of B per-example gradients g_i of zero mean: E ĝ² = E g²/B, so that c = B is unbiased
-    for the diagonal of the Fisher information per example; c = λ, which is in use elsewhere,
-    is about N/B times larger.
-
-    Memory does not grow with the number of samples.
+    "reparam" is unbiased for E_q of the Hessian diagonal and costs no more than the gradient;
+    "hutchinson" costs a Hessian-vector product more per sample. For "gradsq", c = B is unbiased
+    for the diagonal Fisher information per example where ĝ is the mean of B per-example gradients
+    of zero mean; c = λ, which is in use elsewhere, is about N/B times larger. Memory does not grow
+    with the number of samples.
 
     Args:
-      fun: loss `fun(params, *args)`, a scalar: the mean over examples. With `has_aux`, a pair
-        (loss, aux).
+      fun: the mean loss `fun(params, *args)`, a scalar; with `has_aux` a pair (loss, aux).
       num_samples: number of posterior samples S.
       has_aux: whether `fun` returns a pair.
       antithetic: draw the samples in pairs m ± n; S must be even.
-      split_batch: give each sample its own slice of the batch arguments, 1/S of their
-        leading axis: fresh noise for every micro-batch at the price of one pass.
-      batch_argnums: which positional arguments of `fun` are sliced (as in `jax.grad`, the
-        parameters are argument 0); all but `rng_argnums` by default.
-      rng_argnums: which positional arguments of `fun` are PRNG keys, folded for each
-        sample (dropout).
-      sample_batch_size: number of samples evaluated at a time by `jax.vmap`, as in `jax.lax.map`;
-        one after another by default.
-      grad_transform: applied to each sample's gradient before any product is formed, such
-        as clipping by the norm.
+      split_batch: give each sample 1/S of the leading axis of the batch arguments: fresh noise
+        for every micro-batch at the price of one pass.
+      batch_argnums: the arguments of `fun` that are sliced (as in `jax.grad`, the parameters are
+        argument 0); all but `rng_argnums` by default.
+      rng_argnums: the arguments of `fun` that are PRNG keys, folded for each sample (dropout).
+      sample_batch_size: number of samples evaluated at a time by `jax.vmap`; one by default.
+      grad_transform: applied to each sample's gradient before the product, such as a clip.
       estimator: "reparam", "gradsq" or "hutchinson".
       estimator_scale: c of "gradsq".
-      axis_name: mapped axis (or axes) whose index is folded into the keys, and over which
-        the results (not aux) are averaged.
-      spmd_axis_name: under `jit` over a mesh, the mesh axis (or axes) over which the samples that
-        are evaluated at a time are split, as in `jax.vmap`. With `sample_batch_size` the size of
-        that axis, each of its groups of devices evaluates a sample of its own, at the price of one.
+      axis_name: mapped axis (or axes) whose index is folded into the keys, and over which the
+        results (not aux) are averaged.
+      spmd_axis_name: under `jit` over a mesh, the axis (or axes) over which the samples evaluated
+        at a time are split. With `sample_batch_size` the size of that axis, each group of devices
+        evaluates a sample of its own, at the price of one.
 
     Returns:
-      `f(key, state, *args, params=None) -> (value, grads, hess)`, with `state` and `params` as
-      in `sample_params`; `((value, aux), grads, hess)` with `has_aux`, where aux is stacked
-      on axis 0. Pass `hess` to `tx.update(grads, state, params, hess=hess)`. Leaves that IVON
-      does not own get their gradient, and a zero `hess`.
+      `f(key, state, *args, params=None) -> (value, grads, hess)`, with `state` and `params` as in
+      `sample_params`, for `tx.update(grads, state, params, hess=hess)`. With `has_aux`, value is
+      (value, aux), aux stacked on axis 0. Leaves that IVON does not own get a zero `hess`.
 
     Raises:
-      ValueError: if an option is out of its range or options exclude each other; when called,
-        if a batch cannot be split evenly.
-      TypeError: if `fun` is not callable or an axis has no name; when called, if an argument
-        named in `rng_argnums` is not a key.
+      ValueError: if options are out of range or exclude each other, or a batch cannot be split.
+      TypeError: if `fun` is not callable, an axis has no name, or `rng_argnums` names no key.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> from ivon_jax import ivon, mc_value_and_grad
       >>> tx = ivon(0.1, ess=100)
       >>> state = tx.init(jnp.ones(3))
@@ -140,7 +124,7 @@ def mc_value_and_grad(
     def value_and_grad(
         key: jax.Array, state: PyTree, *args: Any, params: PyTree | None = None
     ) -> tuple[Any, PyTree, PyTree]:
-        _check_argnums(len(args), rngs + (batches or ()))
+        _check_args(args, rngs, batches or ())
         q = PosteriorNoise(gaussian(state, params), params)
         mean = q.mean()
         key, first = threefry_key(key), jnp.int32(0)
@@ -150,12 +134,12 @@ def mc_value_and_grad(
         with jax.threefry_partitionable(True):
             keys = jax.random.split(key, num_samples // 2 if antithetic else num_samples)
         keys = jnp.repeat(keys, 2) if antithetic else keys
-        slices = _batch_slices(args, num_samples, split_batch, batches, rngs)
-        _check_keys(args, rngs)
+        sliced_args = batches
+        if batches is None and split_batch:
+            sliced_args = tuple(i for i in range(1, len(args) + 1) if i not in rngs)
+        slices = {i: _split(i, args[i - 1], num_samples) for i in sliced_args or ()}
 
-        def at_sample(
-            s: jax.Array, sample_key: jax.Array, sliced: dict[int, Any]
-        ) -> tuple[_Estimates, Any]:
+        def at_sample(s: Any, sample_key: Any, sliced: dict[int, Any]) -> tuple[_Estimates, Any]:
             sign = jnp.where(s % 2 == 0, 1.0, -1.0) if antithetic else 1.0
             sample, displacement = q.sample(sample_key, sign)
             here = _arguments(args, sliced, rngs, first + s)
@@ -175,9 +159,7 @@ def mc_value_and_grad(
             return (value.astype(wide_dtype(value.dtype)), grads, statistic), aux
 
         samples = (jnp.arange(num_samples, dtype=jnp.int32), keys, slices)
-        estimates, aux = _mean_over_samples(
-            at_sample, samples, num_samples, sample_batch_size, spmd_axis_name
-        )
+        estimates, aux = _mean_over_samples(at_sample, samples, sample_batch_size, spmd_axis_name)
         if axis_name is not None:
             estimates = jax.lax.pmean(estimates, axis_name)
         value, grads, hess = estimates
@@ -260,7 +242,6 @@ def _hutchinson(
 def _mean_over_samples(
     at_sample: Callable[..., tuple[_Estimates, Any]],
     samples: tuple[Any, ...],
-    num_samples: int,
     sample_batch_size: int | None,
     spmd_axis_name: str | tuple[str, ...] | None,
 ) -> tuple[_Estimates, Any]:
@@ -276,29 +257,20 @@ def _mean_over_samples(
 
     add = functools.partial(jax.tree.map, jnp.add)
     total, aux = fold_in_groups(group, add, samples, sample_batch_size)
-    return jax.tree.map(lambda x: x / num_samples, total), aux
+    return jax.tree.map(lambda x: x / len(samples[0]), total), aux
 
 
-def _batch_slices(
-    args: tuple[Any, ...],
-    num_samples: int,
-    split_batch: bool,
-    batch_argnums: tuple[int, ...] | None,
-    rng_argnums: tuple[int, ...],
-) -> dict[int, Any]:
-    """The arguments of `fun` of which each sample gets a slice, with the samples on axis 0."""
-    if not split_batch:
-        return {}
-    if batch_argnums is None:
-        batch_argnums = tuple(i for i in range(1, len(args) + 1) if i not in rng_argnums)
-    return {i: _split(i, args[i - 1], num_samples) for i in batch_argnums}
-
-
-def _check_keys(args: tuple[Any, ...], rng_argnums: tuple[int, ...]) -> None:
-    """Refuses what is named in `rng_argnums` and is not a key."""
-    for i in rng_argnums:
+def _check_args(args: tuple[Any, ...], rngs: tuple[int, ...], batches: tuple[int, ...]) -> None:
+    """Refuses numbers of arguments that were not given, and keys that are none."""
+    for i in rngs + batches:
+        if i > len(args):
+            raise ValueError(
+                f"rng_argnums or batch_argnums names argument {i}, but fun was called with the "
+                f"parameters and {len(args)} further arguments."
+            )
+    for i in rngs:
         try:
-            key_words(args[i - 1])
+            threefry_key(args[i - 1])
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"argument {i} of fun is named in rng_argnums but is not a single PRNG key "
@@ -310,12 +282,8 @@ def _arguments(
     args: tuple[Any, ...], sliced: dict[int, Any], rng_argnums: tuple[int, ...], index: jax.Array
 ) -> list[Any]:
     """The positional arguments of `fun` for the sample of this index."""
-    new = list(args)
-    for i, x in sliced.items():
-        new[i - 1] = x
-    for i in rng_argnums:
-        new[i - 1] = jax.random.fold_in(args[i - 1], index)
-    return new
+    new = sliced | {i: jax.random.fold_in(args[i - 1], index) for i in rng_argnums}
+    return [new.get(i, x) for i, x in enumerate(args, start=1)]
 
 
 def _split(argnum: int, arg: PyTree, num_samples: int) -> PyTree:
@@ -334,7 +302,6 @@ def _split(argnum: int, arg: PyTree, num_samples: int) -> PyTree:
 
 
 def _argnums(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    """The option `name` as a tuple of argument numbers."""
     numbers = (value,) if isinstance(value, int) else tuple(value)
     if not all(isinstance(i, int) and i >= 1 for i in numbers):
         raise ValueError(
@@ -342,13 +309,3 @@ def _argnums(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
             f"argument 0; expected integers >= 1, got {value!r}."
         )
     return numbers
-
-
-def _check_argnums(num_args: int, numbers: tuple[int, ...]) -> None:
-    """Refuses numbers of arguments that were not given."""
-    for i in numbers:
-        if i > num_args:
-            raise ValueError(
-                f"rng_argnums or batch_argnums names argument {i}, but fun was called with the "
-                f"parameters and {num_args} further arguments."
-            )

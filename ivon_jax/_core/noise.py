@@ -1,9 +1,8 @@
 """Standard normal draws in plain operations, which XLA fuses with whatever uses them.
 
-Each float32 draw is a function of the key, the leaf and the position alone, so that it is the same
-for any sharding and in any order: threefry counts the positions, and the inverse of the cumulative
-distribution function turns its bits into a normal. `jax.random` does the same, but on a CPU it
-keeps the rounds of threefry in loops, which are slow to compile and send the bits through memory.
+A float32 draw depends on key, leaf and position alone, and is the same for any sharding: threefry
+counts the positions, and the inverse cumulative distribution function turns its bits into a normal.
+`jax.random` does the same, but on a CPU its loops send the bits through memory.
 """
 
 import jax
@@ -50,10 +49,7 @@ def gaussian_noise(
 ) -> list[jax.Array]:
     """Independent draws n ~ N(0, 1/precision) for a list of leaves; zero where it is infinite.
 
-    Args:
-      key: a typed threefry key.
-      precision: precision of each leaf, in the dtype of the draw.
-      sign: what they are multiplied with, 1 or -1.
+    They are multiplied by `sign`, 1 or -1, and have the dtypes of the precisions.
     """
     draws = standard_normals(key, precision)
     return [
@@ -81,10 +77,6 @@ def standard_normals(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
 
     The uniform draw behind a float32 one takes 2²³ values, symmetric about zero; the largest |ε| is
     5.3. float64 is left to `jax.random.normal`; narrower dtypes are rounded from float32.
-
-    Args:
-      key: a typed threefry key.
-      like: arrays whose values do not matter.
     """
     if not like:
         return []

@@ -23,7 +23,7 @@ from ivon_jax._core.checks import (
 from ivon_jax._core.compiler import materialized
 from ivon_jax._core.priors import prior_source
 from ivon_jax._core.state import IVONState, Posterior, check_single, leaf_priors
-from ivon_jax._core.trees import Owned, PyTree, copy_array, difference, wide_dtype
+from ivon_jax._core.trees import Owned, PyTree, copy_array, difference, unflatten_like, wide_dtype
 from ivon_jax._core.windows import Draw, mean_statistics, step_or_wait
 
 PRECISION_FLOOR = 2.0**-20
@@ -63,61 +63,52 @@ def ivon(
       u ← clip((ḡ + δm)/(h+δ), ±ξ)
       m ← m − α_t(h₀+δ)u
 
-    The old precision and ĥ use the λ and δ stored in the state, under which the noise was
-    drawn; the rest of the step uses, and the new state stores, those given here.
-
-    The state owns the mean: `updates` is the new mean minus `params`, so that
-    `optax.apply_updates(params, updates)` lands on the new mean whatever `params`
-    was. Nothing after `ivon` in a chain may change the updates. After editing or
-    loading parameters call `with_mean`.
+    The old precision and ĥ use the λ and δ of the state, under which the noise was drawn; the rest
+    of the step uses, and the new state stores, those given here. The state owns the mean:
+    `updates` is the new mean minus `params`, whatever these were. Nothing after `ivon` in a chain
+    may change the updates. After editing parameters call `with_mean`.
 
     Args:
       learning_rate: α, a number or a schedule of the step count.
-      ess: λ, the effective sample size: the number of terms that ℓ̄ averages over in the
-        whole training set (examples; tokens for a language model).
+      ess: λ, the effective sample size: the number of terms of ℓ̄ in the whole training set
+        (examples; tokens for a language model).
       hess_init: h₀, initial value of h.
       b1: β₁, decay of the gradient's moving average.
       b2: β₂, decay of the Hessian's moving average.
       weight_decay: δ, precision of the Gaussian prior per example; 0 is a flat prior. 1e-4 by
         default, or what `prior` says.
-      mask: leaves that get weight decay, as in `optax.adamw`: a tree of bools, of which
-        it may be a prefix, or a function of the parameters (of the mean, where `update` is not
-        given them) that returns one. The others have δ = 0.
-      clip_radius: ξ, bound on each element of u. The largest move of a parameter in one
-        step is α(h₀+δ)ξ.
+      mask: leaves that get weight decay, as in `optax.adamw`: a tree of bools (or a prefix of it),
+        or a function of the parameters (of the mean, where `update` is not given them) that
+        returns one. The others have δ = 0.
+      clip_radius: ξ, bound on each element of u; a step moves a parameter by at most α(h₀+δ)ξ.
       precision_floor: smallest new h+δ as a share of h₀+δ. The default only keeps the precision
-        positive. 0.1 is a guard against divergence: where h would fall to nothing, σ stays below
-        3.2 times its initial value, and a step below ten times its initial length.
+        positive; 0.1 guards against divergence: σ stays below 3.2 times its initial value, and
+        the factor 1/(h+δ) of a step below ten times.
       rescale_lr: whether α is multiplied by h₀+δ.
       debias: whether g is debiased by 1−β₁ᵗ.
-      axis_name: mapped axis (or axes) over which ĝ and n⊙ĝ are averaged; each device then
-        draws its own noise.
+      axis_name: mapped axis (or axes) over which ĝ and n⊙ĝ are averaged; devices draw on their own.
       momentum_dtype: dtype of g; the mean's by default.
-      prior: a general Gaussian prior N(m₀, 1/s₀) in place of `weight_decay` and `mask`, such
-        as yesterday's `posterior(state)`: δ becomes s₀/λ element by element, δm becomes δ(m−m₀),
-        and the factor of α is h₀ plus the smallest δ of each leaf. Where s₀ is infinite the
-        parameter stays fixed at m₀; where it is zero the prior is flat. It is copied into the
-        state by `init`, and `update` reads it there. A prior much sharper than the new data
-        (s₀ ≫ λh₀ throughout) makes that factor large: use `rescale_lr=False` then.
+      prior: a general Gaussian prior N(m₀, 1/s₀) in place of `weight_decay` and `mask`, such as
+        yesterday's `posterior(state)`: δ becomes s₀/λ element by element, δm becomes δ(m−m₀), and
+        the factor of α is h₀ plus the smallest δ of each leaf (large where s₀ ≫ λh₀ throughout:
+        use `rescale_lr=False` then). An infinite s₀ fixes the parameter at m₀, a zero one is flat.
+        `init` copies it into the state, where `update` reads it.
 
     Returns:
       A transformation whose `update(grads, state, params=None, *, noise=None, hess=None)`
-      takes exactly one of `noise` (what `sample_params` returned) and `hess` (an estimate ĥ,
-      as `mc_value_and_grad` returns). Gradients and noise, or gradients and `hess`, may have
-      a leading axis of Monte Carlo samples, which is averaged after the product is formed. Inside
-      `optax.partition` or `masked` average that axis yourself for the other leaves.
+      takes exactly one of `noise` (of `sample_params`) and `hess` (ĥ of `mc_value_and_grad`).
+      Gradients and either of them may have a leading axis of Monte Carlo samples, which is
+      averaged after the product is formed (not for leaves outside `optax.partition` or `masked`).
 
     Raises:
       TypeError: if an argument is not a number, or traced below float32.
-      ValueError: if a number is out of its range, or `prior` is given together with
-        `weight_decay` or `mask`.
+      ValueError: if a number is out of range, or `prior` stands beside `weight_decay` or `mask`.
 
     References:
       Shen et al., Variational Learning is Effective for Large Deep Networks, ICML 2024,
       `arXiv:2402.17641 <https://arxiv.org/abs/2402.17641>`_.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
       >>> from ivon_jax import ivon, sample_params
       >>> loss = lambda w: 0.5 * jnp.sum((w - 3.0) ** 2)
       >>> params = jnp.zeros(2)
@@ -156,8 +147,7 @@ def ivon(
 
     def init(params: PyTree) -> IVONState:
         mean = jax.tree_util.tree_map_with_path(_owned_mean, params)
-        prior_fields = source.fields(mean, params)
-        mean = source.start(mean, prior_fields)
+        mean, prior_fields = source.init(mean, params)
         return IVONState(
             count=jnp.zeros([], jnp.int32),
             mean=mean,
@@ -172,10 +162,7 @@ def ivon(
     new_mean = jax.jit(functools.partial(rule.new_mean, constants))
 
     def step(
-        prior_fields: dict[str, Any],
-        state: IVONState,
-        grads: list[jax.Array],
-        hess: list[jax.Array],
+        prior_fields: dict[str, Any], state: IVONState, grads: list[Any], hess: list[Any]
     ) -> IVONState:
         """Lines 3 to 7 of the algorithm, for averaged ĝ and ĥ."""
         if axis_name is not None:
@@ -189,14 +176,13 @@ def ivon(
         priors = leaf_priors(new)
         h_and_g = list(map(statistics, h, g, grads, hess, old_deltas, priors))
         h, momentum = materialized([h for h, _ in h_and_g]), [g for _, g in h_and_g]
-        m = materialized(
-            list(map(functools.partial(new_mean, rate, count), m, h, momentum, priors))
-        )
+        take = functools.partial(new_mean, rate, count)
+        m = materialized(list(map(take, m, h, momentum, priors)))
         momentum = [x.astype(old.dtype) for x, old in zip(momentum, g, strict=True)]
         return new._replace(
-            mean=jax.tree.unflatten(jax.tree.structure(state.mean), m),
-            hess=jax.tree.unflatten(jax.tree.structure(state.hess), h),
-            momentum=jax.tree.unflatten(jax.tree.structure(state.momentum), momentum),
+            mean=unflatten_like(state.mean, m),
+            hess=unflatten_like(state.hess, h),
+            momentum=unflatten_like(state.momentum, momentum),
         )
 
     def update(
@@ -233,7 +219,7 @@ def ivon(
         moves = list(map(difference, jax.tree.leaves(new_state.mean), base, dtypes))
         updates = own.join(moves, jax.tree.map(_no_update, others))
         like = grads if params is None else params
-        return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(updates)), new_state
+        return unflatten_like(like, jax.tree.leaves(updates)), new_state
 
     # optax types a state as any tree of arrays.
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

@@ -21,28 +21,33 @@ from ivon_jax._core.state import (
     prior_gaussian,
     with_means,
 )
-from ivon_jax._core.trees import Owned, PyTree, copy_array, get_field, set_fields, wide_zeros
+from ivon_jax._core.trees import (
+    Owned,
+    PyTree,
+    copy_array,
+    get_field,
+    set_fields,
+    unflatten_like,
+    wide_zeros,
+)
 
 
 def posterior(state: PyTree, params: PyTree | None = None, temperature: Number = 1.0) -> Posterior:
     """The posterior N(m, diag 1/(λ(h+δ))) that a state stands for.
 
     Args:
-      state: an `IVONState`, or any nested optax or `flax.nnx` state that contains one or
-        several.
-      params: the parameters; if given, leaves that IVON does not own are taken from it
-        with precision +inf, which means *fixed*. Otherwise they are `optax.MaskedNode`.
+      state: an `IVONState`, or any nested optax or `flax.nnx` state that contains one or several.
+      params: the parameters; if given, leaves that IVON does not own are taken from it with
+        precision +inf, which means *fixed*. Otherwise they are `optax.MaskedNode`.
       temperature: τ > 0; the precision is divided by it, so τ < 1 sharpens.
 
     Returns:
       A `Posterior` of copies, which stays valid when the state is donated.
 
     Raises:
-      ValueError: if `state` contains no `IVONState`, `params` does not fit it, or the
-        temperature is not positive.
+      ValueError: if there is no `IVONState`, `params` does not fit, or τ is not positive.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, posterior
       >>> state = ivon(0.1, ess=100, hess_init=0.5, weight_decay=0.5).init(jnp.zeros(2))
       >>> posterior(state, temperature=2.0).precision
@@ -61,10 +66,8 @@ def _completed(q: Posterior, params: PyTree | None) -> Posterior:
         return q
     own = Owned(q.mean)
     precision, _ = own.split("the precision", q.precision)
-    return Posterior(
-        own.fill(own.leaves, params, copy_array),
-        own.fill(precision, params, lambda x: wide_zeros(x) + jnp.inf),
-    )
+    precision = own.fill(precision, params, lambda x: wide_zeros(x) + jnp.inf)
+    return Posterior(own.fill(own.leaves, params, copy_array), precision)
 
 
 def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:
@@ -75,23 +78,19 @@ def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:
       params: the parameters; if given, leaves that IVON does not own are taken from it.
 
     Returns:
-      A copy of the mean, at least float32: `posterior(state, params).mean` without the
-      allocation of a precision.
+      A copy of the mean, at least float32.
 
     Raises:
       ValueError: if `state` contains no `IVONState`, or `params` does not fit it.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, posterior_mean
       >>> posterior_mean(ivon(0.1, ess=100).init({"w": jnp.ones(2)}))
       {'w': Array([1., 1.], dtype=float32)}
     """
     own = Owned(gaussian_mean(with_means(state, params)))
-    mean = [copy_array(m) for m in own.leaves]
-    if params is None:
-        return own.join(mean)
-    return own.fill(mean, params, copy_array)
+    mean = list(map(copy_array, own.leaves))
+    return own.join(mean) if params is None else own.fill(mean, params, copy_array)
 
 
 def prior_of(state: PyTree, params: PyTree | None = None) -> Posterior:
@@ -102,14 +101,12 @@ def prior_of(state: PyTree, params: PyTree | None = None) -> Posterior:
       params: as in `posterior`.
 
     Returns:
-      Mean zero and precision λδ, unless `ivon` was given another prior; zero precision where
-      δ = 0 (a flat, improper prior).
+      By default mean zero and precision λδ; zero where the prior is flat, δ = 0.
 
     Raises:
       ValueError: if `state` contains no `IVONState`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, prior_of
       >>> prior_of(ivon(0.1, ess=100, weight_decay=0.5).init(jnp.ones(2))).precision
       Array([50., 50.], dtype=float32)
@@ -120,10 +117,9 @@ def prior_of(state: PyTree, params: PyTree | None = None) -> Posterior:
 def with_mean(state: PyTree, params: PyTree) -> PyTree:
     """The state with its posterior mean moved to `params`.
 
-    Call it after editing or loading parameters: the state owns the mean, and the next
-    update would otherwise undo the edit. Curvature, momentum and step count are kept. In
-    a state of `auto_sample` the next gradient counts as taken at the mean, so continue
-    the loop with these `params`.
+    Call it after editing or loading parameters: the state owns the mean, and the next update would
+    otherwise undo the edit. Curvature, momentum and step count are kept. In a state of
+    `auto_sample` the next gradient counts as taken at the mean: continue with these `params`.
 
     Args:
       state: any nested state that contains one or several `IVONState`.
@@ -136,7 +132,6 @@ def with_mean(state: PyTree, params: PyTree) -> PyTree:
       ValueError: if `state` contains no `IVONState`, or `params` does not fit it.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, posterior_mean, with_mean
       >>> state = ivon(0.1, ess=100).init(jnp.ones(2))
       >>> posterior_mean(with_mean(state, jnp.zeros(2)))
@@ -162,8 +157,7 @@ def with_mean(state: PyTree, params: PyTree) -> PyTree:
 def _moved(state: PyTree, params: PyTree) -> PyTree:
     (part,) = find_states(state)
     own = Owned(part.hess)
-    owned, _ = own.split("params", params)
-    own.check_shapes("params", owned)
+    owned = own.checked("params", params)
     # Gradients summed at the old mean say nothing about the new one.
     window = jax.tree.map(jnp.zeros_like, get_field(state, "window"))
     if is_lean(part):  # the loop's parameters will be the mean
@@ -173,7 +167,7 @@ def _moved(state: PyTree, params: PyTree) -> PyTree:
         prior.where_fixed(prior.center, copy_array(jnp.asarray(p, h.dtype)))
         for p, h, prior in zip(owned, own.leaves, leaf_priors(part), strict=True)
     ]
-    mean = jax.tree.unflatten(jax.tree.structure(get_field(state, "mean")), leaves)
+    mean = unflatten_like(get_field(state, "mean"), leaves)
     return set_fields(state, mean=mean, window=window)
 
 
@@ -182,9 +176,8 @@ def with_ess(state: PyTree, ess: Number) -> PyTree:
 
     λ(h+δ) is kept by h ← (λ/λ')(h+δ) − δ', where δ' = δ, or s₀/λ' under a general prior. (The
     prior precision λδ becomes λ'δ.) Continue with an optimizer that has the new `ess`; under
-    `optax.inject_hyperparams` set it in `hyperparams` as well, or the next step takes the old one.
-    In floating point h+δ keeps its digits only while it is not much smaller than δ, that is
-    while λ' is not larger than λ by many orders of magnitude.
+    `optax.inject_hyperparams` set it in `hyperparams` as well. In floating point h+δ loses digits
+    where λ' is larger than λ by many orders of magnitude.
 
     Args:
       state: any nested state that contains one or several `IVONState`.
@@ -197,7 +190,6 @@ def with_ess(state: PyTree, ess: Number) -> PyTree:
       ValueError: if `state` contains no `IVONState`, or `ess` is not positive.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, posterior, with_ess
       >>> state = ivon(0.1, ess=100, hess_init=0.5, weight_decay=0.5).init(jnp.ones(2))
       >>> posterior(with_ess(state, 50)).precision  # as before
@@ -221,9 +213,9 @@ def with_ess(state: PyTree, ess: Number) -> PyTree:
         hess = list(map(rescale_leaf, jax.tree.leaves(part.hess), deltas))
         return set_fields(
             node,
-            hess=jax.tree.unflatten(jax.tree.structure(get_field(node, "hess")), hess),
+            hess=unflatten_like(get_field(node, "hess"), hess),
             # The leaf may sit in a flax.nnx Variable, which is kept.
-            ess=jax.tree.unflatten(jax.tree.structure(get_field(node, "ess")), [new_ess]),
+            ess=unflatten_like(get_field(node, "ess"), [new_ess]),
         )
 
     return map_states(rescale, state)
@@ -232,8 +224,7 @@ def with_ess(state: PyTree, ess: Number) -> PyTree:
 def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
     """KL(q‖prior) = ½Σ[s₀σ² + s₀(m−m₀)² − 1 − log(s₀σ²)] of two diagonal Gaussians, in nats.
 
-    Elements with a flat prior (s₀ = 0), which have no divergence, and those that are fixed in q
-    (σ = 0) are left out.
+    Elements with a flat prior (s₀ = 0) and those that are fixed in q (σ = 0) are left out.
 
     Args:
       q: a posterior, or a state.
@@ -246,7 +237,6 @@ def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
       ValueError: if the trees do not fit.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import Posterior, kl_divergence
       >>> q = Posterior(jnp.array([1.0]), jnp.array([1.0]))
       >>> print(kl_divergence(q, Posterior(jnp.zeros(1), jnp.ones(1))))
@@ -254,18 +244,11 @@ def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
     """
     q, prior = gaussian(q), gaussian(prior)
     own = Owned(q.mean)
-    trees = {
-        "q.precision": q.precision,
-        "prior.mean": prior.mean,
-        "prior.precision": prior.precision,
-    }
-    leaves = []
-    for name, tree in trees.items():
-        split, _ = own.split(name, tree)
-        own.check_shapes(name, split)
-        leaves.append(split)
+    precisions = own.checked("q.precision", q.precision)
+    centers = own.checked("prior.mean", prior.mean)
+    prior_precisions = own.checked("prior.precision", prior.precision)
     total = jnp.zeros([])
-    for m, p, m0, p0 in zip(own.leaves, *leaves, strict=True):
+    for m, p, m0, p0 in zip(own.leaves, precisions, centers, prior_precisions, strict=True):
         p0, shift = p0.astype(p.dtype), m.astype(p.dtype) - m0.astype(p.dtype)
         fixed, only_prior = jnp.isinf(p), jnp.isinf(p0) & ~jnp.isinf(p)
         # Not p0 > 0, so that a NaN is counted and seen.

@@ -25,7 +25,16 @@ class WeightDecay(NamedTuple):
     delta: Number
     mask: Any
 
-    def fields(self, mean: PyTree, params: PyTree) -> dict[str, Any]:
+    def init(self, mean: PyTree, params: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """The initial mean, and the state's fields that hold the prior."""
+        return mean, self._fields_of(mean, params)
+
+    def update(self, state: IVONState, params: PyTree | None) -> dict[str, Any]:
+        """The fields for the next state, with this call's δ."""
+        _check_same_kind(state, general=False)
+        return self._fields_of(state.mean, state.mean if params is None else params)
+
+    def _fields_of(self, mean: PyTree, params: PyTree) -> dict[str, Any]:
         """δ: a float32 scalar, or with a mask a vector with one entry for each owned leaf."""
         # A copy even of an injected hyperparameter, so that donating the state frees neither.
         delta = jnp.array(self.delta, jnp.float32)
@@ -33,27 +42,17 @@ class WeightDecay(NamedTuple):
             delta = delta * decay_flags(self.mask, without_nnx(mean), params)
         return {"weight_decay": delta}
 
-    def start(self, mean: PyTree, fields: dict[str, Any]) -> PyTree:
-        """The initial mean: the parameters."""
-        del fields
-        return mean
-
-    def update(self, state: IVONState, params: PyTree | None) -> dict[str, Any]:
-        """The fields for the next state, with this call's δ."""
-        _check_same_kind(state, general=False)
-        return self.fields(state.mean, state.mean if params is None else params)
-
 
 class GeneralPrior(NamedTuple):
     """A Gaussian N(m₀, 1/s₀) such as yesterday's posterior: δ = s₀/λ, element by element."""
 
     prior: Posterior
 
-    def fields(self, mean: PyTree, params: PyTree) -> dict[str, Any]:
-        """Copies of m₀ and s₀ for the owned leaves, and the smallest s₀ of each.
+    def init(self, mean: PyTree, params: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """The mean, with m₀ where s₀ is infinite, and copies of m₀ and s₀ for the owned leaves.
 
-        Element by element, α(h₀+δ)/(h+δ) would make steps of confident weights as long as h₀/h:
-        the rate is multiplied by h₀ plus the smallest δ.
+        The smallest s₀ of each leaf is kept for the factor h₀+δ of the rate: with δ element by
+        element, α(h₀+δ)/(h+δ) would make steps of confident weights as long as h₀/h.
         """
         del params
         own = Owned(mean)
@@ -67,14 +66,10 @@ class GeneralPrior(NamedTuple):
             treedef.unflatten(precision),
             jnp.where(jnp.isinf(stacked), 0, stacked),  # zero for a leaf that is fixed throughout
         )
-        return {"weight_decay": (), "prior": prior}
-
-    def start(self, mean: PyTree, fields: dict[str, Any]) -> PyTree:
-        """The initial mean: the parameters, and m₀ where s₀ is infinite."""
-        prior = fields["prior"]
-        return jax.tree.map(
+        mean = jax.tree.map(
             lambda m, m0, s0: jnp.where(jnp.isinf(s0), m0, m), mean, prior.mean, prior.precision
         )
+        return mean, {"weight_decay": (), "prior": prior}
 
     def update(self, state: IVONState, params: PyTree | None) -> dict[str, Any]:
         """Nothing: the prior stays as it is in the state."""
@@ -86,20 +81,13 @@ class GeneralPrior(NamedTuple):
 def prior_source(
     weight_decay: Number | None, mask: Any, prior: Posterior | None
 ) -> WeightDecay | GeneralPrior:
-    """The prior that these arguments of `ivon` stand for.
-
-    Raises:
-      TypeError: if `prior` is not a `Posterior`.
-      ValueError: if a number is out of its range, or `prior` is given beside the others.
-    """
+    """The prior that these arguments of `ivon` stand for."""
     if prior is None:
         delta = DEFAULT_WEIGHT_DECAY if weight_decay is None else weight_decay
         return WeightDecay(check_number("weight_decay", delta, low=0.0), mask)
     if not isinstance(prior, Posterior):
-        raise TypeError(
-            f"prior must be a Posterior(mean, precision), such as posterior(state); got "
-            f"{type(prior).__name__}."
-        )
+        got = type(prior).__name__
+        raise TypeError(f"prior must be a Posterior, such as posterior(state); got {got}.")
     if mask is not None or weight_decay is not None:
         raise ValueError(
             "prior takes the place of weight_decay and mask: give either. A weight decay δ is the "
@@ -112,12 +100,7 @@ def prior_source(
 def decay_flags(
     mask: PyTree | Callable[[PyTree], PyTree], mean: PyTree, params: PyTree
 ) -> np.ndarray:
-    """One float32 0 or 1 for each owned leaf of `mean`, from a mask as in `optax.adamw`.
-
-    Raises:
-      TypeError: if a leaf of the mask is not a bool.
-      ValueError: if the mask is one single bool, or does not fit the parameters.
-    """
+    """One float32 0 or 1 for each owned leaf of `mean`, from a mask as in `optax.adamw`."""
     if not jax.tree.leaves(mean):
         # No leaf is owned, or optax has put its placeholder in place of the parameters.
         return np.zeros(0, np.float32)
@@ -154,9 +137,8 @@ def _broadcast(mask: PyTree, mean: PyTree) -> list[bool]:
 def _owned_copy(own: Owned, name: str, tree: PyTree) -> list[jax.Array]:
     if not own.leaves:  # none is owned, or optax has put its placeholder in their place
         return []
-    leaves, _ = own.split(name, tree)
+    leaves = own.checked(name, tree)
     check_floating(own, name, leaves)
-    own.check_shapes(name, leaves)
     return [copy_array(jnp.asarray(x, m.dtype)) for x, m in zip(leaves, own.leaves, strict=True)]
 
 
@@ -165,7 +147,6 @@ def _check_same_kind(state: IVONState, *, general: bool) -> None:
     if general != isinstance(state.prior, GaussianPrior):
         has, lacks = ("this ivon()", "the state") if general else ("the state", "this ivon()")
         raise ValueError(
-            f"{has} has a general prior and {lacks} has none: pass the state that this same "
-            "transformation's init returned. For a new prior call init again, with the parameters "
-            "at posterior_mean(state)."
+            f"{has} has a general prior and {lacks} has none: pass the state of this same "
+            "transformation. For a new prior call init again, at posterior_mean(state)."
         )

@@ -14,12 +14,7 @@ from ivon_jax._core.trees import Owned, PyTree, wide_zeros
 
 
 def key_words(key: Any) -> jax.Array:
-    """The uint32 words of a single typed or raw key.
-
-    Raises:
-      TypeError: if it is not a key.
-      ValueError: if it is a batch of keys.
-    """
+    """The uint32 words of a single typed or raw key."""
     dtype = getattr(key, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         batch, words = key.shape, jax.random.key_data(key)
@@ -37,10 +32,9 @@ def key_words(key: Any) -> jax.Array:
 
 
 def threefry_key(key: Any) -> jax.Array:
-    """A typed threefry key derived from any single key.
+    """A threefry key, whose draws are the same for any sharding, from any single key.
 
-    Threefry draws are the same for any sharding; those of rbg keys are not. The
-    words of a wider key are folded in, so that different keys stay different.
+    The words of a wider key are folded in, so that different keys stay different.
     """
     words = key_words(key)
     threefry = jax.random.wrap_key_data(words[:2], impl=THREEFRY)
@@ -54,30 +48,25 @@ def sample_params(
 ) -> tuple[PyTree, PyTree]:
     """Draws parameters θ = m + n from the posterior, n = ε/√(λ(h+δ)), ε ~ N(0, I).
 
-    The draws are the same for any sharding and number of devices, and for any
-    key implementation with the same key data. For several samples, `jax.vmap`
-    over the keys.
+    The draws are the same for any sharding, number of devices, and key implementation with the same
+    key data. For several samples, `jax.vmap` over the keys.
 
     Args:
       key: a typed or raw PRNG key.
-      state: an `IVONState`, any nested optax or `flax.nnx` state that contains one
-        or several, or a `Posterior`.
-      params: the parameters; if given, leaves that IVON does not own are taken from
-        it, with zero noise, and the sample has its structure and dtypes. Otherwise
-        such leaves are `optax.MaskedNode`.
+      state: an `IVONState`, any nested optax or `flax.nnx` state with one or several, or a
+        `Posterior`.
+      params: the parameters; if given, leaves that IVON does not own are taken from it, with zero
+        noise, and the sample has its structure and dtypes. Otherwise they are `optax.MaskedNode`.
 
     Returns:
-      The sample θ, and the noise n in the dtype of the mean, to be handed to `update`.
-      For parameters below float32 the noise is the exact one, before θ was rounded. Under `jit`
-      on accelerators it is not kept in memory until `update`, but drawn again there.
+      The sample θ, and the noise n for `update`, in the dtype of the mean: exact, before θ was
+      rounded. Under `jit` on accelerators it is drawn again there, not kept in memory.
 
     Raises:
       TypeError: if `key` is not a key.
-      ValueError: if `key` is a batch of keys, `state` contains no `IVONState`, or `params`
-        does not fit it.
+      ValueError: if it is a batch, `state` has no `IVONState`, or `params` does not fit it.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> from ivon_jax import ivon, sample_params
       >>> state = ivon(0.1, ess=100).init({"w": jnp.ones(3)})
       >>> sample, noise = sample_params(jax.random.key(0), state)
@@ -96,20 +85,14 @@ class PosteriorNoise:
 
     def __init__(self, q: Posterior, params: PyTree | None = None):
         self._own = Owned(q.mean)
-        self.precision, _ = self._own.split("the precision", q.precision)
-        self._own.check_shapes("the precision", self.precision)
+        self.precision = self._own.checked("the precision", q.precision)
         self._params = params
         self._dtypes = [m.dtype for m in self._own.leaves]
         if params is not None:
-            owned, _ = self._own.split("params", params)
-            self._own.check_shapes("params", owned)
-            self._check_dtypes(owned)
-            self._dtypes = [p.dtype for p in owned]
-
-    def _check_dtypes(self, owned: list[jax.Array]) -> None:
-        for path, m, p in zip(self._own.paths, self._own.leaves, owned, strict=True):
-            if jnp.issubdtype(m.dtype, jnp.floating) != jnp.issubdtype(p.dtype, jnp.floating):
-                raise TypeError(f"params are {p.dtype} at {path}, where the mean is {m.dtype}.")
+            self._dtypes = [p.dtype for p in self._own.checked("params", params)]
+        for path, m, p in zip(self._own.paths, self._own.leaves, self._dtypes, strict=True):
+            if jnp.issubdtype(m.dtype, jnp.floating) != jnp.issubdtype(p, jnp.floating):
+                raise TypeError(f"params are {p} at {path}, where the mean is {m.dtype}.")
 
     def draw(self, key: jax.Array, sign: jax.Array | float = 1.0) -> list[jax.Array]:
         """n = ±ε/√precision, ε ~ N(0, I), for each owned leaf; zero where it is infinite."""
@@ -186,16 +169,8 @@ def fold_in_groups(
 ) -> tuple[PyTree, PyTree]:
     """Goes through samples in groups of `size` (one by default), so that memory does not grow.
 
-    Args:
-      group: maps members (samples on axis 0) to what is merged, and to what is kept of each of
-        them on axis 0.
-      merge: of two groups' results.
-      members: keys and whatever else differs between samples, on axis 0.
-      size: members at a time.
-      start: the neutral element of `merge` for an abstract array.
-
-    Returns:
-      The merged result, and what is kept of all samples on axis 0.
+    `group` maps members (samples on axis 0) to what `merge` merges, and to what is kept of each of
+    them on axis 0; so does this function, of all. `start(aval)` is the neutral element of `merge`.
     """
     number = len(jax.tree.leaves(members)[0])
     size = min(size or 1, number)

@@ -17,6 +17,7 @@ from ivon_jax._core.trees import (
     get_field,
     has_fields,
     is_masked,
+    unflatten_like,
     without_nnx,
 )
 
@@ -73,9 +74,8 @@ class IVONState(NamedTuple):
       mean: posterior mean m, at least float32.
       hess: estimate h of the diagonal Hessian of the mean loss per example.
       momentum: moving average g of the gradients.
-      ess: effective sample size λ under which the current posterior stands, float32.
-      weight_decay: prior precision δ per example, float32: a scalar, or with a mask a vector
-        with an entry for each owned leaf; `()` with a general prior.
+      ess: effective sample size λ of the current posterior, float32.
+      weight_decay: δ, float32: a scalar, or one entry for each owned leaf; `()` with a prior.
       prior: a general Gaussian prior; `()` without one.
       window: sums of an unfinished window of `auto_sample(num_samples=k)`; otherwise `()`.
     """
@@ -99,8 +99,7 @@ class AutoSampleState(NamedTuple):
       calls: number of calls in the current window of `num_samples`, int32.
       at_mean: whether the loop's current parameters are the mean and not a sample, bool.
       inner_state: state of the wrapped transformation.
-      mirrored: with `antithetic`, whether these parameters were drawn with the noise negated, bool;
-        otherwise `()`.
+      mirrored: with `antithetic`, whether their noise was negated, bool; otherwise `()`.
     """
 
     key: jax.Array
@@ -127,11 +126,7 @@ def is_lean(state: IVONState) -> bool:
 
 
 def find_states(state: PyTree) -> list[IVONState]:
-    """Every `IVONState` in a nested optax or `flax.nnx` state, in tree order.
-
-    Raises:
-      ValueError: if there is none.
-    """
+    """Every `IVONState` in a nested optax or `flax.nnx` state, in tree order."""
     nodes = [x for x in jax.tree.leaves(state, is_leaf=is_ivon_state) if is_ivon_state(x)]
     if not nodes:
         raise ValueError(
@@ -155,12 +150,7 @@ def _as_state(node: Any) -> IVONState:
 
 
 def check_single(state: Any) -> None:
-    """Refuses what is not the `IVONState` of one model.
-
-    Raises:
-      TypeError: if it is not an `IVONState`.
-      ValueError: if it is a stack of states, whose ess would be broadcast along a wrong axis.
-    """
+    """Refuses what is not the `IVONState` of one model."""
     if not isinstance(state, IVONState):
         raise TypeError(
             f"expected the state of ivon(), got {type(state).__name__}: pass what the init or "
@@ -176,13 +166,11 @@ def check_single(state: Any) -> None:
 def leaf_priors(state: IVONState) -> list[LeafPrior]:
     """The prior of each owned leaf under the state's ess."""
     if isinstance(state.prior, GaussianPrior):
-        centers, precisions, smallest = state.prior
-        rates = smallest / state.ess
+        rates = state.prior.smallest / state.ess
+        pairs = zip(*map(jax.tree.leaves, state.prior[:2]), strict=True)
         return [
             LeafPrior(m0, s0 / state.ess.astype(s0.dtype), rates[i])
-            for i, (m0, s0) in enumerate(
-                zip(jax.tree.leaves(centers), jax.tree.leaves(precisions), strict=True)
-            )
+            for i, (m0, s0) in enumerate(pairs)
         ]
     decay = state.weight_decay
     deltas = [decay[i] if decay.ndim else decay for i in range(len(jax.tree.leaves(state.hess)))]
@@ -201,15 +189,8 @@ def precision_leaves(state: IVONState) -> list[jax.Array]:
 def gaussian(state: PyTree, params: PyTree | None = None) -> Posterior:
     """Mean and precision of a `Posterior`, or of all IVON states in `state`, without copies.
 
-    Leaves that no state owns are `MaskedNode`.
-
-    Args:
-      state: a `Posterior`, or a nested state.
-      params: the loop's parameters, from which a mean that is not stored is recovered.
-
-    Raises:
-      ValueError: if a `Posterior` has a precision that is known and negative or NaN, or `params`
-        are needed and are not given.
+    Leaves that no state owns are `MaskedNode`. A mean that is not stored is recovered from the
+    loop's `params`.
     """
     if isinstance(state, Posterior):
         check_precision("precision", state.precision)
@@ -225,10 +206,9 @@ def gaussian_mean(state: PyTree) -> PyTree:
     parts = find_states(state)
     if any(map(is_lean, parts)):
         raise ValueError(
-            "this state does not store the mean (auto_sample with store_mean=False), which is "
-            "recovered from the parameters of the loop: give them as well, as in "
-            "posterior(state, params), with the whole state of auto_sample; what takes a state "
-            "only takes that posterior."
+            "this state does not store the mean (auto_sample with store_mean=False): give the "
+            "loop's parameters as well, as in posterior(state, params), with the whole state of "
+            "auto_sample; what takes only a state takes that posterior."
         )
     return functools.reduce(_merge_owned, [part.mean for part in parts])
 
@@ -250,11 +230,7 @@ def owned_leaves(state: PyTree) -> Owned:
 
 
 def with_means(state: PyTree, params: PyTree | None) -> PyTree:
-    """The state with the means in it, m = θ − n, where `auto_sample` does not store them.
-
-    Raises:
-      ValueError: if `params` do not fit the state.
-    """
+    """The state with the means in it, m = θ − n, where `auto_sample` does not store them."""
     if isinstance(state, Posterior) or params is None:
         return state
 
@@ -288,8 +264,7 @@ def current_noise(state: AutoSampleState) -> list[jax.Array]:
 
 def _recovered(state: AutoSampleState, params: PyTree) -> AutoSampleState:
     own = owned_leaves(state.inner_state)
-    owned, _ = own.split("params", params)
-    own.check_shapes("params", owned)
+    owned = own.checked("params", params)
     noise = [jnp.where(state.at_mean, 0, n) for n in current_noise(state)]
     mean = own.join(means_of(owned, noise))
 
@@ -302,9 +277,7 @@ def _recovered(state: AutoSampleState, params: PyTree) -> AutoSampleState:
 
 
 def _precision(parts: list[IVONState]) -> PyTree:
-    trees = [
-        jax.tree.unflatten(jax.tree.structure(part.hess), precision_leaves(part)) for part in parts
-    ]
+    trees = [unflatten_like(part.hess, precision_leaves(part)) for part in parts]
     return functools.reduce(_merge_owned, trees)
 
 

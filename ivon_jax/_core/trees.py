@@ -54,8 +54,13 @@ def set_fields(node: Any, **fields: Any) -> Any:
     """The node with those of the fields replaced that it has."""
     if isinstance(node, Mapping):
         new = {key: fields.get(key, child) for key, child in node.items()}
-        return jax.tree.unflatten(jax.tree.structure(node), jax.tree.leaves(new))
+        return unflatten_like(node, jax.tree.leaves(new))
     return node._replace(**fields)
+
+
+def unflatten_like(tree: PyTree, leaves: list[Any]) -> PyTree:
+    """A tree of this structure with other leaves."""
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def copy_array(x: Any) -> jax.Array:
@@ -85,10 +90,8 @@ def difference(mean: jax.Array, params: jax.Array, dtype: Any) -> jax.Array:
 class Owned:
     """Which leaves of the parameters are IVON's, from a tree of the state such as its mean.
 
-    It holds arrays where IVON owns the leaf, and `MaskedNode` elsewhere.
-
-    A `MaskedNode` may stand for a whole subtree, because `optax.masked` and
-    `optax.partition` accept prefixes; other trees are flattened up to it.
+    It holds arrays where IVON owns the leaf, and `MaskedNode` elsewhere, which may stand for a
+    whole subtree: `optax.masked` and `optax.partition` accept prefixes.
     """
 
     def __init__(self, mean: PyTree):
@@ -114,7 +117,7 @@ class Owned:
                 owned.append(jnp.asarray(x))
             elif x is None or is_masked(x) or not hasattr(x, "dtype"):
                 raise ValueError(
-                    f"{name} holds {_describe(x)} at {_at(path)}, where the state of ivon() "
+                    f"{name} holds {type(x).__name__} at {_at(path)}, where the state of ivon() "
                     f"holds an array of shape {slot.shape}. Leaves that get no gradient belong "
                     "outside ivon(): use optax.masked or optax.partition."
                 )
@@ -122,13 +125,18 @@ class Owned:
                 owned.append(x)
         return owned, others
 
+    def checked(self, name: str, tree: PyTree) -> list[jax.Array]:
+        """The owned leaves of `tree`, which must have the shapes of the mean's."""
+        owned, _ = self.split(name, tree)
+        self.check_shapes(name, owned)
+        return owned
+
     def join(self, owned: list[Any], others: list[PyTree] | None = None) -> PyTree:
         """The inverse of `split`; without `others` their positions hold `MaskedNode`."""
         left = iter(owned)
-        right = iter(others) if others is not None else None
+        right = iter(others if others is not None else [x for _, x in self._slots if is_masked(x)])
         return self.treedef.unflatten(
-            (next(right) if right is not None else slot) if is_masked(slot) else next(left)
-            for _, slot in self._slots
+            next(right if is_masked(slot) else left) for _, slot in self._slots
         )
 
     def fill(self, owned: list[Any], params: PyTree, other: Callable[[Any], Any]) -> PyTree:
@@ -136,7 +144,7 @@ class Owned:
         leaves, others = self.split("params", params)
         self.check_shapes("params", leaves)
         pure = self.join(owned, [jax.tree.map(other, x) for x in others])
-        return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(pure))
+        return unflatten_like(params, jax.tree.leaves(pure))
 
     def check_shapes(self, name: str, leaves: list[jax.Array]) -> None:
         """Raises if a leaf does not have exactly the shape of the mean's."""
@@ -148,58 +156,41 @@ class Owned:
                 )
 
     def num_samples(self, **trees: list[jax.Array]) -> int | None:
-        """The common length S of a leading Monte Carlo axis, or None if no leaf has one.
-
-        Raises:
-          ValueError: if the leaves disagree: a mean of gradients times a stack of
-            noise would be a product of means, whose expectation is zero.
-        """
-        first: tuple[str, str, int | None] | None = None
+        """The common length S of a leading Monte Carlo axis, or None if no leaf has one."""
+        found: list[tuple[int | None, str]] = []
         for name, leaves in trees.items():
             for path, x, m in zip(self.paths, leaves, self.leaves, strict=True):
-                if x.shape == m.shape:
-                    size = None
-                elif x.ndim == m.ndim + 1 and x.shape[1:] == m.shape and x.shape[0] > 0:
-                    size = x.shape[0]
-                else:
+                size = None if x.shape == m.shape else x.shape[0] if x.ndim else 0
+                if size is not None and (x.shape[1:] != m.shape or size == 0):
                     raise ValueError(
                         f"{name} has shape {x.shape} at {_at(path)}; expected {m.shape}, or "
                         f"({', '.join(['S', *map(str, m.shape)])}) with S >= 1 Monte Carlo samples "
                         "on the first axis."
                     )
-                if first is None:
-                    first = (name, path, size)
-                elif size != first[2]:
-                    raise ValueError(
-                        f"{name} has {_samples(size)} at {_at(path)}, but {first[0]} has "
-                        f"{_samples(first[2])} at {_at(first[1])}. Every leaf of both needs the "
-                        "same number of samples: the product with the noise is formed per sample "
-                        "and then averaged (do not average the gradients before update)."
-                    )
-        return None if first is None else first[2]
+                samples = "no sample axis" if size is None else f"{size} samples"
+                found.append((size, f"{name} has {samples} at {_at(path)}"))
+        for size, said in found:
+            if size != found[0][0]:
+                raise ValueError(
+                    f"{said}, but {found[0][1]}. Every leaf of both needs the same number of "
+                    "samples: the product with the noise is formed per sample and then averaged "
+                    "(do not average the gradients before update)."
+                )
+        return found[0][0] if found else None
 
     def _mismatch(self, name: str, tree: PyTree) -> str:
-        have = [
-            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
-        ]
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        have = [jax.tree_util.keystr(path) for path, _ in leaves]
         missing = [path for path in self.paths if path not in have]
         known = tuple(path for path, _ in self._slots)
         extra = [path for path in have if not path.startswith(known)]
         said = f"{name} does not have the structure of the parameters that ivon() was given: "
-        if missing or extra:
-            kinds = (("it lacks", missing), ("it has an unknown", extra))
-            parts = [f"{what} {_at(paths[0])}" for what, paths in kinds if paths]
+        kinds = (("it lacks", missing), ("it has an unknown", extra))
+        parts = [f"{what} {_at(paths[0])}" for what, paths in kinds if paths]
+        if parts:
             return said + " and ".join(parts) + "."
         return said + f"expected {self.treedef}, got {jax.tree.structure(tree)}."
 
 
 def _at(path: str) -> str:
     return path or "the root"
-
-
-def _describe(x: Any) -> str:
-    return "nothing (MaskedNode)" if is_masked(x) else f"{type(x).__name__}"
-
-
-def _samples(size: int | None) -> str:
-    return "no sample axis" if size is None else f"{size} samples"

@@ -17,8 +17,7 @@ class Draw(NamedTuple):
 
     Attributes:
       noise: noise of the point at which the gradient was taken.
-      at_sample: false if that point is the mean itself; such a gradient has no
-        information on the curvature and must not move `hess`.
+      at_sample: false if that point is the mean: such a gradient must not move `hess`.
       closes: whether the step is taken now, or the statistics only accumulated.
     """
 
@@ -43,10 +42,10 @@ def mean_statistics(
         for g, x, m in zip(grads, leaves, own.leaves, strict=True)
     ]
 
-    def mean(x: jax.Array) -> jax.Array:
-        return jnp.mean(x, axis=0) if stacked else x
-
-    return [mean(g) for g, _ in pairs], [mean(statistic(g, x)) for g, x in pairs]
+    grads, statistics = [g for g, _ in pairs], [statistic(g, x) for g, x in pairs]
+    if not stacked:
+        return grads, statistics
+    return [jnp.mean(g, axis=0) for g in grads], [jnp.mean(x, axis=0) for x in statistics]
 
 
 def step_or_wait(

@@ -12,8 +12,7 @@ class Detection(NamedTuple):
       auroc: area under the receiver operating characteristic; 0.5 is chance.
       aupr_out: average precision with out-of-domain inputs as positives.
       aupr_in: average precision with in-domain inputs as positives.
-      fpr95: share of out-of-domain inputs that are taken for in-domain ones by the threshold
-        that keeps 95 % of the in-domain inputs; lower is better.
+      fpr95: share of out-of-domain inputs below the threshold that keeps 95 % of in-domain ones.
     """
 
     auroc: float
@@ -25,13 +24,11 @@ class Detection(NamedTuple):
 def detection(in_scores: Any, out_scores: Any) -> Detection:
     """Detection of out-of-domain inputs by a score, on the host with scikit-learn.
 
-    FPR95 is read off the ROC curve with in-domain inputs as positives, as is usual, linearly
-    interpolated at a true-positive rate of 0.95.
+    FPR95 is interpolated on the ROC curve with in-domain inputs as positives.
 
     Args:
       in_scores: (n,) scores of in-domain inputs.
-      out_scores: (m,) scores of out-of-domain inputs; larger means "out of domain", as
-        `predictive_entropy` or `mutual_information` do.
+      out_scores: (m,) scores of out-of-domain inputs; larger means "out of domain".
 
     Returns:
       A `Detection` of Python floats.
@@ -48,9 +45,7 @@ def detection(in_scores: Any, out_scores: Any) -> Detection:
     try:
         from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
     except ModuleNotFoundError as error:
-        raise ImportError(
-            "metrics.detection needs scikit-learn: pip install scikit-learn"
-        ) from error
+        raise ImportError("detection needs scikit-learn: pip install scikit-learn") from error
     scores = [np.asarray(x, np.float64) for x in (in_scores, out_scores)]
     for name, values in zip(("in_scores", "out_scores"), scores, strict=True):
         if values.ndim != 1 or not values.size or not np.all(np.isfinite(values)):

@@ -42,8 +42,8 @@ def linearize(
       apply_fn: `apply_fn(params, *inputs)` maps a batch (examples on the leading axis) to
         outputs of shape (N, *out). It is called with one example at a time.
       diagonal: whether only the variance of each output is returned.
-      data_batch_size: number of examples worked on at a time, as in `jax.lax.map`; one by
-        default. Memory grows with the product of it, the number of outputs and of weights.
+      data_batch_size: number of examples worked on at a time; one by default. Memory grows with
+        its product with the numbers of outputs and weights.
 
     Returns:
       `f(state, *inputs, params=None) -> Linearized`, at least float32; `state` and `params` as
@@ -53,7 +53,6 @@ def linearize(
       ValueError: when called, if the inputs have no common leading axis.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, linearize
       >>> state = ivon(0.1, ess=100, weight_decay=0.0).init(jnp.ones(2))  # σ = 0.1
       >>> f = linearize(lambda w, x: x @ w)
@@ -67,8 +66,7 @@ def linearize(
         num_examples(inputs)
         at_example = linear_outputs(apply_fn, state, params, diagonal=diagonal)
         mean, covariance = jax.lax.map(lambda x: at_example(*x), inputs, batch_size=data_batch_size)
-        out = mean.shape[1:]
-        shape = mean.shape if diagonal else (*mean.shape, *out)
+        shape = mean.shape if diagonal else mean.shape + mean.shape[1:]
         return Linearized(mean, covariance.reshape(shape))
 
     return linearized
@@ -93,7 +91,6 @@ def probit_log_probs(mean: jax.Array, covariance: jax.Array) -> jax.Array:
       MacKay, The evidence framework applied to classification networks, 1992.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import probit_log_probs
       >>> log_probs = probit_log_probs(jnp.array([2.0, 0.0]), jnp.array([9.0, 9.0]))
       >>> print(f"{jnp.exp(log_probs)[0]:.2f}")
@@ -141,10 +138,8 @@ def linear_outputs(
         basis = jnp.eye(size, dtype=out.dtype).reshape(size, *out.shape)
         basis = varying_over(basis, varying_axes(jax.typeof(out)))
 
-        def row(cotangent: jax.Array) -> list[jax.Array]:
-            return pull_back(cotangent)[0]
-
-        jacobian = [j.reshape(size, -1) for j in jax.vmap(row)(basis)]
+        (rows,) = jax.vmap(pull_back)(basis)
+        jacobian = [j.reshape(size, -1) for j in rows]
         pairs = [(j, v.ravel()) for j, v in zip(jacobian, variance, strict=True)]
         if diagonal:
             parts = [jnp.sum(j * j * v[None], axis=1) for j, v in pairs]

@@ -11,12 +11,7 @@ from ivon_jax._core.trees import wide_dtype
 
 
 def checked_log_probs(log_probs: Any) -> jax.Array:
-    """At least float32; under jit, rows that turn out not to be normalised become NaN.
-
-    Raises:
-      TypeError: if they are not floating, or have no class axis.
-      ValueError: if values that are known are not normalised.
-    """
+    """At least float32; under jit, rows that turn out not to be normalised become NaN."""
     dtype = jnp.result_type(log_probs)
     if not jnp.issubdtype(dtype, jnp.floating) or not jnp.ndim(log_probs):
         raise TypeError(
@@ -40,12 +35,7 @@ def checked_log_probs(log_probs: Any) -> jax.Array:
 
 
 def checked_labels(log_probs: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities as in `checked_log_probs`, with NaN where the label is no class.
-
-    Raises:
-      TypeError, ValueError: if the shapes or dtypes do not fit, or values that are known are
-        not probabilities or classes.
-    """
+    """Log-probabilities as in `checked_log_probs`, with NaN where the label is no class."""
     dtype = jnp.result_type(labels)
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(
@@ -64,8 +54,6 @@ def checked_labels(log_probs: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
     num_classes = log_probs.shape[-1]
     valid = (labels >= 0) & (labels < num_classes)
     if is_concrete(valid) and not bool(jnp.all(valid)):
-        raise ValueError(
-            f"labels must be in 0 … {num_classes - 1}; got {int(labels.min())} to "
-            f"{int(labels.max())}."
-        )
+        found = f"{int(labels.min())} to {int(labels.max())}"
+        raise ValueError(f"labels must be in 0 … {num_classes - 1}; got {found}.")
     return jnp.where(valid[..., None], log_probs, jnp.nan), jnp.where(valid, labels, 0)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ivon_jax._core.checks import Number, check_floating, check_number, check_precision, is_concrete
 from ivon_jax._core.state import Posterior, gaussian
-from ivon_jax._core.trees import Owned, PyTree, wide_dtype, without_nnx
+from ivon_jax._core.trees import Owned, PyTree, unflatten_like, wide_dtype, without_nnx
 
 
 def merge(
@@ -34,22 +34,17 @@ def merge(
     so that the base is counted once. For linear-Gaussian models with diagonal Gram matrices and
     α = 1 this is training on all data at once. Special cases:
 
-    * Without `base` (H₀ = 0): θ = θ₀ + Σ_t (P_t / Σ_k P_k)(θ_t − θ₀), the precision-weighted mean,
-      in which θ₀ cancels. It counts the prior once per model.
+    * Without `base` (H₀ = 0): the precision-weighted mean Σ_t P_t θ_t / Σ_k P_k, which counts the
+      prior once per model; with Fisher informations as precisions, Fisher averaging.
     * Removing a task from a merged model: `merge([merged, task], weights=[1, -1], base=base)`.
-    * Federated averaging: the posteriors of clients, each trained with the server's as its prior
-      (`ivon(prior=server)`), which is `base`; weights other than 1 count a client's data more or
-      less than once.
-    * Fisher averaging is `base=None` with Fisher informations as precisions; `task_arithmetic` has
-      its own function.
+    * Federated averaging: `base` is the server's posterior, with which as their prior
+      (`ivon(prior=server)`) the clients were trained; weights count a client's data α times.
 
     Args:
-      posteriors: the models' posteriors (or optax states), as from `posterior(state)`. Different λ
-        may be mixed: precisions λ(h+δ) are compared, not h.
+      posteriors: the models' posteriors (or optax states), also under different λ.
       weights: α_t, one number per model (1 by default); negative ones remove.
-      base: the prior of every task, N(θ₀, 1/H₀). For models that were fine-tuned with a plain
-        weight decay, whose prior has mean 0, the base model's weights with the precision
-        H₀ = λδ of `prior_of(state)` are the approximation of the paper below.
+      base: the prior of every task, N(θ₀, 1/H₀). For models fine-tuned with plain weight decay,
+        whose prior has mean 0, the paper takes the base model's weights with H₀ = λδ.
 
     Returns:
       The merged `Posterior`, in the dtypes of the first. Elements whose precision is infinite
@@ -57,11 +52,9 @@ def merge(
 
     Raises:
       ValueError: if the trees do not fit, a precision is negative, fixed elements differ, or
-        removing leaves no positive precision. Under jit, where values are unknown, such elements
-        become NaN.
+        removing leaves no positive precision (under jit such elements become NaN).
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import Posterior, merge
       >>> a = Posterior(jnp.array([0.0]), jnp.array([1.0]))
       >>> b = Posterior(jnp.array([4.0]), jnp.array([3.0]))
@@ -100,7 +93,6 @@ def task_arithmetic(
       ValueError: if the trees do not fit.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import task_arithmetic
       >>> task_arithmetic([jnp.array([2.0]), jnp.array([3.0])], jnp.array([1.0]))
       Array([4.], dtype=float32)
@@ -111,24 +103,23 @@ def task_arithmetic(
         return Posterior(tree, jax.tree.map(_unit_precision, tree))
 
     merged = merge([unit(p) for p in params], weights=weights, base=unit(base)).mean
-    return jax.tree.unflatten(jax.tree.structure(base), jax.tree.leaves(merged))
+    return unflatten_like(base, jax.tree.leaves(merged))
 
 
 def _unit_precision(x: Any) -> jax.Array:
     """One; +inf, which is fixed, for leaves that are not floating."""
-    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+    dtype = jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.floating):
         return jnp.full(jnp.shape(x), jnp.inf, jnp.float32)
-    return jnp.ones(jnp.shape(x), wide_dtype(jnp.result_type(x)))
+    return jnp.ones(jnp.shape(x), wide_dtype(dtype))
 
 
 def _leaves(own: Owned, name: str, q: Posterior) -> list[tuple[jax.Array, jax.Array]]:
     if not isinstance(q, Posterior):
         raise TypeError(f"{name} must be a Posterior(mean, precision); got {type(q).__name__}.")
     check_precision(f"{name}.precision", q.precision)
-    means, _ = own.split(f"{name}.mean", q.mean)
-    precisions, _ = own.split(f"{name}.precision", q.precision)
-    for part, leaves in (("mean", means), ("precision", precisions)):
-        own.check_shapes(f"{name}.{part}", leaves)
+    means = own.checked(f"{name}.mean", q.mean)
+    precisions = own.checked(f"{name}.precision", q.precision)
     check_floating(own, f"{name}.precision", precisions)
     return list(zip(means, precisions, strict=True))
 
@@ -155,13 +146,11 @@ def _merge_leaf(
     dtype = models[0][1].dtype
     everything = list(models) if base is None else [*models, base]
     floating = jnp.issubdtype(like.dtype, jnp.floating)  # other leaves can only be fixed
-    fixed = [jnp.isinf(precision) | (not floating) for _, precision in everything]
-    all_fixed = jnp.all(jnp.stack(fixed), axis=0)
-    any_fixed = jnp.any(jnp.stack(fixed), axis=0)
-    # As numbers of the mean's own kind: a base in bfloat16 may be compared with a float32 mean.
+    fixed = jnp.stack([jnp.isinf(precision) | (not floating) for _, precision in everything])
+    # In the mean's own dtype: a base in bfloat16 may be compared with a float32 mean.
     same = jnp.stack([mean.astype(like.dtype) == like for mean, _ in everything])
-    same = jnp.all(same, axis=0)
-    agree = ~any_fixed | (all_fixed & same)
+    all_fixed = jnp.all(fixed, axis=0)
+    agree = ~jnp.any(fixed, axis=0) | (all_fixed & jnp.all(same, axis=0))
     if is_concrete(agree) and not bool(jnp.all(agree)):
         raise ValueError(
             f"elements with infinite precision are fixed, but at {path or 'the root'} the models "
@@ -179,13 +168,9 @@ def _merge_leaf(
 
     zero = jnp.zeros(like.shape, dtype)
     base_mean, base_precision = (zero, zero) if base is None else (real(base[0]), finite(base[1]))
-    alphas = [real(w) for w in weights]
-    total = base_precision + sum(
-        a * (finite(p) - base_precision) for a, (_, p) in zip(alphas, models, strict=True)
-    )
-    pull = sum(
-        a * finite(p) * (real(m) - base_mean) for a, (m, p) in zip(alphas, models, strict=True)
-    )
+    terms = [(real(a), real(m), finite(p)) for a, (m, p) in zip(weights, models, strict=True)]
+    total = base_precision + sum(a * (p - base_precision) for a, _, p in terms)
+    pull = sum(a * p * (m - base_mean) for a, m, p in terms)
     proper = all_fixed | (total > 0)
     if is_concrete(proper) and not bool(jnp.all(proper)):
         raise ValueError(

@@ -1,7 +1,7 @@
 """What a posterior looks like in numbers, and whether it is learning."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -9,31 +9,24 @@ import jax.numpy as jnp
 
 from ivon_jax._core.checks import Number, check_number, check_scalar, is_concrete
 from ivon_jax._core.optimizer import ivon
-from ivon_jax._core.posteriors import kl_divergence
+from ivon_jax._core.posteriors import kl_divergence, prior_of
 from ivon_jax._core.rule import LeafPrior, debiased, direction
-from ivon_jax._core.state import (
-    IVONState,
-    find_states,
-    leaf_priors,
-    precision_leaves,
-    prior_gaussian,
-    with_means,
-)
+from ivon_jax._core.state import IVONState, find_states, leaf_priors, precision_leaves, with_means
 from ivon_jax._core.trees import PyTree
 from ivon_jax._uses.pruning import lower_quantiles, ratio_leaves
 
 PERCENTILES = (1, 25, 50, 75, 99)
 MOVED = 0.1
-"""An element of h has moved when it differs from h₀ by more than this share of h₀."""
+"""An element of h has moved if it differs from h₀ by more than this share of h₀."""
 
 EXPLODED = 1e3
-"""A median of h above this multiple of h₀ is taken for divergence."""
+"""A median of h above this multiple of h₀ counts as divergence."""
 
 GUARD = 0.1
 """The `precision_floor` that `learning_status` recommends."""
 
 MARGIN = 10.0
-"""By how much noisy gradients have to stay below the bound of stability of exact ones."""
+"""How far noisy gradients must stay below the stability bound of exact ones."""
 
 _DEFAULTS = {
     name: parameter.default
@@ -55,11 +48,9 @@ def diagnostics(
     Nothing is sorted or gathered: memory and communication do not grow with the network.
 
     Args:
-      state: an `IVONState`, or any nested optax or `flax.nnx` state that contains one or
-        several, whose leaves are then counted together.
-      settings: the arguments that `ivon` was given, by name. `hess_init`, `clip_radius`,
-        `b1`, `debias` and, for the risk, `learning_rate` are read from it, the others are in the
-        state.
+      state: as in `posterior`; the leaves of several `IVONState` are counted together.
+      settings: the arguments that `ivon` was given, by name: `hess_init`, `clip_radius`, `b1`,
+        `debias` and, for the risk, `learning_rate` are read; the others are in the state.
       num_examples: N, the size of the training set, for the temperature N/λ.
       loss: the training loss, a mean per example averaged over posterior samples, for the ELBO.
       params: the loop's parameters, where the mean is not stored (`store_mean=False`).
@@ -73,26 +64,22 @@ def diagnostics(
         of |m|/σ (the element of rank ⌊(n−1)p/100⌋);
       * `hess/negative`: share of elements with h < 0 (their posterior is wider than the prior);
       * `hess/moved`: share of elements with |h−h₀| > 0.1 h₀;
-      * `update/clipped`: share of elements whose preconditioned step (ḡ+δm)/(h+δ), at the
-        current momentum and mean, is at the clip radius;
-      * `update/gain`: the largest (h₀+δ)/(h+δ), by which a step of the weight that has lost most of
-        its curvature is longer than at the start;
+      * `update/clipped`: share of elements whose step (ḡ+δm)/(h+δ) is at the clip radius;
+      * `update/gain`: the largest (h₀+δ)/(h+δ), the factor by which the weight that has lost the
+        most curvature takes longer steps than at the start;
       * `update/risk`, with `learning_rate`: ten times α·gain·c/(h₀+δ) over 2(1+β₁)/(1−β₁), the
-        bound above which a quadratic of curvature c diverges; above one, a quiet weight that
-        wakes up may set off a divergence. c is h₀+δ, or the 99th percentile of h+δ if that is
-        larger. Zero where a clip radius bounds the steps;
-      * `kl`: KL(q‖prior) in nats over the elements with a proper prior, and `kl/flat`, the
-        share of elements without one (δ = 0), which are left out of it;
+        bound above which a quadratic of curvature c diverges, with c the larger of h₀+δ and the
+        99th percentile of h+δ; above one, a quiet weight that wakes up may set off a divergence.
+        Zero where a clip radius bounds the steps;
+      * `kl`: KL(q‖prior) in nats, without the elements with a flat prior, of share `kl/flat`;
       * `temperature`: N/λ, with `num_examples`;
       * `elbo`: −λ·loss − KL in nats, and `elbo/per_example`, that over λ, with `loss`.
 
     Raises:
       TypeError: if `settings` has a key that is no argument of `ivon`.
-      ValueError: if `state` contains no `IVONState`, or several with different `ess`: look at
-        each by itself then.
+      ValueError: if `state` contains no `IVONState`, or several with different `ess`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import diagnostics, ivon
       >>> settings = dict(ess=100, hess_init=0.5, weight_decay=0.5)
       >>> state = ivon(0.1, **settings).init(jnp.ones(3))
@@ -104,52 +91,51 @@ def diagnostics(
     state = with_means(state, params)
     parts = find_states(state)
     _check_one_ess(parts)
-    means = [m for part in parts for m in jax.tree.leaves(part.mean)]
-    hess = [h for part in parts for h in jax.tree.leaves(part.hess)]
-    precisions = [p for part in parts for p in precision_leaves(part)]
-    steps = [u for part in parts for u in _directions(part, b1, debias)]
-    deltas = [prior.delta for part in parts for prior in leaf_priors(part)]
-    free = [~jnp.isinf(p) for p in precisions]
+    leaves = [leaf for part in parts for leaf in _leaves(part, b1, debias)]
     ess = parts[0].ess
+    number = sum(x.hess.size for x in leaves)
+    num_free = _total(x.free for x in leaves)
 
-    def share(flags: Iterable[jax.Array]) -> jax.Array:
-        return _total([x & f for x, f in zip(flags, free, strict=True)]) / jnp.maximum(
-            _total(free), 1
-        )
+    def share(flags: Callable[[_Leaf], jax.Array]) -> jax.Array:
+        return _total(flags(x) & x.free for x in leaves) / jnp.maximum(num_free, 1)
 
-    def percentiles(name: str, leaves: list[jax.Array], *, from_top: bool = False) -> dict:
+    def percentiles(name: str, values: list[jax.Array], *, from_top: bool = False) -> dict:
+        """Elements of the ranks ⌊(n−1)p/100⌋ among the n free ones, or counted from the top."""
         # At +inf, where the ranking of the free elements does not reach.
-        leaves = [jnp.where(f, x, jnp.inf) for x, f in zip(leaves, free, strict=True)]
-        return _percentiles(name, leaves, _total(free), from_top)
+        values = [jnp.where(leaf.free, x, jnp.inf) for leaf, x in zip(leaves, values, strict=True)]
+        ranks = jnp.floor((num_free - 1) * jnp.array(PERCENTILES, jnp.float32) / 100)
+        found = lower_quantiles(values, num_free - 1 - ranks if from_top else ranks)
+        return {f"{name}/p{p}": value for p, value in zip(PERCENTILES, found, strict=True)}
 
+    precisions = [x.precision for x in leaves]
+    # σ falls as the precision rises: its percentiles are those from the other end.
     sigma = percentiles("sigma", precisions, from_top=True)
-    gain = _largest_gain(parts, hess_init)
-    kl = kl_divergence(state, prior_gaussian(state)).astype(jnp.float32)
-    number = sum(x.size for x in hess)
-    broken = [~jnp.isfinite(m) | ~jnp.isfinite(h) for m, h in zip(means, hess, strict=True)]
+    gains = [_largest_gain(x, hess_init) for x in leaves]
+    gain = jnp.max(jnp.stack(gains)) if gains else jnp.ones([], jnp.float32)
+    kl = kl_divergence(state, prior_of(state)).astype(jnp.float32)
+    broken = _total(~jnp.isfinite(x.mean) | ~jnp.isfinite(x.hess) for x in leaves)
     numbers = {
         "step": jnp.max(jnp.stack([part.count for part in parts])),
         "num_parameters": number,
         "ess": ess,
-        "fixed": 1 - _total(free) / max(number, 1),
-        "nonfinite": _total(broken) / max(number, 1),
-        **percentiles("hess", hess),
-        # σ falls as the precision rises: its percentiles are those from the other end.
+        "fixed": 1 - num_free / max(number, 1),
+        "nonfinite": broken / max(number, 1),
+        **percentiles("hess", [x.hess for x in leaves]),
         **{name: jax.lax.rsqrt(x) for name, x in sigma.items()},
-        **percentiles("signal_to_noise", ratio_leaves(means, precisions)),
-        "hess/negative": share(h < 0 for h in hess),
-        "hess/moved": share(_differs(h, hess_init) for h in hess),
-        "update/clipped": share(jnp.abs(u) >= jnp.asarray(clip_radius, u.dtype) for u in steps),
+        **percentiles("signal_to_noise", ratio_leaves([x.mean for x in leaves], precisions)),
+        "hess/negative": share(lambda x: x.hess < 0),
+        "hess/moved": share(lambda x: _differs(x.hess, hess_init)),
+        "update/clipped": share(
+            lambda x: jnp.abs(x.step) >= jnp.asarray(clip_radius, x.step.dtype)
+        ),
         "update/gain": gain,
         "kl": kl,
-        "kl/flat": share(
-            jnp.broadcast_to(d == 0, h.shape) for d, h in zip(deltas, hess, strict=True)
-        ),
+        "kl/flat": share(lambda x: jnp.broadcast_to(x.delta == 0, x.hess.shape)),
     }
     if "learning_rate" in settings:
         rate: Any = settings["learning_rate"]
         rate = rate(parts[0].count) if callable(rate) else rate
-        delta = jnp.min(jnp.stack([jnp.min(d) for d in deltas])) if deltas else 0.0
+        delta = jnp.min(jnp.stack([jnp.min(x.delta) for x in leaves])) if leaves else 0.0
         busy = jnp.maximum((numbers["hess/p99"] + delta) / (hess_init + delta), 1)
         risk = MARGIN * rate * gain * busy * (1 - b1) / (2 * (1 + b1))
         numbers["update/risk"] = jnp.where(jnp.isinf(jnp.asarray(clip_radius)), risk, 0.0)
@@ -185,15 +171,13 @@ def learning_status(
 
     Args:
       state: as in `diagnostics`.
-      settings: as in `diagnostics`.
+      settings: as in `diagnostics`; with the `learning_rate` divergence is warned of.
       params: as in `diagnostics`.
 
     Returns:
-      A `Status(kind, message)`. It warns of divergence by `update/risk`, for which `settings` must
-      name the `learning_rate`.
+      A `Status(kind, message)`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, learning_status
       >>> settings = dict(ess=100, hess_init=0.5)
       >>> print(learning_status(ivon(0.1, **settings).init(jnp.ones(3)), settings))
@@ -207,13 +191,14 @@ def learning_status(
             "not finite. Start again with a smaller learning rate, a larger hess_init or a "
             "clip_radius.",
         )
+    signal = numbers["signal_to_noise/p50"]
+    if not numbers["step"] and signal < 0.5:
+        return Status(
+            "at risk",
+            f"the samples are mostly noise before the first step (median |m|/σ {signal:.2g}): "
+            "raise hess_init or ess.",
+        )
     if not numbers["step"]:
-        if numbers["signal_to_noise/p50"] < 0.5:
-            return Status(
-                "at risk",
-                "the samples are mostly noise before the first step (median |m|/σ "
-                f"{numbers['signal_to_noise/p50']:.2g}): raise hess_init or ess.",
-            )
         return Status("no", "no step has been taken.")
     if numbers["fixed"] == 1 or not numbers["num_parameters"]:
         return Status("no", "there is no free element to learn.")
@@ -224,9 +209,7 @@ def learning_status(
         f"more than {100 * MOVED:.0f} % of h₀ (median h/h₀ {median:.3g})"
     )
     if median > EXPLODED:
-        return Status(
-            "no", f"h has exploded: {found}. Raise hess_init, or lower the learning rate."
-        )
+        return Status("no", f"h has exploded: {found}. Raise hess_init, or lower the rate.")
     if numbers.get("update/risk", 0.0) > 1:
         return Status(
             "at risk",
@@ -244,7 +227,7 @@ def learning_status(
         )
     return Status(
         "yes",
-        f"{found}; median |m|/σ is {numbers['signal_to_noise/p50']:.3g}, and "
+        f"{found}; median |m|/σ is {signal:.3g}, and "
         f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped.",
     )
 
@@ -269,44 +252,36 @@ def _check_one_ess(parts: list[IVONState]) -> None:
         )
 
 
-def _directions(state: IVONState, b1: Number, debias: bool) -> list[jax.Array]:
-    """The preconditioned step of each leaf; zero before the first, and where δ is infinite."""
+class _Leaf(NamedTuple):
+    """One leaf of the posterior: `step` is (ḡ+δm)/(h+δ), `free` what no prior fixes."""
+
+    mean: jax.Array
+    hess: jax.Array
+    precision: jax.Array
+    delta: jax.Array
+    step: jax.Array
+    free: jax.Array
+
+
+def _leaves(state: IVONState, b1: Number, debias: bool) -> list[_Leaf]:
     count = jnp.maximum(state.count, 1)
 
-    def leaf(m: jax.Array, h: jax.Array, g: jax.Array, prior: LeafPrior) -> jax.Array:
+    def leaf(m: jax.Array, h: jax.Array, g: jax.Array, p: jax.Array, prior: LeafPrior) -> _Leaf:
         g = g.astype(m.dtype)
         step = direction(m, h, debiased(b1, count, g) if debias else g, prior)
-        return jnp.where(state.count == 0, 0, prior.where_fixed(0, step))
+        step = jnp.where(state.count == 0, 0, prior.where_fixed(0, step))
+        return _Leaf(m, h, p, prior.delta, step, ~jnp.isinf(p))
 
-    trees = (state.mean, state.hess, state.momentum)
-    return list(map(leaf, *map(jax.tree.leaves, trees), leaf_priors(state)))
+    trees = map(jax.tree.leaves, (state.mean, state.hess, state.momentum))
+    return list(map(leaf, *trees, precision_leaves(state), leaf_priors(state)))
 
 
-def _largest_gain(parts: list[IVONState], hess_init: Number) -> jax.Array:
+def _largest_gain(leaf: _Leaf, hess_init: Number) -> jax.Array:
     """max (h₀+δ)/(h+δ) over elements with a finite δ."""
-
-    def gain(h: Any, delta: Any) -> jax.Array:
-        delta = delta.astype(h.dtype)
-        start = jnp.asarray(hess_init, h.dtype) + delta
-        return jnp.max(jnp.where(jnp.isinf(delta), 1, start / (h + delta)), initial=1).astype(
-            jnp.float32
-        )
-
-    leaves = [
-        gain(h, prior.delta)
-        for part in parts
-        for h, prior in zip(jax.tree.leaves(part.hess), leaf_priors(part), strict=True)
-    ]
-    return jnp.max(jnp.stack(leaves)) if leaves else jnp.ones([], jnp.float32)
-
-
-def _percentiles(
-    name: str, leaves: list[jax.Array], count: jax.Array, from_top: bool
-) -> dict[str, jax.Array]:
-    """Elements of the ranks ⌊(n−1)p/100⌋ among the `count` smallest; those from the top of them."""
-    ranks = jnp.floor((count - 1) * jnp.array(PERCENTILES, jnp.float32) / 100)
-    values = lower_quantiles(leaves, count - 1 - ranks if from_top else ranks)
-    return {f"{name}/p{p}": value for p, value in zip(PERCENTILES, values, strict=True)}
+    delta = leaf.delta.astype(leaf.hess.dtype)
+    start = jnp.asarray(hess_init, delta.dtype) + delta
+    gains = jnp.where(jnp.isinf(delta), 1, start / (leaf.hess + delta))
+    return jnp.max(gains, initial=1).astype(jnp.float32)
 
 
 def _differs(h: jax.Array, hess_init: Number) -> jax.Array:
@@ -314,5 +289,5 @@ def _differs(h: jax.Array, hess_init: Number) -> jax.Array:
     return jnp.abs(h - start) > MOVED * start
 
 
-def _total(flags: list[jax.Array]) -> jax.Array:
+def _total(flags: Iterable[jax.Array]) -> jax.Array:
     return sum((jnp.sum(x).astype(jnp.float32) for x in flags), jnp.zeros([], jnp.float32))

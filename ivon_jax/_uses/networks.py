@@ -12,11 +12,7 @@ from ivon_jax._core.trees import PyTree, wide_dtype
 
 
 def num_examples(inputs: PyTree) -> int:
-    """The common length of the leading axes.
-
-    Raises:
-      ValueError: if there is none.
-    """
+    """The common length of the leading axes."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(inputs)]
     lengths = {shape[0] for shape in shapes if shape}
     if len(lengths) != 1 or () in shapes:
@@ -112,9 +108,8 @@ def gaussian_head(
         out = apply_fn(params, *inputs)
         if isinstance(out, tuple | list) == (noise_variance is not None):
             raise ValueError(
-                "apply_fn must return a pair (mean, variance), or the mean alone with "
-                f"noise_variance given; got {type(out).__name__} with noise_variance="
-                f"{noise_variance}."
+                "apply_fn must return a pair (mean, variance), or the mean if noise_variance is "
+                f"given; got {type(out).__name__} with noise_variance={noise_variance}."
             )
         mean, variance = (out, noise_variance) if noise_variance is not None else out
         check_floating_output("a Gaussian head", mean)

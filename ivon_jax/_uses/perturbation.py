@@ -2,8 +2,8 @@
 
 By the memory-perturbation equation, removing example i moves its output by about v_i e_i, where
 v_i = J_i V J_iᵀ is the variance of the output under the posterior and e_i = ∂ℓ_i/∂f the prediction
-error (p − y for cross-entropy, (f − y)/s² for a Gaussian likelihood). V must be the posterior of
-plain Bayes, λ = N: after training with another λ pass `posterior(state, temperature=λ/N)`.
+error (p − y for cross-entropy, (f − y)/s² for a Gaussian likelihood). V must be Bayes' posterior,
+λ = N: after training with another λ pass `posterior(state, temperature=λ/N)`.
 
 References: Nickl et al., The Memory-Perturbation Equation, `arXiv:2310.19273
 <https://arxiv.org/abs/2310.19273>`_.
@@ -50,21 +50,19 @@ def sensitivity(
     Args:
       apply_fn: `apply_fn(params, *inputs)` maps a batch (examples on the leading axis) to
         outputs of shape (N, *out). It is called with one example at a time.
-      loss_fn: `loss_fn(output, target)`, the negative log-likelihood ℓ of one example as a
-        scalar, such as `optax.softmax_cross_entropy_with_integer_labels`.
+      loss_fn: `loss_fn(output, target)`, the negative log-likelihood ℓ of one example, such as
+        `optax.softmax_cross_entropy_with_integer_labels`.
       diagonal: whether covariances between the outputs of an example are left out of v_i.
-      data_batch_size: number of examples worked on at a time, as in `jax.lax.map`; one by default.
+      data_batch_size: number of examples worked on at a time; one by default.
 
     Returns:
-      `f(state, *inputs, targets, params=None) -> Sensitivity`, at any time in training;
-      `state` (also a `Posterior`) and `params` as in `sample_params`.
+      `f(state, *inputs, targets, params=None) -> Sensitivity`, with `state` and `params` as in
+      `sample_params`.
 
     Raises:
-      ValueError: when called, if inputs and targets have no common leading axis, or the loss is
-        not a scalar.
+      ValueError: when called, if inputs and targets differ in length, or the loss is no scalar.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, posterior, sensitivity
       >>> state = ivon(0.1, ess=10, weight_decay=0.0).init(jnp.ones(2))
       >>> squared_error = lambda f, y: 0.5 * (f - y) ** 2
@@ -119,14 +117,11 @@ def leave_one_out(
       data_batch_size: as in `sensitivity`.
 
     Returns:
-      `f(state, *inputs, targets, params=None) -> LeaveOneOut`. With `second_order` an
-      example is NaN whose removal would leave no proper posterior (the leverage of v_i H_i is
-      1 or more): the posterior is then too wide for the estimate. A learned diagonal V can be that
-      wide for single examples, and the mean over examples is NaN with them: with IVON's V the
-      first order is the safer choice.
+      `f(state, *inputs, targets, params=None) -> LeaveOneOut`. With `second_order` an example is
+      NaN whose removal would leave no proper posterior (the leverage of v_i H_i is 1 or more).
+      IVON's V can be that wide for single examples: the first order is then the safer choice.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import Posterior, leave_one_out
       >>> squared_error = lambda f, y: 0.5 * (f - y) ** 2
       >>> f = leave_one_out(lambda w, x: x @ w, squared_error, second_order=True)
@@ -176,10 +171,8 @@ def _map_examples(
             def loss(output: jax.Array) -> jax.Array:
                 value = loss_fn(output, target)
                 if jnp.shape(value):
-                    raise ValueError(
-                        "loss_fn must return the loss of one example, a scalar, for an output of "
-                        f"shape {output.shape}; got shape {jnp.shape(value)}."
-                    )
+                    shapes = f"shape {jnp.shape(value)} for an output of shape {output.shape}"
+                    raise ValueError(f"loss_fn must return a scalar, of one example; got {shapes}.")
                 return value
 
             return finish(loss, *outputs(*inputs))

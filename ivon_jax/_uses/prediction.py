@@ -32,7 +32,6 @@ def predict_at_mean(
       `f(state, *inputs, params=None) -> outputs`; `state` and `params` as in `sample_params`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import ivon, predict_at_mean
       >>> state = ivon(0.1, ess=100).init(jnp.ones(2))
       >>> predict_at_mean(lambda w, x: x @ w)(state, jnp.eye(2))
@@ -59,8 +58,7 @@ def predict_samples(
     Args:
       apply_fn: `apply_fn(params, *inputs)`.
       num_samples: number of posterior samples S.
-      sample_batch_size: number of samples evaluated at a time by `jax.vmap`; one after another by
-        default.
+      sample_batch_size: number of samples evaluated at a time by `jax.vmap`; one by default.
       data_batch_size: number of examples evaluated at a time; all by default.
 
     Returns:
@@ -69,19 +67,18 @@ def predict_samples(
       batch size, and for every function in this module.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> from ivon_jax import ivon, predict_samples
       >>> state = ivon(0.1, ess=100).init(jnp.ones(2))
       >>> f = jax.jit(predict_samples(lambda w, x: x @ w, num_samples=8))
       >>> f(jax.random.key(0), state, jnp.eye(2)).shape
       (8, 2)
     """
-    draws = _Draws(apply_fn, num_samples, sample_batch_size, data_batch_size)
+    prepare = _sampled(apply_fn, num_samples, sample_batch_size, data_batch_size)
 
     def at_samples(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
     ) -> PyTree:
-        keys, at_key = draws.prepare(key, state, inputs, params)
+        keys, at_key = prepare(key, state, inputs, params)
         return jax.lax.map(at_key, keys, batch_size=sample_batch_size)
 
     return at_samples
@@ -98,20 +95,19 @@ def predict_log_probs(
     """Class probabilities averaged over the posterior, as logarithms.
 
     log p(y|x) = logsumexp_s log_softmax f(x; θ_s) − log S: probabilities are averaged, not
-    logits. Samples are added up one group after another, so that memory does not grow with S.
+    logits. Memory does not grow with S.
 
     Args:
       apply_fn: `apply_fn(params, *inputs)` returns logits (..., K).
-      num_samples: number of posterior samples S.
-      sample_batch_size: number of samples evaluated at a time; one by default.
-      data_batch_size: number of examples evaluated at a time; all by default.
+      num_samples: as in `predict_samples`.
+      sample_batch_size: as in `predict_samples`.
+      data_batch_size: as in `predict_samples`.
 
     Returns:
       `f(key, state, *inputs, params=None) -> log_probs` of shape (..., K), at least float32;
       arguments as in `predict_samples`.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> from ivon_jax import ivon, predict_log_probs
       >>> state = ivon(0.1, ess=100).init(jnp.ones((2, 3)))
       >>> f = jax.jit(predict_log_probs(lambda w, x: x @ w, num_samples=8))
@@ -119,12 +115,12 @@ def predict_log_probs(
       >>> bool(jnp.allclose(jnp.exp(log_probs).sum(-1), 1.0))
       True
     """
-    draws = _Draws(class_log_probs(apply_fn), num_samples, sample_batch_size, data_batch_size)
+    prepare = _sampled(class_log_probs(apply_fn), num_samples, sample_batch_size, data_batch_size)
 
     def averaged(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
     ) -> jax.Array:
-        keys, at_key = draws.prepare(key, state, inputs, params)
+        keys, at_key = prepare(key, state, inputs, params)
         at_keys = one_or_many(at_key)
         total, _ = fold_in_groups(
             lambda keys: (jax.nn.logsumexp(at_keys(keys), axis=0), None),
@@ -166,32 +162,28 @@ def predict_moments(
     Args:
       apply_fn: `apply_fn(params, *inputs)` returns the means μ, or a pair (μ, σ²).
       num_samples: number of posterior samples S.
-      noise_variance: σ² of the observations, if `apply_fn` returns the means only; of a
-        shape that broadcasts to μ's.
-      sample_batch_size: number of samples evaluated at a time; one by default.
-      data_batch_size: number of examples evaluated at a time; all by default.
+      noise_variance: σ² of the observations, which broadcasts to μ, if `apply_fn` returns μ only.
+      sample_batch_size: as in `predict_samples`.
+      data_batch_size: as in `predict_samples`.
 
     Returns:
       `f(key, state, *inputs, params=None) -> Moments`; arguments as in `predict_samples`.
       The variance is NaN where a σ² is negative.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> from ivon_jax import ivon, predict_moments
       >>> state = ivon(0.1, ess=100, weight_decay=0.0).init(jnp.ones(2))  # σ = 0.1
       >>> f = predict_moments(lambda w, x: x @ w, num_samples=1000, noise_variance=1.0)
       >>> print(f(jax.random.key(0), state, jnp.eye(2)).variance.round(2))
       [1.01 1.01]
     """
-    draws = _Draws(
-        gaussian_head(apply_fn, noise_variance), num_samples, sample_batch_size, data_batch_size
-    )
+    head = gaussian_head(apply_fn, noise_variance)
+    prepare = _sampled(head, num_samples, sample_batch_size, data_batch_size)
 
     def moments(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
     ) -> Moments:
-        keys, at_key = draws.prepare(key, state, inputs, params)
-
+        keys, at_key = prepare(key, state, inputs, params)
         at_keys = one_or_many(at_key)
 
         def group(keys: jax.Array) -> Any:
@@ -202,8 +194,7 @@ def predict_moments(
             count = jnp.full_like(mean, len(means))
             return (count, mean, squares, jnp.sum(variances, axis=0)), None
 
-        pooled, _ = fold_in_groups(group, _pool, keys, sample_batch_size)
-        count, mean, squares, noise = pooled
+        (count, mean, squares, noise), _ = fold_in_groups(group, _pool, keys, sample_batch_size)
         return Moments(mean, (noise + squares) / count, squares / count)
 
     return moments
@@ -224,27 +215,22 @@ def predict_draws(
       apply_fn: as in `predict_moments`.
       num_samples: number of posterior samples S, with one draw of y from each.
       noise_variance: as in `predict_moments`.
-      sample_batch_size: number of samples evaluated at a time; one by default.
-      data_batch_size: number of examples evaluated at a time; all by default.
+      sample_batch_size: as in `predict_samples`.
+      data_batch_size: as in `predict_samples`.
 
     Returns:
       `f(key, state, *inputs, params=None) -> y` with the draws on a new axis 0; arguments as
       in `predict_samples`.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> from ivon_jax import ivon, predict_draws
       >>> state = ivon(0.1, ess=100).init(jnp.ones(2))
       >>> f = predict_draws(lambda w, x: x @ w, num_samples=8, noise_variance=1.0)
       >>> f(jax.random.key(0), state, jnp.eye(2)).shape
       (8, 2)
     """
-    heads = predict_samples(
-        gaussian_head(apply_fn, noise_variance),
-        num_samples,
-        sample_batch_size=sample_batch_size,
-        data_batch_size=data_batch_size,
-    )
+    sizes = {"sample_batch_size": sample_batch_size, "data_batch_size": data_batch_size}
+    heads = predict_samples(gaussian_head(apply_fn, noise_variance), num_samples, **sizes)
 
     def drawn(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
@@ -262,28 +248,25 @@ def predict_draws(
     return drawn
 
 
-class _Draws:
-    """The keys of S samples, and the outputs of the network at the sample of one key."""
+def _sampled(
+    apply_fn: Callable[..., PyTree],
+    num_samples: int,
+    sample_batch_size: int | None,
+    data_batch_size: int | None,
+) -> Callable[..., tuple[jax.Array, Callable[[jax.Array], PyTree]]]:
+    """Of a posterior and inputs: the keys of S samples, and the outputs at the sample of a key."""
+    check_positive("num_samples", num_samples)
+    if sample_batch_size is not None:
+        check_positive("sample_batch_size", sample_batch_size)
+    apply = apply_in_batches(apply_fn, data_batch_size)
 
-    def __init__(
-        self,
-        apply_fn: Callable[..., PyTree],
-        num_samples: int,
-        sample_batch_size: int | None,
-        data_batch_size: int | None,
-    ):
-        self._num_samples = check_positive("num_samples", num_samples)
-        if sample_batch_size is not None:
-            check_positive("sample_batch_size", sample_batch_size)
-        self._apply = apply_in_batches(apply_fn, data_batch_size)
-
-    def prepare(
-        self, key: jax.Array, state: PyTree, inputs: tuple[PyTree, ...], params: PyTree | None
-    ) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
+    def prepare(key: jax.Array, state: PyTree, inputs: tuple[PyTree, ...], params: PyTree) -> Any:
         q = PosteriorNoise(gaussian(state, params), params)
         with jax.threefry_partitionable(True):
-            keys = jax.random.split(threefry_key(key), self._num_samples)
-        return keys, lambda k: self._apply(q.displaced(q.draw(k)), *inputs)
+            keys = jax.random.split(threefry_key(key), num_samples)
+        return keys, lambda k: apply(q.displaced(q.draw(k)), *inputs)
+
+    return prepare
 
 
 def _pool(a: Any, b: Any) -> Any:

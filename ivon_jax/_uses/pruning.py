@@ -18,7 +18,6 @@ def signal_to_noise(state: PyTree) -> PyTree:
       A tree like the posterior's mean.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import Posterior, signal_to_noise
       >>> print(signal_to_noise(Posterior(jnp.array([3.0, -1.0]), jnp.array([4.0, 1.0]))))
       [6. 1.]
@@ -43,15 +42,13 @@ def prune(
       threshold: alternatively, prune where |m|/σ is below this number.
 
     Returns:
-      The `Posterior` with mean 0 and precision +inf at pruned weights (prediction, sampling and
-      `ivon(prior=...)` all leave such weights at zero), and a tree of bools: False where this
-      call has pruned.
+      The `Posterior` with mean 0 and precision +inf at pruned weights (which prediction, sampling
+      and `ivon(prior=...)` leave at zero), and a tree of bools: False where this call has pruned.
 
     Raises:
       ValueError: if not exactly one of `fraction` and `threshold` is given, or it is out of range.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from ivon_jax import Posterior, prune
       >>> pruned, kept = prune(Posterior(jnp.array([3.0, -1.0]), jnp.ones(2)), fraction=0.5)
       >>> pruned.mean, kept
@@ -96,12 +93,8 @@ def lower_quantiles(leaves: list[jax.Array], ranks: jax.Array) -> jax.Array:
     Bisection over the bit patterns of float32, which are ordered like the numbers: 33 passes, each
     a sum over every leaf that runs where the leaf is stored.
 
-    Args:
-      leaves: arrays without NaN; compared in float32.
-      ranks: (R,) ranks from 0, in float32 (exact up to 2²⁴ elements, then to 1 part in 10⁷).
-
-    Returns:
-      (R,) float32: for each rank r the smallest element with more than r elements at or below it.
+    For each rank r, from 0 and in float32 (exact up to 2²⁴ elements, then to 1 part in 10⁷), that
+    is the smallest element, in float32, with more than r elements at or below it.
     """
 
     def count(x: jax.Array, bounds: jax.Array) -> jax.Array:

@@ -22,14 +22,13 @@ def save(
 ) -> None:
     """Writes a posterior to a safetensors file.
 
-    The tensors are named `mean.<path>` and `precision.<path>`, where the path joins the keys of the
-    tree with dots, as in `mean.layer.kernel`. The file replaces an older one only when it is
-    complete. (For continuing training save the optimizer's state, with Orbax for example.)
+    The tensors are named by the keys of the tree, as in `mean.layer.kernel`. The file replaces an
+    older one only when complete. (To resume training save the optimizer's state, as with Orbax.)
 
     Args:
       path: the file, usually `*.safetensors`.
-      state: a `Posterior`, or an optax or `flax.nnx` state. Leaves that IVON does not own are
-        left out: for a whole model save `posterior(state, params)`.
+      state: a `Posterior`, or an optax or `flax.nnx` state, of which only leaves that IVON owns are
+        saved: for a whole model pass `posterior(state, params)`.
       metadata: strings to store beside it, such as the data set and the code's version.
 
     Raises:
@@ -39,7 +38,7 @@ def save(
       ValueError: if two leaves would have the same name, or `metadata` the reserved key.
 
     Example:
-      >>> import tempfile, jax.numpy as jnp
+      >>> import tempfile
       >>> from ivon_jax import Posterior, load, save
       >>> q = Posterior({"w": jnp.ones(2)}, {"w": jnp.full(2, 4.0)})
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -57,8 +56,7 @@ def save(
     tensors: dict[str, np.ndarray] = {}
     names: dict[str, list[str]] = {}
     for part in Posterior._fields:
-        for keys, leaf in _flat(getattr(q, part)):
-            name = ".".join([part, *keys])
+        for name, keys, leaf in _named(part, getattr(q, part)):
             if name in tensors:
                 raise ValueError(f"two leaves would be called {name!r}: rename one of their keys.")
             # safetensors would write the memory of a transposed view as it lies there.
@@ -84,9 +82,8 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> Posterior:
 
     Args:
       path: the file.
-      like: a tree of the structure that mean and precision shall have, such as the parameters
-        (arrays or `jax.ShapeDtypeStruct`s); shapes are checked against it. By default nested
-        dictionaries whose keys are strings.
+      like: a tree of the structure and shapes wanted, such as the parameters (arrays or
+        `jax.ShapeDtypeStruct`s); by default nested dictionaries with string keys.
 
     Returns:
       The `Posterior`, in the dtypes in which it was saved.
@@ -95,8 +92,6 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> Posterior:
       ImportError: if safetensors is not installed.
       FileNotFoundError: if there is no such file.
       ValueError: if the file is damaged, was not written by `save`, or does not fit `like`.
-
-    Example: see `save`.
     """
     safetensors = _safetensors()
     from safetensors import SafetensorError, safe_open
@@ -109,9 +104,7 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> Posterior:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     stored = json.loads(metadata.get("ivon_jax", "{}"))
     if stored.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} was not written by ivon_jax.save (its metadata has no format {FORMAT!r})."
-        )
+        raise ValueError(f"{path} was not written by ivon_jax.save (no format {FORMAT!r}).")
     arrays = {name: _exact(name, tensor) for name, tensor in tensors.items()}
     if like is not None:
         return Posterior(*(_shaped(part, arrays, like) for part in Posterior._fields))
@@ -123,6 +116,9 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
     Args:
       path: the file.
+
+    Returns:
+      A dictionary of strings.
 
     Raises:
       ImportError: if safetensors is not installed.
@@ -149,23 +145,15 @@ def _safetensors() -> Any:
     try:
         import safetensors.numpy
     except ModuleNotFoundError as error:
-        raise ImportError(
-            "saving a posterior needs safetensors: pip install safetensors"
-        ) from error
+        raise ImportError("a saved posterior needs safetensors: pip install safetensors") from error
     return safetensors.numpy
 
 
-def _flat(tree: PyTree) -> list[tuple[list[str], Any]]:
-    """The keys and the value of each leaf."""
+def _named(part: str, tree: PyTree) -> list[tuple[str, list[str], Any]]:
+    """The name, the keys and the value of each leaf."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(without_nnx(tree))
-    return [([_key(entry) for entry in path], leaf) for path, leaf in leaves]
-
-
-def _key(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
+    keys = [[jax.tree_util.keystr((key,), simple=True) for key in path] for path, _ in leaves]
+    return [(".".join([part, *k]), k, leaf) for k, (_, leaf) in zip(keys, leaves, strict=True)]
 
 
 def _exact(name: str, tensor: np.ndarray) -> jax.Array:
@@ -179,32 +167,28 @@ def _exact(name: str, tensor: np.ndarray) -> jax.Array:
 
 
 def _shaped(part: str, arrays: dict[str, jax.Array], like: PyTree) -> PyTree:
-    leaves, treedef = jax.tree.flatten(without_nnx(like))
-    names = [".".join([part, *keys]) for keys, _ in _flat(like)]
+    leaves = _named(part, like)
+    names = [name for name, _, _ in leaves]
     missing = [name for name in names if name not in arrays]
-    extra = [x for x in arrays if x.startswith(f"{part}.") or x == part if x not in names]
+    extra = [x for x in arrays if x.split(".")[0] == part and x not in names]
     if missing or extra:
         lacks = f"it lacks {missing[0]}" if missing else f"it also has {extra[0]}"
         raise ValueError(f"the file does not fit the tree: {lacks}.")
-    for name, leaf in zip(names, leaves, strict=True):
+    for name, _, leaf in leaves:
         if arrays[name].shape != jnp.shape(leaf):
-            raise ValueError(
-                f"{name} has shape {arrays[name].shape} in the file, but {jnp.shape(leaf)} is "
-                "expected."
-            )
-    return treedef.unflatten([arrays[name] for name in names])
+            has, wants = arrays[name].shape, jnp.shape(leaf)
+            raise ValueError(f"{name} has shape {has} in the file, but {wants} is expected.")
+    return jax.tree.structure(without_nnx(like)).unflatten([arrays[name] for name in names])
 
 
 def _nested(part: str, arrays: dict[str, jax.Array], paths: dict[str, list[str]]) -> PyTree:
     tree: dict[str, Any] = {}
-    for name, array in arrays.items():
-        if name == part:
-            return array
-        if not name.startswith(f"{part}."):
-            continue
+    for name in (x for x in arrays if x.split(".")[0] == part):
+        if not paths[name]:
+            return arrays[name]
         *outer, last = paths[name]
         node = tree
         for key in outer:
             node = node.setdefault(key, {})
-        node[last] = array
+        node[last] = arrays[name]
     return tree

@@ -1,36 +1,37 @@
 """The comparison with PyTorch as a user runs it, with the smallest settings, or without PyTorch."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("flax", reason='the benchmarks need: pip install -e ".[examples]"')
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "implementations.py"
-SMALL = ("--seeds", 2, "--epochs", 2, "--samples", 2, "--repetitions", 2)
+from benchmarks.evidence.implementations import main as implementations
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "implementations.jsonl"
+SMALL = ("--seeds", "2", "--epochs", "2", "--samples", "2", "--repetitions", "2")
 PYTORCH = all(importlib.util.find_spec(name) for name in ("torch", "ivon"))
-
-
-def run(*arguments, folder):
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+ROWS = ("IVON, cosine: NLL, samples", "AdamW, constant rate: NLL", "PyTorch AdamW")
 
 
 @pytest.mark.skipif(PYTORCH, reason="PyTorch and ivon-opt are there")
 def test_without_pytorch_it_says_what_to_install(tmp_path):
-    done = run(folder=tmp_path)
-    assert done.returncode != 0
-    assert "not installed; run: pip install" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    with pytest.raises(SystemExit, match="not installed; run: pip install"):
+        implementations.main(["--results", str(tmp_path / "r.jsonl")])
+
+
+def test_a_report_needs_the_results_alone(tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    path.write_text(RESULTS.read_text())
+    implementations.main(["--results", str(path), "--report"])
+    out = capsys.readouterr().out
+    assert all(row in out for row in ROWS) and "different" not in out
 
 
 @pytest.mark.oracle
 @pytest.mark.skipif(not PYTORCH, reason='needs PyTorch: pip install -e ".[oracle]"')
-def test_both_sides_train_and_are_compared(tmp_path):
-    done = run(*SMALL, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for row in ("IVON, cosine: NLL, samples", "AdamW, constant rate: NLL", "PyTorch AdamW"):
-        assert row in done.stdout
+def test_both_sides_train_and_are_compared(tmp_path, capsys):
+    implementations.main([*SMALL, "--results", str(tmp_path / "r.jsonl")])
+    out = capsys.readouterr().out
+    assert all(row in out for row in ROWS)

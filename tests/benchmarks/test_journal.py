@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason='the benchmarks need: pip install -e ".[examples]"')
 
-from benchmarks._shared.journal import Journal, read_journal, results_path, write_tables
+from benchmarks._shared.journal import Evidence, Journal, parse, read_journal, write_tables
 
 
 def counted(calls):
@@ -58,5 +58,5 @@ def test_files_that_are_none_of_ours_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="line 1, is not a record"):
         Journal(other)
     for name in ("results.json", "no/such/folder.jsonl"):
-        with pytest.raises(Exception, match=r"not a \.jsonl file in an existing folder"):
-            results_path(str(tmp_path / name))
+        with pytest.raises(SystemExit, match=r"not a \.jsonl file in an existing folder"):
+            parse(Evidence, None, ["--results", str(tmp_path / name)])

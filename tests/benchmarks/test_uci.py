@@ -1,11 +1,5 @@
 """The UCI benchmark as a user runs it, and its parts against closed forms."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +7,17 @@ import pytest
 
 pytest.importorskip("matplotlib", reason='the benchmarks need: pip install -e ".[examples]"')
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks._shared.journal import Journal
+from benchmarks.evidence.uci import main as uci
+from benchmarks.evidence.uci import methods
+from benchmarks.evidence.uci.data import hold_out, standardise
+
+
+@pytest.fixture(autouse=True)
+def as_a_script():
+    """The benchmarks are users' code: broadcasting and promotion as jax does them by default."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def write_set(folder, rows=60, splits=2):
@@ -30,25 +34,24 @@ def write_set(folder, rows=60, splits=2):
         np.savetxt(folder / f"index_test_{k}.txt", order[: rows // 10])
 
 
-def run(*arguments, folder):
-    command = [sys.executable, "-W", "error", BENCHMARKS / "uci.py", *map(str, arguments)]
-    env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # what is computed stays the same
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=env)
-
-
-def test_a_set_in_the_standard_layout_gives_a_table_and_is_not_computed_twice(tmp_path):
+def test_a_set_in_the_standard_layout_gives_a_table_and_is_not_computed_twice(
+    tmp_path, monkeypatch, capsys
+):
     write_set(tmp_path / "toy")
-    options = ("--data-dir", tmp_path, "--dataset", "toy", "--steps", 20)
-    done = run(*options, "--methods", "adamw", "ivon", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "IVON, 100 samples" in done.stdout and "over AdamW" in done.stdout
-    records = [json.loads(line) for line in (tmp_path / "uci.jsonl").read_text().splitlines()]
-    results = [r["result"] for r in records if "run" in r]
+    monkeypatch.setattr(methods, "SAMPLES", 4)
+    path = tmp_path / "uci.jsonl"
+    options = ["--data", str(tmp_path / "toy"), "--results", str(path), "--steps", "20"]
+    uci.main([*options, "--methods", "adamw", "ivon"])
+    out = capsys.readouterr().out
+    assert "IVON, 100 samples" in out and "over AdamW" in out
+    results = [x for _, x in Journal(path).select(dataset="toy")]
     assert len(results) == 4
     assert all(np.isfinite(r["log_likelihood"]) and len(r["held_out"]) == 24 for r in results)
     assert all(0 < r["rmse"] < 20 for r in results)  # in units of the target
-    again = run("--report", folder=tmp_path)
-    assert again.returncode == 0 and "over AdamW" in again.stdout, again.stderr
+    monkeypatch.setattr(uci, "evaluate", lambda *_: pytest.fail("it is there"))
+    uci.main([*options, "--methods", "adamw", "ivon"])
+    uci.main(["--results", str(path), "--report"])
+    assert capsys.readouterr().out.count("over AdamW") == 2 * out.count("over AdamW")
 
 
 @pytest.mark.parametrize("damage", ["nothing there", "a word", "overlap", "index"])
@@ -62,32 +65,25 @@ def test_damaged_data_are_a_message_and_not_a_traceback(damage, tmp_path):
         (folder / "index_test_0.txt").write_text((folder / "index_train_0.txt").read_text())
     if damage == "index":
         (folder / "index_target.txt").write_text("7\n")
-    done = run("--data-dir", tmp_path, "--dataset", "toy", folder=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "toy" in done.stderr
+    with pytest.raises(SystemExit, match="toy"):
+        uci.main(["--data", str(folder), "--results", str(tmp_path / "uci.jsonl")])
 
 
 def test_the_likelihood_is_that_of_the_mixture_and_the_noise_the_best_one():
-    from benchmarks.evidence.uci.methods import NOISE_LEVELS, best_noise, log_likelihood
-
     rng = np.random.default_rng(0)
     predicted, y = rng.standard_normal((7, 50)), rng.standard_normal(50)
     densities = np.exp(-0.5 * ((predicted - y) / 0.4) ** 2) / (0.4 * np.sqrt(2 * np.pi))
     expected = np.log(densities.mean(axis=0)).mean()
-    with jax.numpy_rank_promotion("allow"):
-        got = log_likelihood(jnp.asarray(predicted, "float32"), jnp.asarray(y, "float32"), 0.4)
+    got = methods.log_likelihood(*(jnp.asarray(x, "float32") for x in (predicted, y, 0.4)))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     # Of one prediction the best s² is the mean square.
     residual = np.float32(0.3) * rng.standard_normal(4000).astype("float32")
-    with jax.numpy_rank_promotion("allow"):
-        noise, _ = best_noise(jnp.zeros((1, 4000)), jnp.asarray(residual))
-    step = float(NOISE_LEVELS[1] / NOISE_LEVELS[0])
+    noise, _ = methods.best_noise(jnp.zeros((1, 4000)), jnp.asarray(residual))
+    step = float(methods.NOISE_LEVELS[1] / methods.NOISE_LEVELS[0])
     assert 1 / step < float(noise) / residual.std() < step
 
 
 def test_held_out_rows_come_from_the_training_part_alone():
-    from benchmarks.evidence.uci.data import hold_out, standardise
-
     rows = np.arange(50.0)
     splits = [(rows[:40, None], rows[:40], rows[40:, None], rows[40:])]
     x, y, held_x, held_y = hold_out(splits)[0]

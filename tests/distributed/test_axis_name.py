@@ -2,9 +2,9 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
@@ -41,7 +41,7 @@ def reference():
 
 
 def assert_equals_reference(result):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **REORDERED), result, reference())
+    chex.assert_trees_all_close(result, reference(), **REORDERED)
 
 
 def mesh():
@@ -97,9 +97,7 @@ def test_two_axes_are_averaged_together():
     for name in ("c", "r"):
         update = jax.vmap(update, out_axes=None, axis_name=name)
     stacked = ivon(0.1, **SETTINGS).update(grads, state, noise=grads)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, **REORDERED), update(square), stacked
-    )
+    chex.assert_trees_all_close(update(square), stacked, **REORDERED)
 
 
 def test_the_summed_gradient_of_a_replicated_sample_is_refused_under_shard_map():
@@ -124,7 +122,7 @@ def test_an_axis_that_is_not_mapped_is_an_error():
 
 
 @pytest.mark.parametrize("value", [3, ["d"], ("d", None)])
-def test_what_is_no_name_of_an_axis_is_refused_at_construction(value):
+def test_an_axis_name_of_the_wrong_type_is_refused_at_construction(value):
     with pytest.raises(TypeError, match="axis_name must be the name of an axis"):
         ivon(0.1, **SETTINGS, axis_name=value)
 
@@ -141,6 +139,4 @@ def test_axis_name_works_under_chain_and_inject_hyperparams():
             axis_name="d",
         )
         updates, _ = step(tx.init(PARAMS), X.reshape(DEVICES, 4, 2))
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, **REORDERED), updates, reference()[0]
-        )
+        chex.assert_trees_all_close(updates, reference()[0], **REORDERED)

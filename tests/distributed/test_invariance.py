@@ -3,6 +3,7 @@
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,12 +34,6 @@ def mesh_of(devices, axis_type):
 
 def put(tree, specs, mesh):
     return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
-
-
-def assert_bitwise_equal(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 def assert_sharded(tree, specs, mesh):
@@ -97,7 +92,8 @@ def test_draws_do_not_depend_on_devices_layout_or_axis_type(devices, axis_type, 
     params, mean, hess = (put(x, specs, mesh) for x in (UNEVEN, curved().mean, curved().hess))
     state = curved()._replace(mean=mean, hess=hess, momentum=mean)
     drawn = jax.jit(sample_params)(jax.random.key(5, impl=impl), state, params)
-    assert_bitwise_equal(drawn, unsharded_draw(impl))
+    chex.assert_trees_all_equal_shapes_and_dtypes(drawn, unsharded_draw(impl))
+    chex.assert_trees_all_equal(drawn, unsharded_draw(impl))
     for tree in drawn:
         assert_sharded(tree, specs, mesh)
 
@@ -151,7 +147,7 @@ def test_jitted_init_takes_out_shardings_from_the_parameters():
     )
     state = jax.jit(tx.init, out_shardings=shardings)(params)
     assert_state_sharded_as_parameters(state, mesh)
-    assert_bitwise_equal(state, tx.init(WIDE))
+    chex.assert_trees_all_equal(state, tx.init(WIDE), strict=True)
 
 
 def take_step(tx, key, params, state, grads):
@@ -296,7 +292,7 @@ def test_an_infinite_example_on_one_device_leaves_every_device_untouched_under_j
     step = jax.jit(functools.partial(explicit_step, tx))
     new, state = step(jax.random.key(0), params, before, put(INFINITE, BATCH_SPECS, mesh))
     assert_untouched(state, before)
-    assert_bitwise_equal(new, MODEL)
+    chex.assert_trees_all_equal(new, MODEL, strict=True)
     _, state = step(jax.random.key(0), params, before, put(BATCH, BATCH_SPECS, mesh))
     assert int(state.inner_state.count) == 1
 

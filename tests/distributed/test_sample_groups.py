@@ -1,8 +1,8 @@
-"""Samples of `mc_value_and_grad` over a mesh axis: one for each group, at the price of one."""
+"""Samples of `mc_value_and_grad` over a mesh axis: one for each group, at the cost of one."""
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -33,10 +33,6 @@ def reference(**options):
     return mc_value_and_grad(loss, **options)(jax.random.key(1), state, X)
 
 
-def assert_close(result, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **REORDERED), result, expected)
-
-
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 @pytest.mark.parametrize("num_samples", [4, 8])
 def test_samples_split_over_a_mesh_axis_equal_those_on_one_device(kind, num_samples):
@@ -45,7 +41,7 @@ def test_samples_split_over_a_mesh_axis_equal_those_on_one_device(kind, num_samp
     f = mc_value_and_grad(loss, **options, spmd_axis_name="data")
     with jax.set_mesh(mesh):
         result = jax.jit(f)(jax.random.key(1), state, batch)
-    assert_close(result, reference(**options))
+    chex.assert_trees_all_close(result, reference(**options), **REORDERED)
     shardings = [x.sharding for x in jax.tree.leaves(result[1:])]
     owners = [x.sharding for x in jax.tree.leaves((state.mean, state.mean))]
     ranks = [x.ndim for x in jax.tree.leaves((state.mean, state.mean))]
@@ -57,7 +53,7 @@ def test_samples_one_after_another_work_on_any_mesh(kind):
     mesh, state, batch = on_mesh(kind)
     with jax.set_mesh(mesh):
         result = jax.jit(mc_value_and_grad(loss, num_samples=3))(jax.random.key(1), state, batch)
-    assert_close(result, reference(num_samples=3))
+    chex.assert_trees_all_close(result, reference(num_samples=3), **REORDERED)
 
 
 def test_a_sample_for_each_group_costs_what_one_sample_costs():

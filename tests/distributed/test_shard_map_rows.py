@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,10 +233,7 @@ def on_every_device(result):
 
 
 def assert_close(result, expected):
-    for field, value in on_every_device(result).items():
-        np.testing.assert_allclose(
-            value, on_every_device(expected)[field], **REORDERED, err_msg=field
-        )
+    chex.assert_trees_all_close(on_every_device(result), on_every_device(expected), **REORDERED)
 
 
 @pytest.mark.parametrize(("learner", "how", "name"), CASES)

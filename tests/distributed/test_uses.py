@@ -1,5 +1,6 @@
 """Prediction, sensitivity and their relatives under `shard_map` over the examples."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,7 @@ USES = {
 @pytest.mark.parametrize("use", USES)
 def test_examples_on_different_devices_give_the_same_results(use):
     alone, spread = USES[use](Q, X, LABELS), over_examples(USES[use], X, LABELS)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), alone, spread)
+    chex.assert_trees_all_close(alone, spread, rtol=2e-4, atol=1e-5)
 
 
 def test_every_device_draws_noise_of_its_own_around_the_same_sample():

@@ -100,7 +100,7 @@ def test_several_outputs_are_exact_too():
             np.testing.assert_allclose(got.output[i], d[i] @ ridge(*rest)[0], rtol=1e-9)
 
 
-def test_an_estimate_without_a_proper_posterior_is_nan_and_not_a_number():
+def test_an_estimate_without_a_proper_posterior_is_nan():
     """v/s² ≥ 1: the example alone has more information than the posterior."""
     q = Posterior(jnp.ones(1), jnp.array([1.0]))
     f = leave_one_out(lambda w, x: x @ w, lambda f, y: (f - y) ** 2, second_order=True)

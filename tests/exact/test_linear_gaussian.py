@@ -4,6 +4,7 @@ With diagonal Gram matrices the posteriors of Bayesian linear regression are dia
 what is done with the posteriors of parts of the data must equal one regression on all of it.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,11 +42,6 @@ def regression(parts, prior_mean=0.0, prior_precision=PRIOR, weights=None):
     return Posterior({"w": jnp.asarray(mean)}, {"w": jnp.asarray(np.diag(a))})
 
 
-def assert_equal(q, expected, rtol=1e-12):
-    for part in Posterior._fields:
-        np.testing.assert_allclose(getattr(q, part)["w"], getattr(expected, part)["w"], rtol=rtol)
-
-
 BASE_MEAN = np.array([0.3, -1.0, 2.0, 0.0])
 BASE = Posterior({"w": BASE_MEAN}, {"w": np.full(K, PRIOR)})
 
@@ -53,24 +49,26 @@ BASE = Posterior({"w": BASE_MEAN}, {"w": np.full(K, PRIOR)})
 def test_the_general_merge_is_joint_training():
     parts = tasks()
     single = [regression([part], BASE_MEAN) for part in parts]
-    assert_equal(merge(single, base=BASE), regression(parts, BASE_MEAN))
-    assert_equal(jax.jit(lambda q: merge(q, base=BASE))(single), regression(parts, BASE_MEAN))
+    chex.assert_trees_all_close(merge(single, base=BASE), regression(parts, BASE_MEAN), rtol=1e-12)
+    chex.assert_trees_all_close(
+        jax.jit(lambda q: merge(q, base=BASE))(single), regression(parts, BASE_MEAN), rtol=1e-12
+    )
 
 
 def test_weights_are_powers_of_the_likelihoods():
     parts, weights = tasks(), [0.5, 1.0, 2.0]
     single = [regression([part], BASE_MEAN) for part in parts]
     expected = regression(parts, BASE_MEAN, weights=weights)
-    assert_equal(merge(single, base=BASE, weights=weights), expected)
+    chex.assert_trees_all_close(merge(single, base=BASE, weights=weights), expected, rtol=1e-12)
     traced = jax.jit(lambda w: merge(single, base=BASE, weights=[w, 1.0, 4 * w]))(0.5)
-    assert_equal(traced, expected)
+    chex.assert_trees_all_close(traced, expected, rtol=1e-12)
 
 
 def test_a_removed_task_leaves_training_on_the_rest():
     parts = tasks()
     joint, last = regression(parts, BASE_MEAN), regression(parts[2:], BASE_MEAN)
     removed = merge([joint, last], weights=[1.0, -1.0], base=BASE)
-    assert_equal(removed, regression(parts[:2], BASE_MEAN), rtol=1e-11)
+    chex.assert_trees_all_close(removed, regression(parts[:2], BASE_MEAN), rtol=1e-11)
 
 
 def test_federated_clients_that_start_from_the_servers_posterior_are_joint_training():
@@ -80,7 +78,9 @@ def test_federated_clients_that_start_from_the_servers_posterior_are_joint_train
         regression([part], server.mean["w"], np.asarray(server.precision["w"]))
         for part in parts[1:]
     ]
-    assert_equal(merge(clients, base=server), regression(parts, BASE_MEAN))
+    chex.assert_trees_all_close(
+        merge(clients, base=server), regression(parts, BASE_MEAN), rtol=1e-12
+    )
 
 
 def test_the_simple_merge_is_the_precision_weighted_mean():
@@ -125,14 +125,14 @@ def test_the_posterior_as_the_next_prior_is_batch_training():
         state = learn(part, prior=prior)
         np.testing.assert_allclose(prior_of(state).precision["w"], prior.precision["w"])
         prior = posterior(state)
-        assert_equal(prior, regression(parts[: index + 1], BASE_MEAN), rtol=1e-10)
+        chex.assert_trees_all_close(prior, regression(parts[: index + 1], BASE_MEAN), rtol=1e-10)
 
 
 def test_a_weight_decay_is_the_prior_of_mean_zero():
     part = tasks(1)[0]
     decayed = posterior(learn(part, weight_decay=PRIOR / 16))
     prior = Posterior({"w": jnp.zeros(K)}, {"w": jnp.full(K, PRIOR / 16 * N)})
-    assert_equal(posterior(learn(part, prior=prior)), decayed, rtol=1e-9)
+    chex.assert_trees_all_close(posterior(learn(part, prior=prior)), decayed, rtol=1e-9)
 
 
 @pytest.mark.parametrize("general", [False, True])
@@ -141,7 +141,7 @@ def test_a_new_ess_keeps_the_posterior(general):
     state = learn(tasks(1)[0], **settings)
     for ess in (N / 4, 8.0 * N):
         moved = with_ess(state, ess)
-        assert_equal(posterior(moved), posterior(state), rtol=1e-7)  # δ is a float32
+        chex.assert_trees_all_close(posterior(moved), posterior(state), rtol=1e-7)  # δ is a float32
         assert moved.ess == ess
         factor = 1.0 if general else ess / N
         np.testing.assert_allclose(

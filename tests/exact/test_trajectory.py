@@ -56,7 +56,7 @@ def as_float32(x):
 
 
 class Reference:
-    """Section 2 of the facts, literally, in float64, for the two leaves of PARAMS."""
+    """The equations of the paper, literally, in float64, for the two leaves of PARAMS."""
 
     def __init__(self, **settings):
         self.count = 0
@@ -100,11 +100,11 @@ class Reference:
             samples = m + (np.zeros_like(m)[None] if noise is None else noise[k])
             grads = np.array([gradient(s, CURVATURE[k], np) for s in samples])
             if hess_hat is None:
-                price = old_ess * (h + d_old) * np.mean(noise[k] * grads, axis=0)
+                estimate = old_ess * (h + d_old) * np.mean(noise[k] * grads, axis=0)
             else:
-                price = np.mean(hess_hat[k], axis=0)
+                estimate = np.mean(hess_hat[k], axis=0)
             g = self.b1 * self.momentum[k] + (1 - self.b1) * np.mean(grads, axis=0)
-            d = (1 - self.b2) * (price - h)
+            d = (1 - self.b2) * (estimate - h)
             h = h + d + 0.5 * d**2 / (h + d_old)
             assert np.all(h + d_new > 10 * PRECISION_FLOOR * (self.hess_init + d_new))
             floor = self.precision_floor * (self.hess_init + d_new)
@@ -162,7 +162,7 @@ def apply(tx, state, params, samples, dtype, *, noise=None, hess_hat=None):
     return optax.apply_updates(params, updates), state
 
 
-def assert_equal(state, params, reference, rtol):
+def assert_follows(state, params, reference, rtol):
     """Relative to the size of each leaf, because elements of m and g pass through zero."""
     for name, tree in [("mean", params), *((n, getattr(state, n)) for n in ("mean", "hess"))]:
         for k, expected in getattr(reference, name).items():
@@ -188,7 +188,7 @@ def run(settings, samples, dtype, rtol, statistic="noise"):
             now = {"hess_hat": {k: 1.5 + e for k, e in at(injected, t).items()}}
         reference.step(**now)
         params, state = apply(tx, state, params, samples, dtype, **now)
-        assert_equal(state, params, reference, rtol)
+        assert_follows(state, params, reference, rtol)
     assert state.count == STEPS
     return reference
 
@@ -248,7 +248,7 @@ def test_changed_ess_and_decay_act_on_the_step_and_the_stored_ones_on_the_noise(
             noise = reference.noise(at(injected, t))
             reference.step(noise=noise, **now)
             params, state = apply(ivon(**now), state, params, None, jnp.float64, noise=noise)
-            assert_equal(state, params, reference, FLOAT64_RTOL)
+            assert_follows(state, params, reference, FLOAT64_RTOL)
         assert state.ess == np.float32(now["ess"])
 
 
@@ -270,7 +270,7 @@ def test_under_jit_and_scan_the_trajectory_is_the_same():
 
         scan = jax.jit(lambda carry, noise: jax.lax.scan(step, carry, noise)[0])
         params, state = scan((params, tx.init(params)), noise)
-        assert_equal(state, params, reference, FLOAT64_RTOL)
+        assert_follows(state, params, reference, FLOAT64_RTOL)
 
 
 def hess_after(b2, hats, dtype):

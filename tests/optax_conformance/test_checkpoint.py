@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,21 +148,15 @@ FORMATS = [
 ]
 
 
-def assert_bitwise_equal(a: Any, b: Any) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert (x.shape, x.dtype) == (y.shape, y.dtype)
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-
 @pytest.mark.parametrize("through", FORMATS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", RUNS)
 def test_training_continues_bitwise_from_a_checkpoint(name, through, tmp_path):
     saved, expected = uninterrupted(name)
     restored = through(tmp_path, saved, fresh_template(name))
-    assert_bitwise_equal(restored, saved)
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, saved)
+    chex.assert_trees_all_equal(restored, saved)
     last = STEPS_BEFORE + STEPS_AFTER
-    assert_bitwise_equal(train(name, *restored, STEPS_BEFORE, last), expected)
+    chex.assert_trees_all_equal(train(name, *restored, STEPS_BEFORE, last), expected, strict=True)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -170,12 +165,16 @@ def test_a_restored_state_of_numpy_arrays_works_eagerly(name, tmp_path):
     _, restored = through_bytes(tmp_path, (params, state), fresh_template(name))
     assert {type(x) for x in jax.tree.leaves(restored)} == {np.ndarray}
     key = jax.random.key(2)
-    assert_bitwise_equal(sample_params(key, restored, params), sample_params(key, state, params))
-    assert_bitwise_equal(posterior(restored), posterior(state))
+    chex.assert_trees_all_equal(
+        sample_params(key, restored, params), sample_params(key, state, params), strict=True
+    )
+    chex.assert_trees_all_equal(posterior(restored), posterior(state), strict=True)
     tx = RUNS[name].build(1)
     extra = {"noise": sample_params(key, state, params)[1]} if RUNS[name].explicit else {}
-    assert_bitwise_equal(
-        tx.update(params, restored, params, **extra), tx.update(params, state, params, **extra)
+    chex.assert_trees_all_equal(
+        tx.update(params, restored, params, **extra),
+        tx.update(params, state, params, **extra),
+        strict=True,
     )
 
 
@@ -199,7 +198,7 @@ def test_a_posterior_survives_a_checkpoint(tmp_path):
     q = posterior(state)
     template = jax.tree.map(jnp.zeros_like, q)
     for through in (through_bytes, through_orbax):
-        assert_bitwise_equal(through(tmp_path, q, template), q)
+        chex.assert_trees_all_equal(through(tmp_path, q, template), q, strict=True)
 
 
 def test_the_seed_of_the_new_process_does_not_matter(tmp_path):
@@ -210,4 +209,6 @@ def test_the_seed_of_the_new_process_does_not_matter(tmp_path):
         template = (params, RUNS["auto"].build(seed).init(params))
         restored = through_bytes(tmp_path, saved, template)
         last = STEPS_BEFORE + STEPS_AFTER
-        assert_bitwise_equal(train("auto", *restored, STEPS_BEFORE, last), expected)
+        chex.assert_trees_all_equal(
+            train("auto", *restored, STEPS_BEFORE, last), expected, strict=True
+        )

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,7 +182,7 @@ def test_map_params_with_the_identity_changes_nothing(form):
     state = tx.init(jnp.array([1.0, 2.0]))
     mapped = optax.tree.map_params(tx, lambda x: x, state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, mapped, state)
+    chex.assert_trees_all_equal(mapped, state)
 
 
 @every_form
@@ -222,11 +223,7 @@ def test_inject_hyperparams_gives_the_same_updates_and_state(form):
     reached, state = two_steps(plain)
     injected_reached, injected_state = two_steps(injected)
     np.testing.assert_allclose(injected_reached, reached, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        injected_state.inner_state,
-        state,
-    )
+    chex.assert_trees_all_close(injected_state.inner_state, state, rtol=1e-5, atol=1e-6)
 
 
 @every_form
@@ -270,7 +267,7 @@ def test_multi_steps_updates_nothing_before_the_window_ends(form, dtype):
         updates, new_state = first_update(params, state, jax.random.key(0))
     np.testing.assert_array_equal(updates, np.zeros(2))
     assert updates.dtype == params.dtype
-    jax.tree.map(np.testing.assert_array_equal, new_state.inner_opt_state, state.inner_opt_state)
+    chex.assert_trees_all_equal(new_state.inner_opt_state, state.inner_opt_state)
 
 
 @every_form

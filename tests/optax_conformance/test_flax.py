@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,14 +43,11 @@ def automatic(num_samples: int = 1) -> optax.GradientTransformationExtraArgs:
     return auto_sample(explicit(), 0, num_samples=num_samples)
 
 
-def assert_leaves_equal(a: Any, b: Any) -> None:
-    """Equal values in the same order, whatever the containers are."""
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
+leaves = jax.tree.leaves  # the state of nnx and of optax keep the same leaves in other containers
 
 
 def assert_leaves_differ(a: Any, b: Any) -> None:
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    for x, y in zip(leaves(a), leaves(b), strict=True):
         assert np.all(np.asarray(x) != np.asarray(y))
 
 
@@ -84,12 +82,12 @@ def test_linen_train_state_trains_with_auto_sample(num_samples):
     assert loss(mean) < before
     # The loop's parameters are a sample, and the accessors read the mean from the state.
     assert_leaves_differ(train.params, mean)
-    assert_leaves_equal(posterior(train.opt_state).mean, mean)
+    chex.assert_trees_all_equal(posterior(train.opt_state).mean, mean)
     sample, noise = sample_params(KEY, train.opt_state, train.params)
-    assert_leaves_equal(sample, jax.tree.map(jnp.add, mean, noise))
+    chex.assert_trees_all_equal(sample, jax.tree.map(jnp.add, mean, noise))
     model.apply(sample, X)
     # The whole TrainState may be searched.
-    assert_leaves_equal(posterior_mean(train), mean)
+    chex.assert_trees_all_equal(posterior_mean(train), mean)
 
 
 def test_linen_train_state_continues_from_edited_parameters():
@@ -99,7 +97,7 @@ def test_linen_train_state_continues_from_edited_parameters():
     train = train.apply_gradients(grads=jax.tree.map(jnp.ones_like, params))
     edited = jax.tree.map(lambda x: x + 1.0, params)
     train = train.replace(params=edited, opt_state=with_mean(train.opt_state, edited))
-    assert_leaves_equal(posterior_mean(train.opt_state), edited)
+    chex.assert_trees_all_equal(posterior_mean(train.opt_state), edited)
     train = train.apply_gradients(grads=jax.tree.map(jnp.zeros_like, params))
     jump = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), posterior_mean(train), edited)
     assert max(jax.tree.leaves(jump)) < 0.2
@@ -186,7 +184,7 @@ def test_nnx_optimizer_takes_explicit_noise_through_its_keywords():
         nnx_explicit_step(model, optimizer, key)
     params = nnx.state(model, nnx.Param)
     # Updates land on the mean.
-    assert_leaves_equal(params, posterior_mean(optimizer.opt_state))
+    chex.assert_trees_all_equal(leaves(params), leaves(posterior_mean(optimizer.opt_state)))
     assert nnx_loss(model) < before
 
 
@@ -207,7 +205,9 @@ def test_nnx_optimizer_takes_the_estimates_of_the_library():
     estimate = mc_value_and_grad(loss, 2, antithetic=True)
     _, grads, hess = estimate(KEY, optimizer.opt_state, params=params)
     optimizer.update(model, grads, hess=hess)
-    assert_leaves_equal(nnx.state(model, nnx.Param), posterior_mean(optimizer.opt_state))
+    chex.assert_trees_all_equal(
+        leaves(nnx.state(model, nnx.Param)), leaves(posterior_mean(optimizer.opt_state))
+    )
     assert_leaves_differ(nnx.state(model, nnx.Param), before)
 
 
@@ -220,10 +220,9 @@ def test_sampling_leaves_an_nnx_model_untouched_and_merges_into_a_new_one():
     sampled_model = nnx.merge(graphdef, sample, rest)
     sampled_model(X)
     assert_leaves_differ(nnx.state(sampled_model, nnx.Param), params)
-    assert_leaves_equal(nnx.state(model), before)
-    assert_leaves_equal(
-        sample, jax.tree.map(jnp.add, jax.tree.leaves(params), jax.tree.leaves(noise))
-    )
+    chex.assert_trees_all_equal(nnx.state(model), before)
+    moved = [m + n for m, n in zip(leaves(params), leaves(noise), strict=True)]
+    chex.assert_trees_all_equal(leaves(sample), moved)
 
 
 # Both forms in which an nnx training state is at hand.
@@ -249,12 +248,12 @@ def test_accessors_read_nnx_states_without_parameters(trained, find):
     _, optimizer = trained
     state = find(optimizer)
     mean = posterior_mean(state)
-    assert_leaves_equal(mean, posterior_mean(nnx.to_pure_dict(nnx.state(optimizer))))
+    chex.assert_trees_all_equal(mean, posterior_mean(nnx.to_pure_dict(nnx.state(optimizer))))
     q = posterior(state)
-    assert_leaves_equal(q.mean, mean)
+    chex.assert_trees_all_equal(q.mean, mean)
     assert all(np.all(p > 0) for p in jax.tree.leaves(q.precision))
     sample, noise = sample_params(KEY, state)
-    assert_leaves_equal(sample, jax.tree.map(jnp.add, mean, noise))
+    chex.assert_trees_all_equal(sample, jax.tree.map(jnp.add, mean, noise))
 
 
 @every_nnx_state
@@ -266,7 +265,7 @@ def test_accessors_return_the_structure_of_the_nnx_parameters(trained, find):
     q = posterior(state, params)
     for tree in (sample, noise, posterior_mean(state, params), q.mean, q.precision):
         assert jax.tree.structure(tree) == jax.tree.structure(params)
-    assert_leaves_equal(sample, sample_params(KEY, optimizer.opt_state)[0])
+    chex.assert_trees_all_equal(leaves(sample), leaves(sample_params(KEY, optimizer.opt_state)[0]))
 
 
 @every_nnx_state
@@ -286,7 +285,9 @@ def test_noise_drawn_from_any_nnx_state_is_accepted_by_update(find):
     model, optimizer = nnx_model(explicit())
     _, noise = sample_params(KEY, find(optimizer))
     optimizer.update(model, nnx.grad(nnx_loss)(model), noise=noise)
-    assert_leaves_equal(nnx.state(model, nnx.Param), posterior_mean(optimizer.opt_state))
+    chex.assert_trees_all_equal(
+        leaves(nnx.state(model, nnx.Param)), leaves(posterior_mean(optimizer.opt_state))
+    )
 
 
 def named_leaves(state: Any) -> dict[str, np.ndarray]:
@@ -304,7 +305,7 @@ def test_with_mean_moves_the_mean_of_an_nnx_state(trained, find):
     state = find(optimizer)
     moved = with_mean(state, params)
     assert jax.tree.structure(moved) == jax.tree.structure(state)
-    assert_leaves_equal(posterior_mean(moved), params)
+    chex.assert_trees_all_equal(leaves(posterior_mean(moved)), leaves(params))
     # auto_sample continues as from the mean.
     assert [bool(x) for name, x in named_leaves(moved).items() if "at_mean" in name] == [True]
 
@@ -395,7 +396,7 @@ def test_equinox_trains_explicitly():
     for key in jax.random.split(KEY, 20):
         model, state = step(key, model, state)
     assert eqx_loss(model) < before
-    assert_leaves_equal(eqx.filter(model, eqx.is_inexact_array), posterior_mean(state))
+    chex.assert_trees_all_equal(eqx.filter(model, eqx.is_inexact_array), posterior_mean(state))
     assert int(model.steps) == 0
 
 

@@ -83,31 +83,25 @@ def column(results: Results, method: str, read: Read) -> dict[int, float]:
     return {seed: read(result) for seed, result in results.get(method, {}).items()}
 
 
+def rises(usual: Results, overlong: Results, method: str, read: Read) -> dict[int, float]:
+    """By how much a metric grows from the usual to the over-long run, by seed."""
+    long = column(overlong, method, lambda result: read(result["final"]))
+    short = column(usual, method, read)
+    return {seed: long[seed] - short[seed] for seed in sorted(long.keys() & short.keys())}
+
+
 def claims(usual: Results, overlong: Results, ivon: str, label: str) -> list[Claim]:
     """All claims that the results can answer for one kind of IVON."""
     found = []
+    if all(results.get(method) for results in (usual, overlong) for method in (ivon, "adamw")):
+        for way, read in {"": reported("nll"), " at the mean": at_mean("nll")}.items():
+            found.append(overfitting_claim(usual, overlong, ivon, label + way, read))
     if usual.get(ivon):
-        found += [samples_claim(usual, ivon, label, *each) for each in SAMPLE_METRICS]
-        if usual.get("sgd"):
-            found += [averaging_claim(usual, ivon, label, *each) for each in CALIBRATION]
-    if overlong.get(ivon) and overlong.get("adamw") and usual.get(ivon) and usual.get("adamw"):
-        ways = {"": reported("nll"), " at the mean": at_mean("nll")}
-        found = [
-            overfitting_claim(usual, overlong, ivon, label + w, r) for w, r in ways.items()
-        ] + found
+        for name, text, sign in (("nll", "NLL", 1), ("accuracy", "accuracy", -1)):
+            found.append(samples_claim(usual, ivon, label, name, text, sign))
+        for name, text in (("ece", "ECE"), ("nll", "NLL")) if usual.get("sgd") else ():
+            found.append(averaging_claim(usual, ivon, label, name, text))
     return found
-
-
-SAMPLE_METRICS = (("nll", "NLL", 1), ("accuracy", "accuracy", -1))
-CALIBRATION = (("ece", "ECE"), ("nll", "NLL"))
-MANY = (16, 64, 256)
-
-
-def rises(usual: Results, overlong: Results, method: str, read: Read) -> dict[int, float]:
-    """By how much a metric grows from the usual to the over-long run, by seed."""
-    last = lambda result: read(result["final"])  # noqa: E731
-    long, short = column(overlong, method, last), column(usual, method, read)
-    return {seed: long[seed] - short[seed] for seed in sorted(long.keys() & short.keys())}
 
 
 def overfitting_claim(
@@ -116,14 +110,13 @@ def overfitting_claim(
     """(a): over-long training; `read` takes IVON's average or its mean."""
     adamw = rises(usual, overlong, "adamw", reported("nll"))
     ours = rises(usual, overlong, ivon, read)
-    return Claim(
-        f"(a) {label} does not overfit in over-long training where AdamW does: test NLL",
-        [
-            Statement("AdamW's NLL rises more than IVON's", paired(adamw, ours)),
-            Statement("AdamW's NLL rises", list(adamw.values())),
-            Statement("IVON's NLL does not rise", list(ours.values()), none=True),
-        ],
-    )
+    statements = [
+        Statement("AdamW's NLL rises more than IVON's", paired(adamw, ours)),
+        Statement("AdamW's NLL rises", list(adamw.values())),
+        Statement("IVON's NLL does not rise", list(ours.values()), none=True),
+    ]
+    name = f"(a) {label} does not overfit in over-long training where AdamW does: test NLL"
+    return Claim(name, statements)
 
 
 def samples_claim(usual: Results, ivon: str, label: str, name: str, text: str, sign: int) -> Claim:
@@ -132,17 +125,15 @@ def samples_claim(usual: Results, ivon: str, label: str, name: str, text: str, s
     counts = next(iter(usual[ivon].values()))["curve"]["samples"]
 
     def gains(count: int) -> list[float]:
-        drawn = column(usual, ivon, at_samples(name, count))
-        return [sign * each for each in paired(mean, drawn)]
+        return [sign * x for x in paired(mean, column(usual, ivon, at_samples(name, count)))]
 
-    many = [count for count in counts if count in MANY] or [counts[-1]]
-    return Claim(
-        f"(b) {label}: one sample is worse than the mean, 16 or more are better: {text}",
-        [
-            *(Statement(f"{count} samples better than the mean", gains(count)) for count in many),
-            Statement("one sample worse than the mean", [-each for each in gains(1)]),
-        ],
-    )
+    many = [count for count in counts if count in (16, 64, 256)] or [counts[-1]]
+    statements = [
+        Statement(f"{count} samples better than the mean", gains(count)) for count in many
+    ]
+    statements.append(Statement("one sample worse than the mean", [-x for x in gains(1)]))
+    title = f"(b) {label}: one sample is worse than the mean, 16 or more are better: {text}"
+    return Claim(title, statements)
 
 
 def averaging_claim(usual: Results, ivon: str, label: str, name: str, text: str) -> Claim:
@@ -151,14 +142,11 @@ def averaging_claim(usual: Results, ivon: str, label: str, name: str, text: str)
     sgd = column(usual, "sgd", reported(name))
     averaging = dict(zip(sorted(mean), paired(mean, drawn), strict=True))
     of_mean = dict(zip(sorted(mean.keys() & sgd.keys()), paired(sgd, mean), strict=True))
-    return Claim(
-        f"(c) {label}: averaging over the posterior buys most of the calibration: {text}",
-        [
-            Statement("averaging lowers it below the mean's", list(averaging.values())),
-            Statement("the average is below SGD's", paired(sgd, drawn)),
-            Statement(
-                "averaging lowers it by more than going from SGD to the mean",
-                paired(averaging, of_mean),
-            ),
-        ],
-    )
+    more = "averaging lowers it by more than going from SGD to the mean"
+    statements = [
+        Statement("averaging lowers it below the mean's", list(averaging.values())),
+        Statement("the average is below SGD's", paired(sgd, drawn)),
+        Statement(more, paired(averaging, of_mean)),
+    ]
+    title = f"(c) {label}: averaging over the posterior buys most of the calibration: {text}"
+    return Claim(title, statements)

@@ -1,193 +1,244 @@
-"""Image classification: accuracy and calibration of IVON and of six others, and three claims.
+"""Image classification: accuracy and calibration of IVON and of seven others, and three claims.
 
-Run `python benchmarks/images.py` for the perceptron on scikit-learn's digits, and
-`python benchmarks/images.py --dataset mnist --data-dir DIR [--model resnet]` for MNIST. Each method
-has hyperparameters that were chosen on held-out training images (`images_tuning.py`; `--tune`
-searches again). SGD, AdamW and IVON are then trained much too long as well. Finished runs go into
-a file of JSON lines, from which a command that was stopped goes on.
+`python benchmarks/evidence/images/main.py` trains the perceptron on scikit-learn's digits, with
+`--dataset mnist --data-dir DIR [--model resnet]` on MNIST. Settings were chosen on held-out
+training images (`--tune` searches again). SGD, AdamW and IVON are then trained much too long as
+well. On two cores the default takes some 5 minutes, MNIST 10 and the ResNet 25.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from benchmarks._shared.journal import Journal, evidence_parser, read_journal, write_tables
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-try:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from benchmarks.evidence.images.networks import NETWORKS
-    from benchmarks.evidence.images.prediction import POINTS, REPORTED, Predictor, average, evaluate
-    from benchmarks.evidence.images.report import METHODS, write_report
-    from benchmarks.evidence.images.training import (
-        STEPS,
-        Trainer,
-        Values,
-        fit,
-        make_trainer,
-        posterior,
-        stops_of,
-    )
-    from benchmarks.evidence.images.tuning import (
-        CHOSEN,
-        GRIDS,
-        NOTES,
-        at_edges,
-        best,
-        grid,
-        guarded_values,
-        overlong_values,
-        tuning_rows,
-    )
-    from examples._shared.datasets import DataError, ImageData, load_dataset, stratified_split
-    from examples._shared.reporting import positive
-    from examples._shared.unfamiliar import letters, photo_patches
-    from ivon_jax import metrics
-except ModuleNotFoundError as error:
-    sys.exit(f'error: {error.name} is not installed; run: pip install -e ".[examples]"')
+from benchmarks._shared import tuning
+from benchmarks._shared.journal import Evidence, Journal, parse, read_journal, write_tables
+from benchmarks._shared.methods import Values, average, seed_keys
+from benchmarks.evidence.images.methods import (
+    METHODS,
+    NETWORKS,
+    POINTS,
+    VARIATIONAL,
+    Data,
+    Trainer,
+    sample_log_probs,
+)
+from benchmarks.evidence.images.report import command, write_report
+from benchmarks.evidence.images.tuning import CHOSEN, GRIDS, guarded_values, overlong_values
+from examples._shared.datasets import DataError, ImageData, load_dataset, stratified_split
+from examples._shared.unfamiliar import letters, photo_patches
+from ivon_jax import Posterior, metrics, predict_at_mean
 
 EPOCHS = {("mlp", "digits"): 100, ("mlp", "mnist"): 10, ("resnet", "digits"): 30}
 EPOCHS["resnet", "mnist"] = 5
 SEEDS = {"mlp": 10, "resnet": 3}
 OVERLONG = {"digits": 8, "mnist": 5}  # times the usual number of epochs, for the perceptron
 SAMPLES = {"mlp": 256, "resnet": 64}
+REPORTED = 64  # samples behind the tables of methods that draw them
 KEPT_SEEDS = 3  # over-long runs with the b2 of the usual ones
 BATCH_SIZE = 50
 LOOKS = 16  # at an over-long run
 LOOK_SAMPLES = 16  # posterior samples of a look
 LOOK_IMAGES = 2000  # of the training images
+TUNING_NOTES = (
+    "`{command} --tune --grid {grid}`\n\nEach setting was trained on 80 % of the training images "
+    "for {epochs} epochs, as many steps as in the comparison, and scored on the other 20 % "
+    "({splits} split: ± where several). The NLL chooses."
+)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit status."""
-    args = parse(argv)
-    if args.report:
-        write_report(read_journal(args.results), identity(args), args.overlong)
-        return 0
-    try:
-        data = load_dataset(args.dataset, args.data_dir)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    study = Study(args, data)
-    if args.tune:
-        tune(study, args.splits)
-    else:
+@dataclass(frozen=True)
+class Options(Evidence):
+    """The command line; what is left out depends on network and data."""
+
+    results: Path = Path("images.jsonl")
+    dataset: Literal["digits", "mnist"] = "digits"
+    data_dir: Path | None = None
+    """Folder with the IDX files of MNIST."""
+    model: Literal["mlp", "resnet"] = "mlp"
+    methods: tuple[str, ...] = ()
+    """All that have settings by default."""
+    seeds: int = 0
+    """0: 10, or 3 of the ResNet."""
+    epochs: int = 0
+    """Of the usual runs; 0: by data and network."""
+    overlong: int = -1
+    """Length of the over-long runs in usual ones; -1: 8 for digits, 5 for MNIST, no ResNet."""
+    tune: bool = False
+    """Search hyperparameters instead of comparing."""
+    grid: str = ""
+    """Of --tune, by data and network by default: digits, example, mnist or resnet."""
+    splits: int = 1
+    """Splits of the training images for --tune."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dataset == "mnist" and self.data_dir is None and not self.report:
+            raise SystemExit("--dataset mnist needs --data-dir, the folder with its IDX files")
+        grid = self.grid or ("resnet" if self.model == "resnet" else self.dataset)
+        if grid not in GRIDS:
+            raise SystemExit(f"--grid must be one of {', '.join(GRIDS)}")
+        known = GRIDS[grid] if self.tune else CHOSEN[self.model, self.dataset]
+        if missing := [method for method in self.methods if method not in known]:
+            raise SystemExit(f"no settings of {', '.join(missing)}; known: {', '.join(known)}")
+        overlong = OVERLONG[self.dataset] if self.model == "mlp" else 0
+        defaults: dict[str, Any] = {
+            "grid": grid,
+            "methods": self.methods or tuple(known),
+            "seeds": self.seeds or SEEDS[self.model],
+            "epochs": self.epochs or EPOCHS[self.model, self.dataset],
+            "overlong": overlong if self.overlong < 0 else self.overlong,
+        }
+        for name, value in defaults.items():
+            object.__setattr__(self, name, value)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Computes what is missing, and reports."""
+    options = parse(Options, __doc__, argv)
+    if not options.report:
+        try:
+            study = Study(options, load_dataset(options.dataset, options.data_dir))
+        except DataError as error:
+            raise SystemExit(f"error: {error}") from None
+        if options.tune:
+            return tune(study)
         compare(study)
-        write_report(read_journal(args.results), identity(args), args.overlong)
-    return 0
+    return write_report(read_journal(options.results), identity(options), options.overlong)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, with defaults that depend on network and data."""
-    parser = evidence_parser(
-        "Compares IVON with six other methods on image classification. On two cores the default "
-        "takes some 5 minutes, MNIST 10 and the ResNet 25.",
-        "images",
-    )
-    add = parser.add_argument
-    add("--dataset", choices=("digits", "mnist"), default="digits", help="images to learn")
-    add("--data-dir", type=Path, metavar="DIR", help="folder with the IDX files of MNIST")
-    add("--model", choices=tuple(NETWORKS), default="mlp", help="network")
-    add("--methods", nargs="+", choices=tuple(METHODS), help="methods; None: all")
-    add("--seeds", type=positive, help="runs of each method; None: 10, or 3 of the ResNet")
-    add("--epochs", type=positive, help="of the usual runs; None: by data and network")
-    add(
-        "--overlong",
-        type=int,
-        metavar="FACTOR",
-        help="length of the over-long runs in usual ones, 0 for none; None: 8 for digits, 5 for "
-        "MNIST, 0 for the ResNet",
-    )
-    add(
-        "--samples",
-        type=positive,
-        help="the most that IVON averages; None: 256, or 64 of the ResNet",
-    )
-    add("--tune", action="store_true", help="search hyperparameters instead of comparing")
-    add("--splits", type=positive, default=1, help="splits of the training images for --tune")
-    args = parser.parse_args(argv)
-    if args.dataset == "mnist" and args.data_dir is None and not args.report:
-        parser.error("--dataset mnist needs --data-dir, the folder with its IDX files")
-    if args.dataset == "digits" and args.data_dir is not None:
-        parser.error("--data-dir has no effect on digits, which ship inside scikit-learn")
-    if args.tune and args.report:
-        parser.error("--tune prints its tables when it is done: leave out --report")
-    args.samples = args.samples or SAMPLES[args.model]
-    if args.samples & (args.samples - 1):
-        parser.error("--samples must be a power of two")
-    known = (GRIDS if args.tune else CHOSEN)[args.model]
-    known = known if args.tune else known[args.dataset]
-    if missing := [method for method in args.methods or () if method not in known]:
-        parser.error(f"no settings of {args.model} for {', '.join(missing)}; known: {list(known)}")
-    args.methods = args.methods or list(known)
-    args.seeds = args.seeds or SEEDS[args.model]
-    args.epochs = args.epochs or EPOCHS[args.model, args.dataset]
-    if args.overlong is None:
-        args.overlong = OVERLONG[args.dataset] if args.model == "mlp" else 0
-    if args.overlong < 0 or args.overlong == 1:
-        parser.error("--overlong must be 0, or at least 2")
-    return args
-
-
-def identity(args: argparse.Namespace) -> dict[str, Any]:
+def identity(options: Options) -> dict[str, Any]:
     """What all runs of a command have in common."""
     return {
-        "model": args.model,
-        "dataset": args.dataset,
-        "epochs": args.epochs,
+        "model": options.model,
+        "dataset": options.dataset,
+        "epochs": options.epochs,
         "batch_size": BATCH_SIZE,
-        "samples": args.samples,
+        "samples": SAMPLES[options.model],
     }
-
-
-class Part(NamedTuple):
-    """Images to train on and images to score."""
-
-    train: tuple[jax.Array, jax.Array]
-    sets: dict[str, np.ndarray]
-    labels: np.ndarray
 
 
 class Study:
     """A network and the data, with everything that is compiled for them."""
 
-    def __init__(self, args: argparse.Namespace, data: ImageData):
-        self.args, self.data = args, data
-        self.network = NETWORKS[args.model]
-        self.predictor = Predictor(self.network)
-        self.journal = Journal(args.results)
+    def __init__(self, options: Options, data: ImageData):
+        self.options, self.data, self.journal = options, data, Journal(options.results)
+        self.network = NETWORKS[options.model]
+        apply: Any = self.network.apply
+        self.at_mean = jax.jit(predict_at_mean(lambda p, x: jax.nn.log_softmax(apply(p, x))))
         self._trainers: dict[tuple[str, int], Trainer] = {}
-        print(
-            f"{args.dataset}: {len(data.train_labels):,} training and {len(data.test_labels):,} "
-            f"test images ({data.note}); {args.epochs} epochs in batches of {BATCH_SIZE}",
-            file=sys.stderr,
-        )
+        sizes = f"{len(data.train_labels):,} training and {len(data.test_labels):,} test images"
+        print(f"{options.dataset}: {sizes} ({data.note}); {options.epochs} epochs", file=sys.stderr)
 
     def run(self, task: str, method: str, values: Values, seed: int, **more: Any) -> dict[str, Any]:
         """What identifies a run."""
         images = {"train": len(self.data.train_labels), "test": len(self.data.test_labels)}
-        named = {"task": task, **identity(self.args), **images, "method": method, "seed": seed}
+        named = {"task": task, **identity(self.options), **images, "method": method, "seed": seed}
         return {**named, "values": dict(values), **more}
 
-    def trainer(self, method: str, data: tuple[jax.Array, jax.Array], epochs: int) -> Trainer:
+    def trainer(self, method: str, data: Data, epochs: int) -> Trainer:
         """A trainer, made once."""
         if (method, epochs) not in self._trainers:
-            made = make_trainer(self.network, method, data, epochs, BATCH_SIZE)
+            made = Trainer(self.network, method, data, epochs, BATCH_SIZE)
             self._trainers[method, epochs] = made
         return self._trainers[method, epochs]
 
-    def score(
-        self, method: str, values: Values, fitted: Any, seed: int, count: int, part: Part
-    ) -> dict[str, Any]:
-        """All metrics of a trained method."""
-        return evaluate(self.predictor, method, values, fitted, seed, count, part.sets, part.labels)
+    def samples(self, fitted: Any, key: jax.Array, images: Any, count: int) -> jax.Array:
+        """Log-probabilities of each member or draw, (samples, images, classes)."""
+        return sample_log_probs(self.network, fitted, key, jnp.asarray(images), count)
+
+
+# --- Scores ---------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """Images to train on and images to score, of which those named `test` have labels."""
+
+    train: Data
+    sets: dict[str, np.ndarray]
+    labels: np.ndarray
+
+
+@jax.jit  # under which a run that diverged scores NaN; it would be refused otherwise
+def of_labels(log_probs: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    """Metrics of one prediction."""
+    names = ("accuracy", "nll", "ece", "brier")
+    return {name: getattr(metrics, name)(log_probs, labels) for name in names}
+
+
+@jax.jit
+def uncertainties(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Entropy and mutual information of each averaged prediction."""
+    log_probs = jax.nn.logsumexp(samples, axis=0) - jnp.log(len(samples))
+    return metrics.predictive_entropy(log_probs), metrics.mutual_information(samples)
+
+
+def measure(samples: dict[str, jax.Array], labels: np.ndarray) -> dict[str, Any]:
+    """All metrics of the average, and how well it detects the sets that are not `test`."""
+    scores = of_labels(average(samples["test"]), labels)
+    measured = {name: float(value) for name, value in scores.items()}
+    found = {k: [np.asarray(x) for x in uncertainties(each)] for k, each in samples.items()}
+    finite = all(np.isfinite(entropy).all() for entropy, _ in found.values())
+    failed = metrics.Detection(*[np.nan] * len(metrics.Detection._fields))
+    detected = {}
+    for name in (name for name in samples if name != "test"):
+        pairs = zip(found["test"], found[name], strict=True)
+        entropy, information = (metrics.detection(*x) if finite else failed for x in pairs)
+        measured[f"auroc_{name}"] = entropy.auroc
+        detected[name] = {**entropy._asdict(), "information": information.auroc}
+    entropies = {name: float(entropy.mean()) for name, (entropy, _) in found.items()}
+    return {"metrics": measured, "detection": detected, "entropy": entropies}
+
+
+def evaluate(study: Study, fitted: Any, seed: int, count: int, part: Part) -> dict[str, Any]:
+    """Scores of what was trained; IVON's also at the mean and against the number of samples."""
+    images = jnp.concatenate(list(part.sets.values()))
+    ends = np.cumsum([len(each) for each in part.sets.values()])[:-1]
+
+    def by_set(log_probs: jax.Array) -> dict[str, jax.Array]:
+        return dict(zip(part.sets, jnp.split(log_probs, ends, axis=1), strict=True))
+
+    drawn = by_set(study.samples(fitted, seed_keys(seed).predict, images, count))
+    result = measure({name: x[:REPORTED] for name, x in drawn.items()}, part.labels)
+    if not isinstance(fitted, Posterior):
+        return result
+    precision = np.concatenate([np.ravel(p) for p in jax.tree.leaves(fitted.precision)])
+    return {
+        **result,
+        "width": np.quantile(precision**-0.5, [0.05, 0.95]).tolist(),
+        "mean": measure(by_set(study.at_mean(fitted, images)[None]), part.labels)["metrics"],
+        "curve": sample_curve(np.asarray(drawn["test"]), part.labels),
+    }
+
+
+CURVE = ("nll", "accuracy", "ece")
+of_groups = jax.jit(jax.vmap(of_labels, (0, None)))
+
+
+def sample_curve(log_probs: np.ndarray, labels: np.ndarray) -> dict[str, list]:
+    """Metrics of the average of 1, 2, 4, ... samples.
+
+    Each is the mean over all disjoint groups of so many samples, since one group of one sample
+    says little about samples.
+    """
+    curve: dict[str, list] = {"samples": [], **{name: [] for name in CURVE}}
+    size, sums = 1, log_probs
+    while len(sums):
+        scores = of_groups(sums - np.float32(np.log(size)), labels)
+        curve["samples"].append(size)
+        for name in CURVE:
+            curve[name].append(float(scores[name].mean()))
+        pairs = len(sums) // 2
+        sums = np.logaddexp(sums[: 2 * pairs : 2], sums[1 : 2 * pairs : 2])
+        size *= 2
+    return curve
 
 
 # --- Comparison -----------------------------------------------------------------------------------
@@ -195,119 +246,108 @@ class Study:
 
 def compare(study: Study) -> None:
     """All methods from all seeds, and the over-long runs."""
-    args, data = study.args, study.data
+    options, data = study.options, study.data
     shape = data.train_images.shape[1:]
     sets = {"test": data.test_images, "letters": letters(shape), "patches": photo_patches(shape)}
     train = (jnp.asarray(data.train_images), jnp.asarray(data.train_labels))
     part = Part(train, sets, data.test_labels)
-    chosen = CHOSEN[args.model][args.dataset]
-    long = [m for m in args.methods if m in POINTS or STEPS[m] == "ivon"] if args.overlong else []
-    kept = [method for method in long if method not in POINTS]
-    study.journal.total = args.seeds * (len(args.methods) + len(long))
-    study.journal.total += 2 * min(args.seeds, KEPT_SEEDS) * len(kept)
-    for seed in range(args.seeds):
-        for method in args.methods:
+    chosen = CHOSEN[options.model, options.dataset]
+    long = [m for m in options.methods if m in POINTS + VARIATIONAL] if options.overlong else []
+    kept = [method for method in long if method in VARIATIONAL]
+    study.journal.total = options.seeds * (len(options.methods) + len(long))
+    study.journal.total += 2 * min(options.seeds, KEPT_SEEDS) * len(kept)
+    for seed in range(options.seeds):
+        for method in options.methods:
             values = chosen[method]
             run = study.run("compare", method, values, seed)
             study.journal.compute(run, partial(usual, study, method, values, seed, part))
-        for method in long:
-            values = overlong_values(chosen[method], args.overlong)
-            run = study.run("overlong", method, values, seed, factor=args.overlong)
-            study.journal.compute(run, partial(overlong, study, method, values, seed, part))
+        runs = [(method, overlong_values(chosen[method], options.overlong)) for method in long]
         for method in kept if seed < KEPT_SEEDS else ():
-            for values in (chosen[method], guarded_values(chosen[method])):
-                run = study.run("overlong", method, values, seed, factor=args.overlong)
-                study.journal.compute(run, partial(overlong, study, method, values, seed, part))
+            runs += [(method, chosen[method]), (method, guarded_values(chosen[method]))]
+        for method, values in runs:
+            run = study.run("overlong", method, values, seed, factor=options.overlong)
+            study.journal.compute(run, partial(overlong, study, method, values, seed, part))
 
 
 def usual(study: Study, method: str, values: Values, seed: int, part: Part) -> dict[str, Any]:
     """One run of the usual length."""
-    trainer = study.trainer(method, part.train, study.args.epochs)
+    trainer = study.trainer(method, part.train, study.options.epochs)
     start = time.perf_counter()
-    fitted = jax.block_until_ready(fit(trainer, values, part.train, seed))
+    fitted = jax.block_until_ready(trainer.fit(values, part.train, seed))
     seconds = time.perf_counter() - start
-    result = study.score(method, values, fitted, seed, study.args.samples, part)
+    result = evaluate(study, fitted, seed, SAMPLES[study.options.model], part)
     return {**result, "seconds": round(seconds, 2)}
 
 
 def overlong(study: Study, method: str, values: Values, seed: int, part: Part) -> dict[str, Any]:
     """One over-long run, with its NLL of training and test images along the way."""
-    epochs = study.args.epochs * study.args.overlong
+    epochs = study.options.epochs * study.options.overlong
     trainer = study.trainer(method, part.train, epochs)
     per_epoch = len(part.train[1]) // BATCH_SIZE
-    stops = sorted({max(1, round(epochs * look / LOOKS)) for look in range(1, LOOKS + 1)})
-    reached = stops_of(trainer, values, part.train, seed, [per_epoch * stop for stop in stops])
-    looked: dict[str, list] = {"epoch": stops, "test_nll": [], "train_nll": []}
+    epoch = sorted({max(1, round(epochs * look / LOOKS)) for look in range(1, LOOKS + 1)})
     some = (study.data.train_images[:LOOK_IMAGES], study.data.train_labels[:LOOK_IMAGES])
+    looked: dict[str, list] = {"test_nll": [], "train_nll": [], "mean_test_nll": []}
     fitted = None
-    for params, state in reached:
-        fitted = posterior(state) if STEPS[method] == "ivon" else params
-        look(study, fitted, seed, (part.sets["test"], part.labels), some, looked)
-    count = min(REPORTED, study.args.samples)
-    return {**looked, "final": study.score(method, values, fitted, seed, count, part)}
+    for carry in trainer.stops(values, part.train, seed, [per_epoch * each for each in epoch]):
+        fitted = trainer.fitted(values, *carry)
+        for name, value in nlls(study, fitted, seed, part, some).items():
+            looked[name].append(value)
+    final = evaluate(study, fitted, seed, REPORTED, part)
+    return {"epoch": epoch, **looked, "final": final}
 
 
-def look(
-    study: Study,
-    fitted: Any,
-    seed: int,
-    test: tuple[np.ndarray, np.ndarray],
-    train: tuple[np.ndarray, np.ndarray],
-    looked: dict[str, list],
-) -> None:
-    """Adds the NLL of test and training images, of IVON's average and at its mean."""
-    predictor = study.predictor
-    if not hasattr(fitted, "precision"):
-        for name, (images, labels) in {"test_nll": test, "train_nll": train}.items():
-            looked[name].append(nll(predictor.at(fitted, images), labels))
-        return
-    keys = jax.random.split(jax.random.key(seed), min(LOOK_SAMPLES, study.args.samples))
-    drawn = average(predictor.samples({}, fitted, keys, test[0]))
-    looked["test_nll"].append(nll(drawn, test[1]))
-    looked["train_nll"].append(nll(predictor.at(fitted.mean, train[0]), train[1]))
-    at_mean = nll(predictor.at(fitted.mean, test[0]), test[1])
-    looked.setdefault("mean_test_nll", []).append(at_mean)
+def nlls(study: Study, fitted: Any, seed: int, part: Part, train: tuple) -> dict[str, float]:
+    """The NLL of test and training images, of IVON's average and at its mean."""
+    test = (part.sets["test"], part.labels)
+    drawn = average(study.samples(fitted, jax.random.key(seed), test[0], LOOK_SAMPLES))
+
+    def at(images: np.ndarray, labels: np.ndarray) -> float:
+        if isinstance(fitted, Posterior):
+            return nll(study.at_mean(fitted, images), labels)
+        return nll(study.samples(fitted, jax.random.key(seed), images, 1)[0], labels)
+
+    return {"test_nll": nll(drawn, test[1]), "train_nll": at(*train), "mean_test_nll": at(*test)}
 
 
-def nll(log_probs: np.ndarray, labels: np.ndarray) -> float:
+def nll(log_probs: jax.Array, labels: np.ndarray) -> float:
     """Negative log-likelihood; NaN of a run that diverged."""
-    if not np.isfinite(log_probs).all():
-        return float("nan")
-    return float(metrics.nll(jnp.asarray(log_probs), jnp.asarray(labels)))
+    return float(of_labels(log_probs, labels)["nll"])
 
 
 # --- Tuning ---------------------------------------------------------------------------------------
 
 
-def tune(study: Study, splits: int) -> None:
+def tune(study: Study) -> None:
     """Scores every setting on held-out training images; prints and writes the tables.
 
     There are more epochs, so that the number of steps is that of the comparison: what IVON forgets
     of its initial curvature depends on it.
     """
-    args = study.args
-    images, labels = study.data.train_images, study.data.train_labels
+    options, labels = study.options, study.data.train_labels
     held_out = len(labels) // 5
-    epochs = round(args.epochs * len(labels) / (len(labels) - held_out))
-    study.journal.total = splits * sum(len(grid(args.model, method)) for method in args.methods)
-    tables = {}
-    for method in args.methods:
-        tried = {}
-        for place, values in enumerate(grid(args.model, method)):
-            found = []
-            for split in range(splits):
-                parts = stratified_split(images, labels, held_out, split)
-                run = study.run("tune", method, values, split)
-                work = partial(trial, study, method, values, split, parts, epochs)
-                found.append(study.journal.compute(run, work))
-            tried[place] = (values, [x["nll"] for x in found], [x["accuracy"] for x in found])
-        edges = at_edges(args.model, method, tried[best(tried)][0])
-        note = f" (at the edge of the grid: {', '.join(edges)})" if edges else ""
-        tables[f"{METHODS[method]}{note}"] = tuning_rows(tried)
-    title = f"Settings tried: {args.dataset}, {args.model}"
-    write_tables(
-        read_journal(args.results), title, tables, NOTES.format(epochs=epochs, splits=splits)
+    epochs = round(options.epochs * len(labels) / (len(labels) - held_out))
+    grids = {method: GRIDS[options.grid][method] for method in options.methods}
+    study.journal.total = options.splits * sum(
+        len(tuning.settings(each)) for each in grids.values()
     )
+    tables = {}
+    for method, grid in grids.items():
+        tried = []
+        for values in tuning.settings(grid):
+            found = []
+            for split in range(options.splits):
+                parts = stratified_split(study.data.train_images, labels, held_out, split)
+                work = partial(trial, study, method, values, split, parts, epochs)
+                found.append(study.journal.compute(study.run("tune", method, values, split), work))
+            nlls, shares = ([x[name] for x in found] for name in ("nll", "accuracy"))
+            tried.append(tuning.Tried(values, nlls, shares))
+        edges = tuning.at_edges(grid, tuning.best(tried).values)
+        note = f" (at the edge of the grid: {', '.join(edges)})" if edges else ""
+        tables[f"{METHODS[method]}{note}"] = tuning.rows(tried)
+    title = f"Settings tried: {options.dataset}, {options.model}"
+    shown = {"command": command(**identity(options)), "grid": options.grid}
+    notes = TUNING_NOTES.format(epochs=epochs, splits=options.splits, **shown)
+    write_tables(read_journal(options.results), title, tables, notes)
 
 
 def trial(
@@ -316,15 +356,11 @@ def trial(
     """One setting on one split."""
     images, labels, held_out, held_out_labels = parts
     train = (jnp.asarray(images), jnp.asarray(labels))
-    fitted = fit(study.trainer(method, train, epochs), values, train, split)
-    if method in POINTS:
-        log_probs = study.predictor.at(fitted, held_out)
-    else:
-        keys = jax.random.split(jax.random.key(split), REPORTED)
-        log_probs = average(study.predictor.samples(values, fitted, keys, held_out))
-    accuracy = float((log_probs.argmax(-1) == held_out_labels).mean())
-    return {"nll": nll(log_probs, held_out_labels), "accuracy": accuracy}
+    fitted = study.trainer(method, train, epochs).fit(values, train, split)
+    log_probs = average(study.samples(fitted, jax.random.key(split), held_out, REPORTED))
+    scores = of_labels(log_probs, held_out_labels)
+    return {"nll": float(scores["nll"]), "accuracy": float(scores["accuracy"])}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

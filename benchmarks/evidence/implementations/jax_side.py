@@ -1,7 +1,8 @@
-"""`implementations.py` in JAX: optax's AdamW and ivon_jax."""
+"""The comparison's JAX side: optax's AdamW and ivon_jax."""
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,13 +11,14 @@ import numpy as np
 import optax
 
 from benchmarks._shared.measuring import jax_loop
+from benchmarks._shared.methods import Array, Batch, step_of
 from benchmarks.evidence.implementations.task import Setting, Task, Trained
 from ivon_jax import ivon, posterior, sample_params
 
-Array = jax.Array
 Carry = tuple[Any, Any, Array]  # parameters, optimizer state, key
 
 
+@jax.jit
 def log_probs(params: list, images: Array) -> Array:
     """Log-probabilities of the perceptron."""
     x = images
@@ -26,45 +28,9 @@ def log_probs(params: list, images: Array) -> Array:
     return jax.nn.log_softmax(x @ weight + bias[None])
 
 
-def mean_loss(params: list, images: Array, labels: Array) -> Array:
+def mean_loss(params: list, batch: Batch) -> Array:
     """Mean cross-entropy per example."""
-    return -jnp.take_along_axis(log_probs(params, images), labels[:, None], axis=1).mean()
-
-
-def make_step(setting: Setting, task: Task) -> tuple[Callable, Callable]:
-    """The initial carry, and the compiled step (carry, images, labels) -> carry."""
-    schedule, values = setting.schedule(task), setting.values
-    variational = setting.optimizer == "ivon"
-    if variational:
-        tx = ivon(
-            schedule,
-            ess=task.num_train,
-            hess_init=values["hess_init"],
-            b2=values["b2"],
-            weight_decay=values["weight_decay"],
-        )
-    else:
-        tx = optax.adamw(schedule, weight_decay=values["weight_decay"])
-
-    def init(weights: list, seed: int) -> Carry:
-        params = jax.tree.map(jnp.asarray, weights)
-        return params, tx.init(params), jax.random.key(seed)
-
-    def ivon_step(carry: Carry, images: Array, labels: Array) -> Carry:
-        params, state, key = carry
-        key, draw = jax.random.split(key)
-        sample, noise = sample_params(draw, state)
-        grads = jax.grad(mean_loss)(sample, images, labels)
-        updates, state = tx.update(grads, state, params, noise=noise)
-        return optax.apply_updates(params, updates), state, key
-
-    def adamw_step(carry: Carry, images: Array, labels: Array) -> Carry:
-        params, state, key = carry
-        grads = jax.grad(mean_loss)(params, images, labels)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, key
-
-    return init, jax.jit(ivon_step if variational else adamw_step, donate_argnums=0)
+    return -jnp.take_along_axis(log_probs(params, batch[0]), batch[1][:, None], axis=1).mean()
 
 
 class Trainer:
@@ -72,15 +38,32 @@ class Trainer:
 
     def __init__(self, setting: Setting, task: Task):
         self.setting, self.task = setting, task
-        self._init, self._step = make_step(setting, task)
-        self._predict = jax.jit(log_probs)
+        values = {**setting.values, "learning_rate": setting.schedule(task)}
+        if setting.optimizer == "ivon":
+            self._tx = ivon(ess=task.num_train, **values)
+        else:
+            self._tx = optax.with_extra_args_support(optax.adamw(**values))
+        step = step_of(setting.optimizer, mean_loss, self._tx)
+
+        @partial(jax.jit, donate_argnums=0)
+        def advance(carry: Carry, images: Array, labels: Array) -> Carry:
+            params, state, key = carry
+            key, draw_key = jax.random.split(key)
+            params, state, _ = step(draw_key, params, state, (images, labels))
+            return params, state, key
+
+        self._step = advance
         self._batch = (jnp.asarray(task.images[:50]), jnp.asarray(task.labels[:50]))
-        self._step(self._init(task.weights(0), 0), *self._batch)  # compile
+        self._step(self._init(0), *self._batch)  # compile
+
+    def _init(self, seed: int) -> Carry:
+        params = jax.tree.map(jnp.asarray, self.task.weights(seed))
+        return params, self._tx.init(params), jax.random.key(seed)
 
     def train(self, seed: int) -> Trained:
         """Trains step by step from the weights and with the batches of a seed."""
         task = self.task
-        carry = self._init(task.weights(seed), seed)
+        carry = self._init(seed)
         batches = [(jnp.asarray(x), jnp.asarray(y)) for x, y in task.batches(seed)]
         start = time.perf_counter()
         for images, labels in batches:
@@ -91,9 +74,9 @@ class Trainer:
         if self.setting.optimizer == "ivon":
             q = posterior(state)
             draws = (sample_params(k, q)[0] for k in jax.random.split(key, task.samples))
-            samples = np.stack([self._predict(draw, task.test_images) for draw in draws])
-        return Trained(np.asarray(self._predict(params, task.test_images)), samples, seconds)
+            samples = np.stack([log_probs(draw, task.test_images) for draw in draws])
+        return Trained(np.asarray(log_probs(params, task.test_images)), samples, seconds)
 
     def timed(self) -> Callable[[int], None]:
         """A function that takes so many steps."""
-        return jax_loop(self._step, self._init(self.task.weights(0), 0), *self._batch)
+        return jax_loop(self._step, self._init(0), *self._batch)

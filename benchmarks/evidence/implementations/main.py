@@ -1,31 +1,30 @@
 """Against other implementations: the authors' `ivon-opt` and PyTorch's AdamW, and ours and optax's.
 
-Run `python benchmarks/implementations.py`. Both sides train the same perceptron on scikit-learn's
-digits from the same weights, with the same batches, settings and number of gradients; only IVON's
-noise differs. Test NLL is compared by seed, and a training step is timed in turn, in one process.
+    pip install -e ".[examples,oracle]"
+    python benchmarks/evidence/implementations/main.py             # some 4 minutes on two cores
+    python benchmarks/evidence/implementations/main.py --report    # tables
+
+Both sides train the same perceptron on scikit-learn's digits from the same weights, with the same
+batches, settings and number of gradients; only IVON's noise differs. Test NLL is compared by seed,
+and a training step is timed in turn, in one process.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from benchmarks._shared.journal import Journal, evidence_parser, read_journal, write_tables
+import jax.numpy as jnp
+import numpy as np
 
-try:
-    import jax.numpy as jnp
-    import numpy as np
-
-    from benchmarks._shared.measuring import interleaved, ratio_cell
-    from benchmarks.evidence.implementations import jax_side as implementations_jax
-    from benchmarks.evidence.implementations import torch_side as implementations_torch
-    from benchmarks.evidence.implementations.task import SETTINGS, Task, Trained
-    from examples._shared.reporting import cell, mean_and_error, positive
-    from ivon_jax import metrics
-except ModuleNotFoundError as error:
-    package = "ivon-opt" if error.name == "ivon" else error.name
-    sys.exit(f'error: {package} is not installed; run: pip install -e ".[examples,oracle]"')
+from benchmarks._shared.journal import Evidence, Journal, parse, read_journal, write_tables
+from benchmarks._shared.measuring import interleaved, ratio_cell
+from benchmarks._shared.tuning import described
+from benchmarks.evidence.implementations.task import SETTINGS, Task, Trained
+from examples._shared.reporting import cell, mean_and_error
+from ivon_jax import metrics
 
 BATCH_SIZE = 50
 SIDES = ("jax", "torch")
@@ -36,69 +35,84 @@ NAMES = {
     ("adamw", "torch"): "PyTorch AdamW",
 }
 ERRORS = 2.0  # standard errors that make a difference
+METRICS = {
+    "nll": ("NLL", 1, 4),
+    "nll_samples": ("NLL, samples", 1, 4),
+    "accuracy": ("accuracy, %", 100, 2),
+    "accuracy_samples": ("accuracy, %, samples", 100, 2),
+}
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # by side and seed
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit status."""
-    args = parse(argv)
-    if not args.report:
-        compute(args)
-    report(read_journal(args.results), args)
-    return 0
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+@dataclass(frozen=True)
+class Options(Evidence):
     """The command line."""
-    parser = evidence_parser(
-        "Compares ivon_jax with ivon-opt, and optax's AdamW with PyTorch's, on digits; some 4 "
-        "minutes on two cores.",
-        "implementations",
-    )
-    parser.add_argument("--seeds", type=positive, default=30, help="runs of each")
-    parser.add_argument("--epochs", type=positive, default=30, help="passes over the images")
-    parser.add_argument("--samples", type=positive, default=64, help="posterior samples")
-    parser.add_argument("--repetitions", type=positive, default=40, help="of the timing")
-    return parser.parse_args(argv)
+
+    results: Path = Path("implementations.jsonl")
+    seeds: int = 30
+    """Runs of each."""
+    epochs: int = 30
+    """Passes over the images."""
+    samples: int = 64
+    """Posterior samples."""
+    repetitions: int = 40
+    """Of the timing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.seeds, self.epochs, self.samples, self.repetitions) < 1:
+            raise SystemExit("--seeds, --epochs, --samples and --repetitions must be at least 1")
+
+    @property
+    def common(self) -> dict[str, int]:
+        """What all runs have in common."""
+        return {"epochs": self.epochs, "batch_size": BATCH_SIZE, "samples": self.samples}
 
 
-def identity(args: argparse.Namespace) -> dict[str, int]:
-    """What all runs have in common."""
-    return {"epochs": args.epochs, "batch_size": BATCH_SIZE, "samples": args.samples}
+def main(argv: Sequence[str] | None = None) -> None:
+    """Computes what is missing, and reports."""
+    options = parse(Options, __doc__, argv)
+    if not options.report:
+        compute(options)
+    report(read_journal(options.results), options)
 
 
 # --- Runs -----------------------------------------------------------------------------------------
 
 
-def compute(args: argparse.Namespace) -> None:
+def compute(options: Options) -> None:
     """All runs of both sides, in turn, and the timing."""
-    task = Task(args.epochs, BATCH_SIZE, args.samples)
-    journal = Journal(args.results, 1 + args.seeds * len(SETTINGS) * len(SIDES))
+    try:
+        from benchmarks.evidence.implementations import jax_side, torch_side
+    except ModuleNotFoundError as error:
+        package = "ivon-opt" if error.name == "ivon" else error.name
+        sys.exit(f'error: {package} is not installed; run: pip install -e ".[examples,oracle]"')
+    task = Task(options.epochs, BATCH_SIZE, options.samples)
+    journal = Journal(options.results, 1 + options.seeds * len(SETTINGS) * len(SIDES))
     trainers = {
         (name, side): module.Trainer(setting, task)
         for name, setting in SETTINGS.items()
-        for side, module in zip(SIDES, (implementations_jax, implementations_torch), strict=True)
+        for side, module in zip(SIDES, (jax_side, torch_side), strict=True)
     }
-    timing = {"task": "timing", "repetitions": args.repetitions, "batch_size": BATCH_SIZE}
-    journal.compute(timing, partial(time_steps, trainers, args.repetitions))
-    for seed in range(args.seeds):
+
+    def timing() -> dict[str, Any]:
+        """Seconds per training step of every implementation, interleaved."""
+        functions = {
+            NAMES[SETTINGS[name].optimizer, side]: trainer.timed()
+            for (name, side), trainer in trainers.items()
+            if SETTINGS[name].constant
+        }
+        found = interleaved(functions, options.repetitions)
+        seconds = {name: timing.seconds.tolist() for name, timing in found.items()}
+        return {"seconds": seconds, "versions": torch_side.versions()}
+
+    what = {"task": "timing", "repetitions": options.repetitions, "batch_size": BATCH_SIZE}
+    journal.compute(what, timing)
+    for seed in range(options.seeds):
         for (name, side), trainer in trainers.items():
-            run = {"task": "train", "setting": name, "side": side, "seed": seed, **identity(args)}
-            values = dict(SETTINGS[name].values)
+            run = {"task": "train", "setting": name, "side": side, "seed": seed, **options.common}
             work = partial(train_and_score, trainer.train, task, seed)
-            journal.compute({**run, "values": values}, work)
-
-
-def time_steps(trainers: Mapping[tuple[str, str], Any], repetitions: int) -> dict[str, Any]:
-    """Seconds per training step of every implementation, interleaved."""
-    functions = {
-        NAMES[SETTINGS[name].optimizer, side]: trainer.timed()
-        for (name, side), trainer in trainers.items()
-        if SETTINGS[name].constant
-    }
-    found = interleaved(functions, repetitions)
-    seconds = {name: timing.seconds.tolist() for name, timing in found.items()}
-    return {"seconds": seconds, "versions": implementations_torch.versions()}
+            journal.compute({**run, "values": dict(SETTINGS[name].values)}, work)
 
 
 def train_and_score(train: Callable[[int], Trained], task: Task, seed: int) -> dict[str, float]:
@@ -124,16 +138,16 @@ def score(log_probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 # --- Report ---------------------------------------------------------------------------------------
 
 
-def report(journal: Journal, args: argparse.Namespace) -> None:
+def report(journal: Journal, options: Options) -> None:
     """Writes the tables."""
     rows: dict[str, list[Sequence[str]]] = {}
     seconds = [["whole runs", "ours or optax, s", "PyTorch, s", "PyTorch / ours"]]
     seeds = set()
     for name, setting in SETTINGS.items():
-        sides = {side: collect(journal, args, name, side) for side in SIDES}
+        sides = {side: collect(journal, options, name, side) for side in SIDES}
         both = sorted(sides["jax"].keys() & sides["torch"].keys())
         if not both:
-            raise SystemExit(f"{journal.path} has no runs of {name} with {identity(args)}")
+            raise SystemExit(f"{journal.path} has no runs of {name} with {options.common}")
         seeds.add(len(both))
         rows.setdefault(setting.optimizer, []).extend(comparison(name, sides, both))
         ours, theirs = (np.array([sides[s][k]["seconds"] for k in both]) for s in SIDES)
@@ -145,16 +159,21 @@ def report(journal: Journal, args: argparse.Namespace) -> None:
         tables[title] = [head, *rows[optimizer]]
     tables["Seconds"] = seconds
     tables["A training step"] = timing_rows(journal)
-    tables["Settings"] = [("", "settings"), *((n, words(s.values)) for n, s in SETTINGS.items())]
-    write_tables(journal, "Against other implementations", tables, notes(journal, args, min(seeds)))
+    tables["Settings"] = [
+        ("", "settings"),
+        *((n, described(s.values)) for n, s in SETTINGS.items()),
+    ]
+    write_tables(
+        journal, "Against other implementations", tables, notes(journal, options, min(seeds))
+    )
 
 
 def collect(
-    journal: Journal, args: argparse.Namespace, name: str, side: str
+    journal: Journal, options: Options, name: str, side: str
 ) -> dict[int, Mapping[str, Any]]:
     """Results of a setting on one side, by seed."""
     values = dict(SETTINGS[name].values)
-    found = journal.select(setting=name, side=side, values=values, **identity(args))
+    found = journal.select(setting=name, side=side, values=values, **options.common)
     return {run["seed"]: result for run, result in found}
 
 
@@ -181,14 +200,6 @@ def comparison(name: str, sides: Results, seeds: Sequence[int]) -> list[Sequence
     return rows
 
 
-METRICS = {
-    "nll": ("NLL", 1, 4),
-    "nll_samples": ("NLL, samples", 1, 4),
-    "accuracy": ("accuracy, %", 100, 2),
-    "accuracy_samples": ("accuracy, %, samples", 100, 2),
-}
-
-
 def verdict(ratio: float) -> str:
     """What a difference of so many standard errors says."""
     if np.isnan(ratio):
@@ -208,24 +219,20 @@ def timing_rows(journal: Journal) -> list[Sequence[str]]:
     return rows
 
 
-def words(values: Mapping[str, float]) -> str:
-    """Hyperparameters in words."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in values.items())
-
-
-def notes(journal: Journal, args: argparse.Namespace, seeds: int) -> str:
+def notes(journal: Journal, options: Options, seeds: int) -> str:
     """How to read the tables."""
     versions = ", ".join(journal.select(task="timing")[-1][1]["versions"])
     return (
         f"1,000 training and 797 test digits of scikit-learn, a perceptron 64-128-128-10, "
-        f"{args.epochs} epochs in batches of {BATCH_SIZE}, ess = 1,000, {args.samples} posterior "
-        f"samples; {seeds} seeds, mean ± standard error. A seed has the same initial weights and "
-        "batches on both sides; IVON's noise is each side's own. Differences are ours less "
-        "PyTorch's, paired by seed: 'the same' is within two standard errors. The cosine begins "
-        "with a warmup of 5 % of the steps. Both sides run step by step, forward and backward "
-        f"pass included; a step is timed in turn with the others. Beside it: {versions}."
+        f"{options.epochs} epochs in batches of {BATCH_SIZE}, ess = 1,000, {options.samples} "
+        f"posterior samples; {seeds} seeds, mean ± standard error. A seed has the same initial "
+        "weights and batches on both sides; IVON's noise is each side's own. Differences are ours "
+        "less PyTorch's, paired by seed: 'the same' is within two standard errors. The cosine "
+        "begins with a warmup of 5 % of the steps. Both sides run step by step, forward and "
+        "backward pass included; a step is timed in turn with the others. Beside it: "
+        f"{versions}."
     )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

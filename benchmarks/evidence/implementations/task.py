@@ -1,4 +1,4 @@
-"""What both sides of `implementations.py` are given: data, initial weights, batches, settings."""
+"""What both sides of the comparison are given: data, initial weights, batches, settings."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 
+from benchmarks._shared.methods import warmup_cosine
 from examples._shared.datasets import load_small_digits
 
 SIZES = (64, 128, 128, 10)
-WARMUP_SHARE = 0.05  # of the steps
 
 
 class Trained(NamedTuple):
@@ -77,8 +77,7 @@ class Setting(NamedTuple):
         rate = self.values["learning_rate"]
         if self.constant:
             return optax.constant_schedule(rate)
-        warmup = max(1, round(WARMUP_SHARE * task.num_steps))
-        return optax.warmup_cosine_decay_schedule(0.0, rate, warmup, task.num_steps)
+        return warmup_cosine(rate, task.num_steps)
 
 
 IVON = {"hess_init": 0.5, "b2": 0.999, "weight_decay": 1e-4}

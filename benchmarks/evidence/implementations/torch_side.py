@@ -1,8 +1,9 @@
-"""`implementations.py` in PyTorch: its AdamW and the authors' IVON, as their documentation says."""
+"""The comparison's PyTorch side: its AdamW and the authors' IVON, as their documentation says."""
 
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import ivon  # pyright: ignore[reportMissingImports] the package ivon-opt
@@ -26,19 +27,12 @@ def make_network(weights: list) -> Any:
 
 def make_optimizer(setting: Setting, task: Task, network: Any) -> Any:
     """The optimizer, with the constant part of the rate."""
-    values = setting.values
+    values = dict(setting.values)
+    values["lr"] = values.pop("learning_rate")
     if setting.optimizer == "adamw":
-        return torch.optim.AdamW(
-            network.parameters(), lr=values["learning_rate"], weight_decay=values["weight_decay"]
-        )
-    return ivon.IVON(
-        network.parameters(),
-        lr=values["learning_rate"],
-        ess=task.num_train,
-        hess_init=values["hess_init"],
-        beta2=values["b2"],
-        weight_decay=values["weight_decay"],
-    )
+        return torch.optim.AdamW(network.parameters(), **values)
+    values["beta2"] = values.pop("b2")
+    return ivon.IVON(network.parameters(), ess=task.num_train, **values)
 
 
 class Trainer:
@@ -83,20 +77,16 @@ class Trainer:
         return run
 
     def _step_of(self, network: Any, optimizer: Any) -> Callable[[Any, Any], None]:
-        def backward(images: Any, labels: Any) -> None:
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(network(images), labels).backward()
+        variational = self.setting.optimizer == "ivon"
 
-        def ivon_step(images: Any, labels: Any) -> None:
-            with optimizer.sampled_params(train=True):
-                backward(images, labels)
+        def step(images: Any, labels: Any) -> None:
+            sampled = optimizer.sampled_params(train=True) if variational else nullcontext()
+            with sampled:
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(network(images), labels).backward()
             optimizer.step()
 
-        def adamw_step(images: Any, labels: Any) -> None:
-            backward(images, labels)
-            optimizer.step()
-
-        return ivon_step if self.setting.optimizer == "ivon" else adamw_step
+        return step
 
     def _draws(self, network: Any, optimizer: Any) -> Iterator[np.ndarray]:
         for _ in range(self.task.samples):

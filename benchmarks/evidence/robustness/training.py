@@ -1,142 +1,81 @@
 """A perceptron on handwritten digits, trained at many settings at once by IVON or AdamW."""
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
 
-from benchmarks.evidence.images.image_training import MLP, Data, predict, scan_epoch, seed_keys
-from ivon_jax import (
-    diagnostics,
-    ivon,
-    metrics,
-    posterior,
-    posterior_mean,
-    predict_samples,
-    sample_params,
+from benchmarks._shared.methods import (
+    Array,
+    Values,
+    cross_entropy,
+    ivon_settings,
+    optimizer,
+    scan_epoch,
+    seed_keys,
+    step_of,
 )
+from benchmarks._shared.networks import Perceptron
+from ivon_jax import diagnostics, metrics, posterior, predict_log_probs
 
 BATCH = 50
-WARMUP_SHARE = 0.05
 SAMPLES = 32
 B2 = 0.999
+IMAGES_AT_ONCE = 500  # bounds the memory of prediction
 
-Array = jax.Array
-Values = Mapping[str, Any]
+Data = tuple[Array, Array]
 
 
 class Run(NamedTuple):
-    """What is the same for all lanes."""
+    """What is the same for all lanes: "ivon" or "adamw", its length, and the network's width."""
 
+    method: str
     epochs: int
     width: int
 
-    @property
-    def model(self) -> MLP:
-        """Two hidden layers."""
-        return MLP(width=self.width)
 
-
-def cross_entropy(model: MLP, params: Any, batch: Data) -> Array:
-    """Mean over examples."""
-    logits: Any = model.apply(params, batch[0])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
-
-
-def schedule(peak: Any, num_steps: int) -> optax.Schedule:
-    """Warmup, then cosine to zero."""
-    warmup = max(1, round(WARMUP_SHARE * num_steps))
-    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, num_steps)
-    return lambda count: peak * shape(count)
-
-
-def ivon_settings(values: Values, num_steps: int, num_train: int) -> dict[str, Any]:
-    """Arguments of `ivon`; the temperature is N/ess."""
-    return {
-        "learning_rate": schedule(values["learning_rate"], num_steps),
-        "ess": num_train / values["temperature"],
-        "hess_init": values["hess_init"],
-        "weight_decay": values["weight_decay"],
-        "precision_floor": values["precision_floor"],
-        "b2": B2,
-    }
-
-
-def train_ivon(run: Run, values: Values, seed: Array, data: Data, test: Data) -> dict:
-    """One run: NLL at the mean and averaged, and what was seen on the way after each epoch."""
-    num_steps = run.epochs * (len(data[1]) // BATCH)
-    settings = ivon_settings(values, num_steps, len(data[1]))
-    tx = ivon(**settings)
-
-    def step(key: Array, params: Any, state: Any, batch: Data) -> tuple:
-        sample, noise = sample_params(key, state)
-        loss, grads = jax.value_and_grad(partial(cross_entropy, run.model))(sample, batch)
-        updates, state = tx.update(grads, state, params, noise=noise)
-        return optax.apply_updates(params, updates), state, loss
-
-    keys, params = _start(run, seed, data)
-
-    def epoch(carry: Any, key: Array) -> tuple:
-        params, state = scan_epoch(step, BATCH, data, carry, key)
-        seen = diagnostics(state, settings)
-        seen = {name: seen[f"update/{name}"] for name in ("gain", "risk")}
-        return (params, state), seen | {"loss": cross_entropy(run.model, params, data)}
-
-    carry = (params, tx.init(params))
-    start = diagnostics(carry[1], settings)["signal_to_noise/p50"]
-    (_, state), seen = jax.lax.scan(epoch, carry, jax.random.split(keys.epochs, run.epochs))
-    log_probs = jax.nn.log_softmax(
-        predict_samples(run.model.apply, SAMPLES)(keys.predict, posterior(state), test[0])
-    )
-    averaged = jax.nn.logsumexp(log_probs, axis=0) - jnp.log(float(SAMPLES))
-    at_mean = predict(run.model, posterior_mean(state), test[0])
-    return seen | {
-        "start": start,
-        "nll": metrics.nll(averaged, test[1]),
-        "accuracy": metrics.accuracy(averaged, test[1]),
-        "nll_mean": metrics.nll(at_mean, test[1]),
-    }
-
-
-def train_adamw(run: Run, values: Values, seed: Array, data: Data, test: Data) -> dict:
-    """The same for AdamW."""
-    num_steps = run.epochs * (len(data[1]) // BATCH)
-    rate = schedule(values["learning_rate"], num_steps)
-    tx = optax.adamw(rate, weight_decay=values["weight_decay"])
-
-    def step(key: Array, params: Any, state: Any, batch: Data) -> tuple:
-        del key
-        loss, grads = jax.value_and_grad(partial(cross_entropy, run.model))(params, batch)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    keys, params = _start(run, seed, data)
-
-    def epoch(carry: Any, key: Array) -> tuple:
-        params, state = scan_epoch(step, BATCH, data, carry, key)
-        return (params, state), {"loss": cross_entropy(run.model, params, data)}
-
-    carry = (params, tx.init(params))
-    (params, _), seen = jax.lax.scan(epoch, carry, jax.random.split(keys.epochs, run.epochs))
-    log_probs = predict(run.model, params, test[0])
-    return seen | {
-        "nll": metrics.nll(log_probs, test[1]),
-        "accuracy": metrics.accuracy(log_probs, test[1]),
-    }
-
-
-def _start(run: Run, seed: Any, data: Data) -> tuple:
-    keys = seed_keys(seed)
-    return keys, run.model.init(keys.init, data[0][:1])
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def train_lanes(
-    method: str, run: Run, values: Values, seeds: Array, data: Data, test: Data
-) -> dict:
-    """Each run has a setting and a seed of its own, along axis 0."""
-    train = {"ivon": train_ivon, "adamw": train_adamw}[method]
+@partial(jax.jit, static_argnums=0)
+def train_lanes(run: Run, values: Values, seeds: Array, data: Data, test: Data) -> dict:
+    """Each lane has a setting and a seed of its own, along axis 0."""
     return jax.vmap(partial(train, run), (0, 0, None, None))(values, seeds, data, test)
+
+
+def train(run: Run, values: Values, seed: Array, data: Data, test: Data) -> dict[str, Array]:
+    """Test results, and what was seen on the way after each epoch."""
+    variational = run.method == "ivon"
+    model: Any = Perceptron(run.width)
+    num_train = len(data[1])
+    num_steps = run.epochs * (num_train // BATCH)
+    values = {**values, "b2": B2} if variational else values
+    settings = ivon_settings(values, num_steps, num_train) if variational else {}
+    tx = optimizer(run.method, values, num_steps, num_train)
+
+    def loss(params: Any, batch: Data) -> Array:
+        return cross_entropy(model.apply(params, batch[0]), batch[1])
+
+    step = step_of(run.method, loss, tx)
+
+    def epoch(carry: Any, key: Array) -> tuple:
+        params, state = scan_epoch(step, BATCH, data, carry, key)
+        seen = diagnostics(state, settings) if variational else {}
+        seen = {name: seen[f"update/{name}"] for name in ("gain", "risk") if variational}
+        return (params, state), seen | {"loss": loss(params, data)}
+
+    keys = seed_keys(seed)
+    params = model.init(keys.init, data[0][:1])
+    carry = (params, tx.init(params))
+    start = diagnostics(carry[1], settings)["signal_to_noise/p50"] if variational else None
+    (params, state), seen = jax.lax.scan(epoch, carry, jax.random.split(keys.epochs, run.epochs))
+    at_mean = jax.nn.log_softmax(
+        jax.lax.map(lambda x: model.apply(params, x[None])[0], test[0], batch_size=IMAGES_AT_ONCE)
+    )
+    if not variational:
+        return seen | scores(at_mean, test[1])
+    averaged = predict_log_probs(model.apply, SAMPLES)(keys.predict, posterior(state), test[0])
+    mean = {"start": start, "nll_mean": metrics.nll(at_mean, test[1])}
+    return seen | mean | scores(averaged, test[1])
+
+
+def scores(log_probs: Array, labels: Array) -> dict[str, Array]:
+    """NLL and accuracy."""
+    return {"nll": metrics.nll(log_probs, labels), "accuracy": metrics.accuracy(log_probs, labels)}

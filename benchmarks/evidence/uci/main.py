@@ -1,91 +1,107 @@
 """UCI regression: test RMSE and log-likelihood of AdamW, MC-dropout, a deep ensemble and IVON.
 
-    python benchmarks/uci.py --data-dir DIR --dataset concrete            # 20 splits
-    python benchmarks/uci.py --data-dir DIR --dataset concrete --report   # table
+    python benchmarks/evidence/uci/main.py --data DIR/concrete    # 20 splits, some 6 minutes
+    python benchmarks/evidence/uci/main.py --report               # tables
 
-`DIR/NAME` holds data.txt, index_features.txt, index_target.txt, and index_train_K.txt and
-index_test_K.txt for each split. In each split every method tries its 24 settings
-(`uci_methods.GRIDS`) on four fifths of the training rows, takes the setting and the variance of
-the observations with the highest log-likelihood of the last fifth, and is trained again on all
-training rows. Budget: 10,000 gradients of 32 rows per network.
+DIR/concrete holds data.txt, index_features.txt, index_target.txt, and index_train_K.txt and
+index_test_K.txt for each split. In each split every method tries its 24 settings (`methods.GRIDS`)
+on four fifths of the training rows, takes the setting and the variance of the observations with
+the highest log-likelihood of the last fifth, and is trained again on all training rows. Budget:
+10,000 gradients of 32 rows per network.
 """
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._shared.journal import Journal, evidence_parser, read_journal
-from benchmarks.evidence.uci import report as uci_report
-from benchmarks.evidence.uci.data import DataError, hold_out, load_splits, standardise
-from benchmarks.evidence.uci.methods import (
-    GRIDS,
-    Fit,
-    best_noise,
-    draws,
-    grid,
-    log_likelihood,
-    root_mean_square,
-    train,
-)
+from benchmarks._shared.journal import Evidence, Journal, parse, read_journal, write_tables
+from benchmarks._shared.tuning import settings
+from benchmarks.evidence.uci import methods
+from benchmarks.evidence.uci.data import Split, hold_out, load_splits, standardise
+from benchmarks.evidence.uci.methods import GRIDS
+from examples._shared.reporting import cell
 
-STEPS = 10_000
 BLOCK = 5  # splits that are trained together
+LABELS = {
+    "adamw": "AdamW",
+    "dropout": "MC-dropout",
+    "ensemble": "ensemble of 5",
+    "ivon": "IVON, 100 samples",
+    "ivon_mean": "IVON at the mean",
+}
+# Test RMSE and log-likelihood of MC-dropout tuned by grid search, as published for these splits.
+PUBLISHED = {"concrete": (4.82, -2.93), "power-plant": (4.01, -2.80), "yacht": (0.67, -1.25)}
 
 
-def main() -> None:
-    """Parses the command line and computes, or reports."""
-    parser = evidence_parser(
-        "UCI regression over the standard splits; about 6 minutes per set on two cores.", "uci"
-    )
-    parser.add_argument("--data-dir", type=Path, help="folder with a folder for each set")
-    parser.add_argument("--dataset", help="name of that folder, such as concrete")
-    parser.add_argument("--methods", nargs="+", choices=GRIDS, default=list(GRIDS))
-    parser.add_argument("--splits", type=int, help="only the first so many splits", default=None)
-    parser.add_argument("--steps", type=int, default=STEPS, help="gradients per network")
-    args = parser.parse_args()
-    if args.report:
-        uci_report.report(read_journal(args.results))
-        return
-    if args.data_dir is None or args.dataset is None:
-        parser.error("name the data with --data-dir DIR --dataset NAME")
-    if args.steps < 2 or (args.splits is not None and args.splits < 1):
-        parser.error("--steps must be at least 2 and --splits at least 1")
-    try:
-        splits = load_splits(args.data_dir / args.dataset)[: args.splits]
-    except DataError as error:
-        parser.error(str(error))
-    journal = Journal(args.results, total=len(args.methods) * len(splits))
-    for method in args.methods:
+@dataclass(frozen=True)
+class Options(Evidence):
+    """The command line."""
+
+    results: Path = Path("uci.jsonl")
+    data: Path | None = None
+    """Folder of a set."""
+    methods: tuple[Literal["adamw", "dropout", "ensemble", "ivon"], ...] = tuple(GRIDS)  # pyright: ignore
+    splits: int | None = None
+    """Only so many splits, from the first on."""
+    steps: int = 10_000
+    """Gradients per network."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data is None and not self.report:
+            raise SystemExit("name the folder of a set with --data DIR/NAME")
+        if self.steps < 2 or (self.splits is not None and self.splits < 1):
+            raise SystemExit("--steps must be at least 2 and --splits at least 1")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Computes what is missing, and reports."""
+    options = parse(Options, __doc__, argv)
+    if not options.report:
+        compute(options)
+    report(read_journal(options.results))
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+def compute(options: Options) -> None:
+    """All methods on all splits of a set."""
+    assert options.data is not None
+    splits = load_splits(options.data)[: options.splits]
+    journal = Journal(options.results, total=len(options.methods) * len(splits))
+    for method in options.methods:
+        runs = [
+            {"dataset": options.data.name, "method": method, "split": k, "steps": options.steps}
+            for k in range(len(splits))
+        ]
         for first in range(0, len(splits), BLOCK):
-            numbers = range(first, min(first + BLOCK, len(splits)))
-            runs = [
-                {"dataset": args.dataset, "method": method, "split": k, "steps": args.steps}
-                for k in numbers
-            ]
             journal.compute_all(
-                runs,
+                runs[first : first + BLOCK],
                 lambda missing: evaluate([splits[run["split"]] for run in missing], missing),
             )
-    uci_report.report(journal)
 
 
-def evaluate(splits: list[tuple[np.ndarray, ...]], runs: list[Any]) -> list[dict[str, Any]]:
+def evaluate(splits: list[Split], runs: list[Any]) -> list[dict[str, Any]]:
     """Chooses, trains again and tests one method on some splits."""
-    method, fit = runs[0]["method"], Fit(runs[0]["steps"])
+    method, steps = runs[0]["method"], runs[0]["steps"]
     keys = jnp.stack([jax.random.fold_in(jax.random.key(0), run["split"]) for run in runs])
-    settings = grid(method)
+    tried = settings(GRIDS[method])
+    grid = {name: jnp.array([values[name] for values in tried]) for name in tried[0]}
     held = standardise(hold_out(splits))
-    scores, noises = choose(fit, method, keys, settings, held)
+    scores, noises = choose(method, steps, keys, grid, held)
     best = jnp.argmax(jnp.where(jnp.isfinite(scores), scores, -jnp.inf), axis=1)
-    chosen = {name: values[best] for name, values in settings.items()}
+    chosen = {name: values[best] for name, values in grid.items()}
     noise = jnp.take_along_axis(noises, best[:, None], axis=1)[:, 0]
     # The level is relative to the targets' spread, which differs a little between the two.
     part = standardise(splits)
-    measured = test(fit, method, keys, chosen, noise * held.scale / part.scale, part)
+    measured = test(method, steps, keys, chosen, noise * held.scale / part.scale, part)
     rows = []
     for index in range(len(runs)):
         values = {name: float(x[index]) for name, x in chosen.items()}
@@ -96,35 +112,92 @@ def evaluate(splits: list[tuple[np.ndarray, ...]], runs: list[Any]) -> list[dict
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def choose(fit: Fit, method: str, keys: Any, settings: Any, part: Any) -> tuple[Any, Any]:
+def choose(method: str, steps: int, keys: Any, grid: Any, part: Any) -> tuple[Any, Any]:
     """Held-out log-likelihood and noise of each split and setting."""
 
     def one(key: Any, values: Any, data: Any, held_out: Any) -> tuple[Any, Any]:
-        fitted = train(fit, method, key, values, data)
-        predicted = draws(fit, method, jax.random.fold_in(key, 1), values, fitted, held_out[0])
-        noise, score = best_noise(predicted, held_out[1])
+        fitted = methods.train(method, steps, key, values, data)
+        predicted = methods.draws(method, jax.random.fold_in(key, 1), values, fitted, held_out[0])
+        noise, score = methods.best_noise(predicted, held_out[1])
         return score, noise
 
     over_settings = jax.vmap(one, (None, 0, None, None))
-    return jax.vmap(over_settings, (0, None, 0, 0))(keys, settings, part.train, part.test)
+    return jax.vmap(over_settings, (0, None, 0, 0))(keys, grid, part.train, part.test)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def test(fit: Fit, method: str, keys: Any, chosen: Any, noise: Any, part: Any) -> dict[str, Any]:
+def test(method: str, steps: int, keys: Any, chosen: Any, noise: Any, part: Any) -> dict[str, Any]:
     """RMSE and log-likelihood in the units of the targets, with those of IVON's mean beside."""
 
     def one(key: Any, values: Any, s: Any, data: Any, held_out: Any, scale: Any) -> dict[str, Any]:
-        fitted = train(fit, method, key, values, data)
+        fitted = methods.train(method, steps, key, values, data)
         measured = {"noise": s * scale}
         for name in [method, "ivon_mean"] if method == "ivon" else [method]:
-            predicted = draws(fit, name, jax.random.fold_in(key, 1), values, fitted, held_out[0])
+            predicted = methods.draws(name, jax.random.fold_in(key, 1), values, fitted, held_out[0])
             suffix = "_mean" if name == "ivon_mean" else ""
-            measured["rmse" + suffix] = root_mean_square(predicted, held_out[1]) * scale
-            score = log_likelihood(predicted, held_out[1], s)
+            rmse = methods.root_mean_square(predicted, held_out[1])
+            score = methods.log_likelihood(predicted, held_out[1], s)
+            measured["rmse" + suffix] = rmse * scale
             measured["log_likelihood" + suffix] = score - jnp.log(scale)
         return measured
 
     return jax.vmap(one)(keys, chosen, noise, part.train, part.test, part.scale)
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+def report(journal: Journal) -> None:
+    """Writes, for each set, what was measured and what was chosen."""
+    tables = {}
+    for name in dict.fromkeys(run["dataset"] for run, _ in journal.select()):
+        tables[name] = measured_rows(journal, name)
+        tables[f"{name}: chosen, and how often"] = chosen_rows(journal, name)
+    notes = (
+        "Mean ± standard error over splits, units of the target. `over AdamW` is the paired "
+        "difference of the log-likelihoods. The last row is MC-dropout tuned by grid search as "
+        "published."
+    )
+    write_tables(journal, "UCI regression", tables, notes)
+
+
+def measured_rows(journal: Journal, dataset: str) -> Sequence[Sequence[str]]:
+    """Test results of each method."""
+
+    def by_split(method: str, name: str) -> dict[int, float]:
+        found = journal.select(dataset=dataset, method=method)
+        return {run["split"]: result[name] for run, result in found}
+
+    rows = [("", "splits", "test RMSE", "test log-likelihood", "over AdamW")]
+    base = by_split("adamw", "log_likelihood")
+    for method, label in LABELS.items():
+        trained, suffix = ("ivon", "_mean") if method == "ivon_mean" else (method, "")
+        rmse = by_split(trained, "rmse" + suffix)
+        score = by_split(trained, "log_likelihood" + suffix)
+        if not score:
+            continue
+        common = [score[k] - base[k] for k in score if k in base]
+        gain = cell(common, 3) if common and method != "adamw" else ""
+        cells = cell(list(rmse.values()), 3), cell(list(score.values()), 3)
+        rows.append((label, str(len(score)), *cells, gain))
+    if dataset in PUBLISHED:
+        rmse, score = PUBLISHED[dataset]
+        rows.append(("MC-dropout, published", "20", f"{rmse:.2f}", f"{score:.2f}", ""))
+    return rows
+
+
+def chosen_rows(journal: Journal, dataset: str) -> Sequence[Sequence[str]]:
+    """How often each value of each hyperparameter was chosen."""
+    rows = [("method", "hyperparameter", "value × splits")]
+    for method, grid in GRIDS.items():
+        results = [x for _, x in journal.select(dataset=dataset, method=method)]
+        for name, values in grid.items() if results else ():
+            counts = [
+                (v, sum(np.isclose(x["chosen"][name], v, rtol=1e-4) for x in results))
+                for v in values
+            ]
+            rows.append((LABELS[method], name, ", ".join(f"{v:g} × {n}" for v, n in counts)))
+    return rows
 
 
 if __name__ == "__main__":

@@ -6,21 +6,20 @@ which held-out targets are most likely, so that no method is punished for noise 
 overfitting. Each lane of a `vmap` is one network with hyperparameters of its own.
 """
 
-import itertools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks._shared.methods import Values, ivon_step, plain_step, warmup_cosine
+from benchmarks._shared.tuning import Grid
 from ivon_jax import ivon, posterior, sample_params
 
 HIDDEN = 50
 BATCH = 32
 SAMPLES = 100  # networks, or masks, that a prediction averages over
 MEMBERS = 5
-WARMUP_SHARE = 0.05
 NOISE_LEVELS = jnp.geomspace(0.003, 1.5, 80)  # s, in units of the targets' standard deviation
 
 ADAMW_GRID = {
@@ -30,7 +29,7 @@ ADAMW_GRID = {
 # 24 settings each; every grid was moved once, after a first one on `concrete` that chose at an
 # edge. All share the number of steps and of gradient evaluations, of which the ensemble has five
 # times as many. IVON's `sharpness` is ess/N: 1/s² would be Bayes.
-GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
+GRIDS: dict[str, Grid] = {
     "adamw": ADAMW_GRID,
     "dropout": {
         "learning_rate": (1e-2, 3e-2, 0.1),
@@ -46,32 +45,13 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
 }
 IVON_FIXED: dict[str, Any] = {"hess_init": 0.5, "precision_floor": 0.1}
 PRIOR_PRECISION = 1.0  # λδ: weights of order one
-LABELS = {
-    "adamw": "AdamW",
-    "dropout": "MC-dropout",
-    "ensemble": "ensemble of 5",
-    "ivon": "IVON, 100 samples",
-    "ivon_mean": "IVON at the mean",
-}
 
 Array = jax.Array
 Params = dict[str, Array]
-Values = Mapping[str, Any]
 Data = tuple[Array, Array]
 
 
-class Fit(NamedTuple):
-    """What training is told that is the same for all lanes."""
-
-    steps: int
-    samples: int = SAMPLES
-
-
-def grid(method: str) -> dict[str, Array]:
-    """All settings of a method, each name with an array of 24 values."""
-    names = list(GRIDS[method])
-    columns = zip(*itertools.product(*GRIDS[method].values()), strict=True)
-    return {name: jnp.array(column) for name, column in zip(names, columns, strict=True)}
+# --- The network ----------------------------------------------------------------------------------
 
 
 def init(key: Array, features: int) -> Params:
@@ -85,21 +65,19 @@ def init(key: Array, features: int) -> Params:
     }
 
 
-def apply(params: Params, x: Array) -> Array:
-    """Predictions (n,) for inputs (n, features)."""
-    return jax.nn.relu(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
+def apply(params: Params, x: Array, key: Any = None, rate: Any = None) -> Array:
+    """Predictions (n,) for inputs (n, features).
 
-
-def apply_dropout(params: Params, x: Array, key: Array, rate: Array) -> Array:
-    """The same with dropout of inputs and of hidden units, a mask of its own for each example."""
-    one, two = jax.random.split(key)
+    With a rate, inputs and hidden units are dropped, by a mask of its own for each example.
+    """
 
     def drop(key: Array, values: Array) -> Array:
         kept = jax.random.bernoulli(key, 1.0 - rate, values.shape)
         return jnp.where(kept, values / (1.0 - rate), 0.0)
 
-    hidden = jax.nn.relu(drop(one, x) @ params["w1"] + params["b1"])
-    return drop(two, hidden) @ params["w2"] + params["b2"]
+    one, two = (None, None) if rate is None else jax.random.split(key)
+    hidden = jax.nn.relu((x if one is None else drop(one, x)) @ params["w1"] + params["b1"])
+    return (hidden if two is None else drop(two, hidden)) @ params["w2"] + params["b2"]
 
 
 def half_square(predicted: Array, y: Array) -> Array:
@@ -107,83 +85,58 @@ def half_square(predicted: Array, y: Array) -> Array:
     return 0.5 * jnp.mean((predicted - y) ** 2)
 
 
-def schedule(peak: Array, steps: int) -> optax.Schedule:
-    """Warmup, then cosine to zero."""
-    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, round(WARMUP_SHARE * steps)), steps)
-    return lambda count: peak * shape(count)
+# --- Training and prediction ----------------------------------------------------------------------
 
 
-def fit_plain(fit: Fit, key: Array, values: Values, data: Data) -> Params:
-    """AdamW, through dropout where `values` has a rate."""
+def train(method: str, steps: int, key: Array, values: Values, data: Data) -> Any:
+    """One network, five for the ensemble, or IVON's posterior."""
+    if method == "ensemble":
+        keys = jax.random.split(key, MEMBERS)
+        return jax.vmap(lambda k: train("adamw", steps, k, values, data))(keys)
     x, y = data
-    tx = optax.adamw(
-        schedule(values["learning_rate"], fit.steps), weight_decay=values["weight_decay"]
-    )
+    schedule = warmup_cosine(values["learning_rate"], steps)
+
+    def loss(params: Params, batch: Any) -> Array:
+        rows, mask_key = batch
+        return half_square(apply(params, x[rows], mask_key, values.get("rate")), y[rows])
+
+    if method == "ivon":
+        ess = values["sharpness"] * len(y)
+        decay = PRIOR_PRECISION / ess
+        tx = ivon(schedule, ess, weight_decay=decay, b2=values["b2"], **IVON_FIXED)
+        step = ivon_step(loss, tx)
+    else:
+        tx = optax.adamw(schedule, weight_decay=values["weight_decay"])
+        step = plain_step(loss, tx)
+
+    def one(carry: Any, key: Array) -> tuple[Any, None]:
+        rows_key, step_key = jax.random.split(key)
+        rows = jax.random.randint(rows_key, (BATCH,), 0, len(y))
+        params, state, _ = step(step_key, carry[0], carry[1], (rows, step_key))
+        return (params, state), None
+
     init_key, steps_key = jax.random.split(key)
     params = init(init_key, x.shape[1])
-
-    def loss(params: Params, key: Array, rows: Array) -> Array:
-        if "rate" in values:
-            return half_square(apply_dropout(params, x[rows], key, values["rate"]), y[rows])
-        return half_square(apply(params, x[rows]), y[rows])
-
-    def step(carry: Any, key: Array) -> tuple[Any, None]:
-        params, state = carry
-        rows_key, mask_key = jax.random.split(key)
-        rows = jax.random.randint(rows_key, (BATCH,), 0, len(y))
-        updates, state = tx.update(jax.grad(loss)(params, mask_key, rows), state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    keys = jax.random.split(steps_key, fit.steps)
-    return jax.lax.scan(step, (params, tx.init(params)), keys)[0][0]
+    keys = jax.random.split(steps_key, steps)
+    params, state = jax.lax.scan(one, (params, tx.init(params)), keys)[0]
+    return posterior(state) if method == "ivon" else params
 
 
-def fit_ivon(fit: Fit, key: Array, values: Values, data: Data) -> Any:
-    """IVON; returns its posterior."""
-    x, y = data
-    ess = values["sharpness"] * len(y)
-    tx = ivon(
-        schedule(values["learning_rate"], fit.steps),
-        ess,
-        weight_decay=PRIOR_PRECISION / ess,
-        b2=values["b2"],
-        **IVON_FIXED,
-    )
-    init_key, steps_key = jax.random.split(key)
-
-    def step(state: Any, key: Array) -> tuple[Any, None]:
-        rows_key, noise_key = jax.random.split(key)
-        rows = jax.random.randint(rows_key, (BATCH,), 0, len(y))
-        sample, noise = sample_params(noise_key, state)
-        grads = jax.grad(lambda p: half_square(apply(p, x[rows]), y[rows]))(sample)
-        return tx.update(grads, state, noise=noise)[1], None
-
-    keys = jax.random.split(steps_key, fit.steps)
-    return posterior(jax.lax.scan(step, tx.init(init(init_key, x.shape[1])), keys)[0])
-
-
-def draws(fit: Fit, method: str, key: Array, values: Values, fitted: Any, x: Array) -> Array:
+def draws(method: str, key: Array, values: Values, fitted: Any, x: Array) -> Array:
     """Predictions of each sample, mask or member, (samples, n)."""
-    keys = jax.random.split(key, fit.samples)
+    keys = jax.random.split(key, SAMPLES)
     if method == "adamw":
         return apply(fitted, x)[None]
     if method == "ensemble":
         return jax.vmap(apply, (0, None))(fitted, x)
     if method == "dropout":
-        return jax.lax.map(lambda k: apply_dropout(fitted, x, k, values["rate"]), keys)
+        return jax.lax.map(lambda k: apply(fitted, x, k, values["rate"]), keys)
     if method == "ivon_mean":
         return apply(fitted.mean, x)[None]
     return jax.lax.map(lambda k: apply(sample_params(k, fitted)[0], x), keys)
 
 
-def train(fit: Fit, method: str, key: Array, values: Values, data: Data) -> Any:
-    """One network, five for the ensemble, or a posterior."""
-    if method == "ivon":
-        return fit_ivon(fit, key, values, data)
-    if method == "ensemble":
-        keys = jax.random.split(key, MEMBERS)
-        return jax.vmap(lambda k: fit_plain(fit, k, values, data))(keys)
-    return fit_plain(fit, key, values, data)
+# --- Scores ---------------------------------------------------------------------------------------
 
 
 def log_likelihood(predicted: Array, y: Array, noise: Array) -> Array:

@@ -1,143 +1,108 @@
-"""Which training examples matter: sensitivities, checked by retraining, and wrong labels.
+"""How well sensitivities agree with true retraining, and wrong labels by four scores.
 
-Run `python examples/sensitivity.py` (about a minute and a half on two cores).
+`python benchmarks/evidence/uses/sensitivity.py` learns 500 digits as examples/sensitivity.py does.
 
-By the memory-perturbation equation, removing example i moves the model's output for it by about
-v_i e_i: prediction variance times prediction error, both known when training ends
-(Nickl et al., arXiv:2310.19273). This script learns 500 of scikit-learn's digits with IVON and
-
-1. shows the most and the least sensitive images, and the sensitivity of each class;
-2. compares the estimate with the truth for 60 examples, spread evenly over the ranks of the
-   estimate: each is removed and the model trained again. Retraining starts from the trained
-   model and is deterministic: once by IVON with the same batches and noise, and once at the
-   posterior mean alone, by L-BFGS on the whole set, to a stationary point;
-3. gives a tenth of the images a wrong label and looks for these by sensitivity, and by three
-   simpler scores of the same model.
-
-Softmax regression, which is convex, is checked with IVON's diagonal posterior and with the full
-covariance: the difference is what the diagonal costs.
-
-Hyperparameters: nothing was selected by these results. Wrong labels are looked for in two
-settings: in the first (λ = N) the network resists them, in the second (λ = 10 N, wider, less
-decay) it learns some by heart. Five settings were looked at, width 16 to 128, decay 1e-4 to 1e-2.
-The units are tanh: with ReLUs the retraining at the mean reached no stationary point, and the
-agreement with IVON trained again was lower (Spearman 0.61 ± 0.11).
+1. Examples, spread evenly over the ranks of the estimate, are removed one at a time, and the model
+   is trained again from where it was: by IVON with the same batches and noise, and at the posterior
+   mean alone, by L-BFGS on the whole set to a stationary point. For softmax regression, which is
+   convex, the full covariance shows what the diagonal costs.
+2. A tenth of the labels is wrong. They are looked for where the network resists them (λ = N) and
+   where it learns some by heart (λ = 10 N, wider, less decay). Five settings were looked at, width
+   16 to 128, decay 1e-4 to 1e-2; nothing was selected by these results.
 """
 
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-try:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from tqdm import tqdm
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from scipy.stats import pearsonr, spearmanr
 
-    from benchmarks.evidence.images.image_training import NUM_CLASSES
-    from benchmarks.evidence.uses.sensitivity_report import (
-        LEARNED,
-        Agreement,
-        Pictures,
-        agreement_table,
-        classes_table,
-        detection_table,
-        write_figure,
-    )
-    from benchmarks.evidence.uses.sensitivity_retraining import (
-        Truth,
-        full_covariance_changes,
-        with_ivon,
-        without_noise,
-    )
-    from benchmarks.evidence.uses.small_digits import (
-        Apply,
-        Array,
-        Digits,
-        PyTree,
-        Recipe,
-        SmoothMLP,
-        SoftmaxRegression,
-        Weighted,
-        cross_entropy,
-        load_digits,
-        train,
-        unweighted,
-        wrong_labels,
-    )
-    from examples._shared.reporting import example_parser, positive
-    from ivon_jax import Posterior, Sensitivity, group_sensitivity, posterior, sensitivity
-    from ivon_jax.metrics import detection
-except ModuleNotFoundError as error:
-    sys.exit(f'error: {error.name} is not installed; run: pip install -e ".[examples]"')
+from benchmarks._shared.journal import parse
+from benchmarks._shared.methods import ivon_step, optimizer, scan_epoch
+from examples._shared.reporting import cell, format_table
+from examples.sensitivity import (
+    BATCH_SIZE,
+    NUM_CLASSES,
+    NUM_TRAIN,
+    Network,
+    cross_entropy,
+    draw_data,
+)
+from ivon_jax import Posterior, leave_one_out, posterior, posterior_mean, sensitivity
+from ivon_jax.metrics import detection
 
-NUM_TRAIN = 500
-WRONG = 0.1  # share of the labels
-WIDTH = 16
-# One instance of each: compiled functions are found again by the identity of `apply`.
-NETWORK, LINEAR = SmoothMLP(WIDTH), SoftmaxRegression()
-
-
-class Setting(NamedTuple):
-    """A network in which wrong labels are looked for, and its training."""
-
-    model: SmoothMLP
-    recipe: Recipe
-
-
-RECIPE = Recipe(epochs=60, learning_rate=0.3, weight_decay=1e-3)
+DECAY = 1e-3
+VALUES = {
+    "learning_rate": 0.3,
+    "hess_init": 0.1,
+    "b2": 0.999,
+    "weight_decay": DECAY,
+    "temperature": 1.0,
+}
 SETTINGS = {
-    "λ = N": Setting(NETWORK, RECIPE),
-    "λ = 10 N": Setting(SmoothMLP(64), RECIPE._replace(weight_decay=1e-4, temperature=0.1)),
+    "λ = N": (Network(16), VALUES),
+    "λ = 10 N": (Network(64), {**VALUES, "weight_decay": 1e-4, "temperature": 0.1}),
 }
 AGAIN = 1 / 3  # of the first rate, in the retraining by IVON
+REFIT_SHARE = 0.15  # of the steps to the stationary point, without an example
+TOLERANCE = 1e-7  # of the gradient's norm; removing one example makes it up to 1e-2
+
+Array = jax.Array
+Tree = Any
+Apply = Callable[..., Any]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit status."""
-    start = time.perf_counter()
-    parser = example_parser("Sensitivity to training examples.", "sensitivity.png", seeds=8)
-    add = parser.add_argument
-    add("--retrained-seeds", type=positive, default=3, help="seeds in which examples are removed")
-    add("--examples", type=positive, default=60, help="number of examples removed in each")
-    add("--epochs", type=positive, default=RECIPE.epochs, help="length of a training by IVON")
-    add("--steps", type=positive, default=2000, help="of L-BFGS, at most")
-    args = parser.parse_args(argv)
-    if not 3 <= args.examples <= NUM_TRAIN:
-        parser.error(f"--examples must be 3 to {NUM_TRAIN}")
-    recipe = RECIPE._replace(epochs=args.epochs)
+@dataclass
+class Options:
+    """The command line."""
+
+    seeds: int = 8
+    """In which wrong labels are looked for."""
+    retrained_seeds: int = 3
+    """In which examples are removed."""
+    examples: int = 60
+    """Removed in each."""
+    epochs: int = 60
+    steps: int = 2000
+    """Of L-BFGS, at most."""
+
+
+class Weighted(NamedTuple):
+    """Examples, and the weight of each in the loss: 0 leaves an example out."""
+
+    images: Array
+    labels: Array
+    weights: Array
+
+
+class Linear(nn.Module):
+    """Softmax regression."""
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """Maps images to logits (n, 10)."""
+        return nn.Dense(NUM_CLASSES)((2.0 * images - 1.0).reshape(len(images), -1))
+
+
+LINEAR = Linear()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints both tables."""
+    options = parse(Options, __doc__, argv)
+    keys = jax.random.split(jax.random.key(0), max(options.seeds, options.retrained_seeds))
+    compare = jax.jit(partial(compare_with_truth, options))
+    agreements = [jax.device_get(compare(key)) for key in keys[: options.retrained_seeds]]
     print(
-        f"{NUM_TRAIN} digits, perceptron 64-{WIDTH}-{WIDTH}-10, λ = N, {recipe.epochs} epochs at "
-        f"peak rate {recipe.learning_rate:g}, δ = {recipe.weight_decay:g}, "
-        f"h₀ = {recipe.hess_init:g}, β₂ = {recipe.b2:g}\n"
-        f"{args.examples} examples are removed in {args.retrained_seeds} seeds; "
-        f"{100 * WRONG:.0f} % of the labels are wrong in {args.seeds} seeds"
+        f"\n1. Change of the output for an example that is removed\n\n{agreement_rows(agreements)}"
     )
-
-    digits = load_digits()
-    agreements: list[dict[str, Agreement]] = []
-    detections = {name: [] for name in SETTINGS}
-    total = args.retrained_seeds + len(SETTINGS) * args.seeds
-    with tqdm(total=total, desc="training", disable=None) as bar:
-        for seed in range(args.retrained_seeds):
-            key = jax.random.key(seed)
-            agreements.append(compare_with_truth(recipe, args.examples, args.steps, digits, key))
-            bar.update()
-        for name, (model, base) in SETTINGS.items():
-            setting = Setting(model, base._replace(epochs=args.epochs))
-            for seed in range(args.seeds):
-                wrong, learned, scores = wrong_label_scores(setting, digits, jax.random.key(seed))
-                found = aurocs(wrong, scores)
-                detections[name].append({**found, LEARNED: 100 * learned[wrong].mean()})
-                bar.update()
-    pictures = look(recipe, digits, jax.random.key(0))
-
-    print("\n1. Sensitivity of the classes (seed 0)\n")
-    print(classes_table(pictures))
-    print("\n2. The estimate and the truth: change of the output for an example that is removed\n")
-    print(agreement_table(agreements))
     print(
         """
 Spearman and Pearson compare the size of the change with the sensitivity, over the examples; those
@@ -146,127 +111,238 @@ the estimated change (median), "true / est." the median ratio of their sizes. "C
 size of the true one, and "floor" how far the same outputs move if nothing is removed: by other
 batches and noise in the retraining by IVON, by what is left of convergence otherwise."""
     )
-    print(f"\n3. AUROC of finding the wrong labels, {100 * WRONG:.0f} % of them\n")
-    print(detection_table(detections))
-    print(
-        """
-All scores of a column come from the same model at its posterior mean. Sensitivity is error times
-variance; 0.5 is chance, and below 0.5 wrong labels are those with the *smaller* scores."""
-    )
-    write_figure(args.output, pictures, agreements, detections)
-    print(f"Wall time {time.perf_counter() - start:.0f} s, compilation included.")
-    return 0
+    print("\n2. AUROC of finding the wrong labels\n")
+    print(wrong_rows(options, keys[: options.seeds]))
 
 
-def draw(digits: Digits, key: Array) -> Weighted:
-    """The images that a seed learns, with their true labels."""
-    rows = jax.random.permutation(key, len(digits.labels))[:NUM_TRAIN]
-    return unweighted(digits.images[rows], digits.labels[rows])
+# --- Training -------------------------------------------------------------------------------------
 
 
-def plain_bayes(state: PyTree, recipe: Recipe) -> Posterior:
-    """The posterior at λ = N, whatever λ was in training: the V of the equation."""
-    return posterior(state, temperature=1 / recipe.temperature)
+def fit(
+    apply: Apply, values: Mapping[str, float], data: Weighted, state: Tree, keys: Array
+) -> Tree:
+    """Continues IVON from a state, or from parameters, for one epoch per key."""
+
+    def loss_fn(params: Tree, batch: Weighted) -> Array:
+        return jnp.mean(batch.weights * cross_entropy(apply(params, batch.images), batch.labels))
+
+    tx = optimizer("ivon", values, len(keys) * (NUM_TRAIN // BATCH_SIZE), NUM_TRAIN)
+    state = state if hasattr(state, "hess") else tx.init(state)
+
+    def epoch(carry: Tree, key: Array) -> tuple[Tree, None]:
+        return scan_epoch(ivon_step(loss_fn, tx), BATCH_SIZE, data, carry, key), None
+
+    return jax.lax.scan(epoch, (posterior_mean(state), state), keys)[0][1]
 
 
-@partial(jax.jit, static_argnames="apply")
-def measure(apply: Apply, q: Posterior, data: Weighted) -> Sensitivity:
-    """Sensitivity to each example of the data."""
-    return sensitivity(apply, cross_entropy)(q, data.images, targets=data.labels)
+def objective(apply: Apply, data: Weighted, params: Tree) -> Array:
+    """Loss of all examples plus prior, per example: (Σ w_i ℓ_i)/N + δ‖θ‖²/2."""
+    losses = cross_entropy(apply(params, data.images), data.labels)
+    return jnp.mean(data.weights * losses) + 0.5 * DECAY * optax.tree.norm(params, squared=True)
 
 
-def look(recipe: Recipe, digits: Digits, key: Array) -> Pictures:
-    """Sensitivities of all training images, and their sums over classes."""
-    data_key, train_key = jax.random.split(key)
-    data = draw(digits, data_key)
-    q = plain_bayes(train(NETWORK, recipe, data, train_key), recipe)
-    logits: Any = NETWORK.apply(q.mean, data.images)
-    score = measure(NETWORK.apply, q, data).score
-    classes = group_sensitivity(score, data.labels, NUM_CLASSES)
-    return Pictures(
-        *map(np.asarray, (data.images[..., 0], data.labels, logits.argmax(-1), score, classes))
-    )
+def minimise(apply: Apply, data: Weighted, params: Tree, steps: int) -> Tree:
+    """Minimises `objective` by L-BFGS on the whole set, in at most so many steps."""
+    loss = partial(objective, apply, data)
+    tx = optax.lbfgs(memory_size=20)
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def unfinished(carry: Any) -> Array:
+        count, _, state = carry
+        size = optax.tree.norm(optax.tree.get(state, "grad"))
+        return (count < steps) & ((count == 0) | (size > TOLERANCE))
+
+    def step(carry: Any) -> Any:
+        count, params, state = carry
+        value, grads = value_and_grad(params, state=state)
+        updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=loss)
+        return count + 1, optax.apply_updates(params, updates), state
+
+    return jax.lax.while_loop(unfinished, step, (0, params, tx.init(params)))[1]
 
 
 # --- The estimate and the truth -------------------------------------------------------------------
 
 
-def compare_with_truth(
-    recipe: Recipe, num_examples: int, steps: int, digits: Digits, key: Array
-) -> dict[str, Agreement]:
-    """Removes examples and compares, for the network and for softmax regression."""
-    data_key, train_key, same_key, other_key = jax.random.split(key, 4)
-    data = draw(digits, data_key)
-    decay = recipe.weight_decay
-    found = {}
+MODELS = (
+    "network, IVON again",
+    "network, at the mean",
+    "softmax regression, at the mean",
+    "- with the full covariance",
+    "- and to second order",
+)
 
-    apply: Apply = NETWORK.apply
-    state = train(NETWORK, recipe, data, train_key)
-    q = plain_bayes(state, recipe)
-    rows = spread(measure(apply, q, data).score, num_examples)
-    again = recipe._replace(learning_rate=AGAIN * recipe.learning_rate)
-    state, truth = with_ivon(apply, again, data, state, rows, (same_key, other_key))
-    found["network, IVON again"] = agreement(apply, plain_bayes(state, again), data, rows, truth)
-    truth = without_noise(apply, data, decay, q.mean, rows, steps)
-    found["network, at the mean"] = agreement(apply, q._replace(mean=truth.base), data, rows, truth)
+
+class Agreement(NamedTuple):
+    """Changes of the outputs for M examples that were left out, and their errors, (M, K)."""
+
+    estimate: Any
+    truth: Any
+    floor: Any  # that has nothing to do with the removal
+    error: Any
+
+
+def compare_with_truth(options: Options, key: Array) -> list[Agreement]:
+    """Removes examples and compares, in the order of `MODELS`."""
+    data_key, init_key, train_key, same_key, other_key = jax.random.split(key, 5)
+    drawn = draw_data(data_key)
+    data = Weighted(drawn.images, drawn.true_labels, jnp.ones(NUM_TRAIN))
+    keys = [jax.random.split(k, options.epochs) for k in (train_key, same_key, other_key)]
+
+    apply: Apply = SETTINGS["λ = N"][0].apply
+    start = SETTINGS["λ = N"][0].init(init_key, data.images[:1])
+    state = fit(apply, VALUES, data, start, keys[0])
+    rows = spread(apply, posterior(state), data, options.examples)
+    # The schedule starts anew, and with it the debiasing of the momentum.
+    momentum = jax.tree.map(jnp.zeros_like, state.momentum)
+    begin = state._replace(count=jnp.zeros_like(state.count), momentum=momentum)
+    values = {**VALUES, "learning_rate": AGAIN * VALUES["learning_rate"]}
+
+    def again(weights: Array, keys: Array = keys[1]) -> Posterior:
+        return posterior(fit(apply, values, data._replace(weights=weights), begin, keys))
+
+    by_ivon, _ = agreement(apply, data, rows, again, again(data.weights, keys[2]).mean)
+    at_mean, _ = without_noise(apply, posterior(state), data, rows, options.steps)
 
     apply = LINEAR.apply
-    q = plain_bayes(train(LINEAR, recipe, data, train_key), recipe)
-    rows = spread(measure(apply, q, data).score, num_examples)
-    truth = without_noise(apply, data, decay, q.mean, rows, steps)
-    diagonal = agreement(apply, q._replace(mean=truth.base), data, rows, truth)
-    first, second = map(np.asarray, full_covariance_changes(apply, data, decay, truth.base, rows))
-    found["softmax regression, at the mean"] = diagonal
-    found["- with the full covariance"] = diagonal._replace(estimate=first)
-    found["- and to second order"] = diagonal._replace(estimate=second)
-    return found
+    q = posterior(fit(apply, VALUES, data, LINEAR.init(init_key, data.images[:1]), keys[0]))
+    rows = spread(apply, q, data, options.examples)
+    diagonal, base = without_noise(apply, q, data, rows, options.steps)
+    others = full_covariance_changes(apply, data, base, rows)
+    return [by_ivon, at_mean, diagonal, *(diagonal._replace(estimate=x) for x in others)]
 
 
-def spread(scores: Array, count: int) -> Array:
-    """Rows whose scores are spread evenly over the ranks."""
-    ranks = jnp.linspace(0, len(scores) - 1, count).round().astype(int)
-    return jnp.argsort(scores)[ranks]
+def spread(apply: Apply, q: Posterior, data: Weighted, count: int) -> Array:
+    """Rows whose sensitivities are spread evenly over the ranks."""
+    scores = sensitivity(apply, cross_entropy)(q, data.images, targets=data.labels).score
+    return jnp.argsort(scores)[np.linspace(0, NUM_TRAIN - 1, count).round().astype(int)]
+
+
+def without_noise(
+    apply: Apply, q: Posterior, data: Weighted, rows: Array, steps: int
+) -> tuple[Agreement, Tree]:
+    """From a stationary point of the whole set to those without an example."""
+    fitted = minimise(apply, data, q.mean, steps)
+    few = max(1, round(REFIT_SHARE * steps))
+
+    def refit(weights: Array) -> Posterior:
+        return q._replace(mean=minimise(apply, data._replace(weights=weights), fitted, few))
+
+    return agreement(apply, data, rows, refit, fitted)
 
 
 def agreement(
-    apply: Apply, q: Posterior, data: Weighted, examples: Array, truth: Truth
-) -> Agreement:
-    """Puts the estimate for the examples beside the truth."""
-    found = measure(apply, q, jax.tree.map(lambda x: x[examples], data))
-    return Agreement(*map(np.asarray, (found.deviation, truth.deviation, truth.floor, found.error)))
+    apply: Apply, data: Weighted, rows: Array, retrain: Callable[[Array], Posterior], other: Tree
+) -> tuple[Agreement, Tree]:
+    """The estimate beside what `retrain(weights)` does; `other` sets the floor.
+
+    Returns:
+      The agreement, and the mean retrained with all examples.
+    """
+    weights = jnp.ones((len(rows), NUM_TRAIN)).at[jnp.arange(len(rows)), rows].set(0.0)
+    every = jax.lax.map(retrain, jnp.concatenate([data.weights[None], weights]))
+    q = jax.tree.map(lambda x: x[0], every)
+    images = data.images[rows]
+    found = sensitivity(apply, cross_entropy)(q, images, targets=data.labels[rows])
+    base = apply(q.mean, images)
+    means = jax.tree.map(lambda x: x[1:], every.mean)
+    without = jax.vmap(lambda mean, image: apply(mean, image[None])[0])(means, images)
+    return Agreement(
+        found.deviation, without - base, apply(other, images) - base, found.error
+    ), q.mean
+
+
+def full_covariance_changes(
+    apply: Apply, data: Weighted, params: Tree, rows: Array
+) -> tuple[Array, Array]:
+    """Changes that the full Laplace covariance predicts, to first and second order.
+
+    In coordinates z, θ = m + L z with LLᵀ the covariance, the posterior is N(0, I): `sensitivity`
+    is that of the full covariance, although a `Posterior` is diagonal.
+    """
+    mean, unravel = ravel_pytree(params)
+    hessian = jax.hessian(lambda v: objective(apply, data, unravel(v)))(mean)
+    factor = jnp.linalg.cholesky(NUM_TRAIN * hessian)
+    root = jax.scipy.linalg.solve_triangular(factor, jnp.eye(len(mean)), lower=True).T
+
+    def apply_z(z: Array, images: Array) -> Array:
+        return apply(unravel(mean + root @ z), images)
+
+    q = Posterior(jnp.zeros_like(mean), jnp.ones_like(mean))
+    images, labels = data.images[rows], data.labels[rows]
+    first = sensitivity(apply_z, cross_entropy)(q, images, targets=labels).deviation
+    second = leave_one_out(apply_z, cross_entropy, second_order=True)(q, images, targets=labels)
+    return first, second.output - apply(params, images)
+
+
+def agreement_rows(seeds: Sequence[Sequence[Agreement]]) -> str:
+    """Models and ways of retraining as rows."""
+
+    def summary(found: Agreement) -> dict[str, float]:
+        estimate, truth, floor, error = (np.linalg.norm(x, axis=-1) for x in found)
+        product = np.sum(found.estimate * found.truth, axis=-1)
+        return {
+            "Spearman": spearmanr(estimate, truth).statistic,  # pyright: ignore
+            "Pearson": pearsonr(estimate, truth).statistic,  # pyright: ignore
+            "Spearman of e": spearmanr(error, truth).statistic,  # pyright: ignore
+            "Pearson of e": pearsonr(error, truth).statistic,  # pyright: ignore
+            "cosine": float(np.median(product / np.maximum(estimate * truth, 1e-30))),
+            "true / est.": float(np.median(truth / np.maximum(estimate, 1e-30))),
+            "change": float(np.median(truth)),
+            "floor": float(np.median(floor)),
+        }
+
+    summaries = [[summary(found) for found in seed] for seed in seeds]
+    names = list(summaries[0][0])
+    rows = [["", *names]]
+    for label, *found in zip(MODELS, *summaries, strict=True):
+        cells = (cell([x[name] for x in found], 4 if name == "floor" else 2) for name in names)
+        rows.append([label, *cells])
+    return format_table(rows)
 
 
 # --- Wrong labels ---------------------------------------------------------------------------------
 
 
-def wrong_label_scores(
-    setting: Setting, digits: Digits, key: Array
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Which labels are wrong, which are predicted, and what each score says of every example."""
-    data_key, train_key, label_key = jax.random.split(key, 3)
-    true = draw(digits, data_key)
-    data = true._replace(labels=wrong_labels(label_key, true.labels, WRONG))
-    model, recipe = setting
-    q = plain_bayes(train(model, recipe, data, train_key), recipe)
-    found = measure(model.apply, q, data)
-    logits: Any = model.apply(q.mean, data.images)
-    scores = {
-        "sensitivity": found.score,
-        "training loss": cross_entropy(logits, data.labels),
-        "prediction error": jnp.linalg.norm(found.error, axis=-1),
-        "prediction variance": found.variance.sum(axis=-1),
-    }
-    wrong = np.asarray(data.labels != true.labels)
-    learned = np.asarray(logits.argmax(-1) == data.labels)
-    return wrong, learned, {name: np.asarray(score) for name, score in scores.items()}
+def wrong_rows(options: Options, keys: Array) -> str:
+    """Scores as rows, settings as columns."""
+
+    def scores(network: Network, values: dict[str, float], key: Array) -> tuple[Array, Any, Array]:
+        data_key, init_key, train_key = jax.random.split(key, 3)
+        drawn = draw_data(data_key)
+        data = Weighted(drawn.images, drawn.labels, jnp.ones(NUM_TRAIN))
+        apply: Apply = network.apply
+        start = network.init(init_key, data.images[:1])
+        state = fit(apply, values, data, start, jax.random.split(train_key, options.epochs))
+        # Whatever λ was in training, the variance must be that of plain Bayes, λ = N.
+        q = posterior(state, temperature=1 / values["temperature"])
+        found = sensitivity(apply, cross_entropy)(q, data.images, targets=data.labels)
+        logits = apply(q.mean, data.images)
+        named = {
+            "sensitivity": found.score,
+            "training loss": cross_entropy(logits, data.labels),
+            "prediction error": jnp.linalg.norm(found.error, axis=-1),
+            "prediction variance": found.variance.sum(axis=-1),
+        }
+        return drawn.labels != drawn.true_labels, named, logits.argmax(-1) == drawn.labels
+
+    columns: dict[str, list[str]] = {}
+    for name, (network, values) in SETTINGS.items():
+        run = jax.jit(jax.vmap(partial(scores, network, values)))
+        wrong, named, learned = jax.device_get(run(keys))
+        columns[name] = [
+            cell([detection(s[~w], s[w]).auroc for s, w in zip(x, wrong, strict=True)], 3)
+            for x in (named[score] for score in SCORES)
+        ]
+        learnt = [100 * x[w].mean() for x, w in zip(learned, wrong, strict=True)]
+        columns[name].append(cell(learnt, 1))
+    labels = [*SCORES, "(wrong labels predicted, %)"]
+    rows = [[label, *cells] for label, *cells in zip(labels, *columns.values(), strict=True)]
+    return format_table([["", *columns], *rows])
 
 
-def aurocs(wrong: np.ndarray, scores: dict[str, np.ndarray]) -> dict[str, float]:
-    """AUROC of each score for the wrong labels."""
-    return {
-        name: float(detection(score[~wrong], score[wrong]).auroc) for name, score in scores.items()
-    }
+SCORES = ("sensitivity", "training loss", "prediction error", "prediction variance")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,0 +1,174 @@
+"""How evidence trains: one schedule, one optimizer per method, one step of IVON, one of the others.
+
+A step is a function (key, params, state, batch) -> (params, state, loss), whatever the method, so
+that a comparison differs in nothing else. Hyperparameters may be traced: a `vmap` over `values`
+trains a whole grid in one computation.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ivon_jax import ivon, mc_value_and_grad, sample_params
+
+WARMUP_SHARE = 0.05  # of the steps
+
+Array = jax.Array
+Params = Any
+Batch = Any
+Values = Mapping[str, Any]  # hyperparameters by name
+Carry = tuple[Params, Any]  # parameters and optimizer state
+Loss = Callable[[Params, Batch], Array]
+Step = Callable[[Array, Params, Any, Batch], tuple[Params, Any, Array]]
+
+
+# --- Optimizers -----------------------------------------------------------------------------------
+
+
+def warmup_steps(num_steps: int) -> int:
+    """Number of steps in which the rate rises."""
+    return min(max(1, round(WARMUP_SHARE * num_steps)), num_steps - 1)
+
+
+def warmup_cosine(peak: Any, num_steps: int) -> optax.Schedule:
+    """Linear warmup over 5 % of the steps, then a cosine to zero; `peak` may be traced."""
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps(num_steps), num_steps)
+    return lambda count: peak * shape(count)
+
+
+def ivon_settings(values: Values, num_steps: int, num_train: int) -> dict[str, Any]:
+    """Arguments of `ivon`, also for `diagnostics`.
+
+    Args:
+      values: `learning_rate`, the peak of the schedule; `temperature`, of which 1 is Bayes and
+        weighs every training example once; everything else goes to `ivon` as it is.
+      num_steps: length of the run.
+      num_train: number of training examples.
+    """
+    settings = {name: x for name, x in values.items() if name != "temperature"}
+    settings["learning_rate"] = warmup_cosine(values["learning_rate"], num_steps)
+    settings["ess"] = num_train / values["temperature"]
+    return settings
+
+
+def optimizer(
+    method: str, values: Values, num_steps: int, num_train: int
+) -> optax.GradientTransformationExtraArgs:
+    """SGD with momentum, AdamW or IVON with warmup, cosine, and weight decay on every parameter."""
+    if method == "ivon":
+        return ivon(**ivon_settings(values, num_steps, num_train))
+    schedule, decay = warmup_cosine(values["learning_rate"], num_steps), values["weight_decay"]
+    if method == "adamw":
+        return optax.with_extra_args_support(optax.adamw(schedule, weight_decay=decay))
+    if method == "sgd":
+        sgd = optax.sgd(schedule, momentum=0.9)
+        return optax.with_extra_args_support(optax.chain(optax.add_decayed_weights(decay), sgd))
+    raise ValueError(f"unknown method {method!r}; known: sgd, adamw, ivon")
+
+
+# --- Steps ----------------------------------------------------------------------------------------
+
+
+def plain_step(loss_fn: Loss, tx: optax.GradientTransformation) -> Step:
+    """The step of SGD or AdamW; the key is not used."""
+
+    def step(key: Array, params: Params, state: Any, batch: Batch) -> tuple[Params, Any, Array]:
+        del key
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    return step
+
+
+def ivon_step(loss_fn: Loss, tx: optax.GradientTransformationExtraArgs) -> Step:
+    """The step of IVON: the gradient is taken at a sample, the update moves the mean."""
+
+    def step(key: Array, params: Params, state: Any, batch: Batch) -> tuple[Params, Any, Array]:
+        sample, noise = sample_params(key, state)
+        loss, grads = jax.value_and_grad(loss_fn)(sample, batch)
+        updates, state = tx.update(grads, state, params, noise=noise)
+        return optax.apply_updates(params, updates), state, loss
+
+    return step
+
+
+def estimator_step(
+    loss_fn: Callable[..., Array], tx: optax.GradientTransformationExtraArgs, **options: Any
+) -> Step:
+    """The step of IVON with several samples, clipped gradients or another estimate of h.
+
+    Args:
+      loss_fn: of the parameters and a batch.
+      tx: `ivon`.
+      **options: of `mc_value_and_grad`.
+    """
+    estimate = mc_value_and_grad(loss_fn, **options)
+
+    def step(key: Array, params: Params, state: Any, batch: Batch) -> tuple[Params, Any, Array]:
+        loss, grads, hess = estimate(key, state, batch)
+        updates, state = tx.update(grads, state, params, hess=hess)
+        return optax.apply_updates(params, updates), state, loss
+
+    return step
+
+
+def step_of(method: str, loss_fn: Loss, tx: optax.GradientTransformationExtraArgs) -> Step:
+    """The step that goes with `optimizer(method, ...)`."""
+    return (ivon_step if method == "ivon" else plain_step)(loss_fn, tx)
+
+
+# --- Seeds and batches ----------------------------------------------------------------------------
+
+
+class SeedKeys(NamedTuple):
+    """The keys of one seed, the same for all methods."""
+
+    init: Array
+    epochs: Array
+    predict: Array
+
+
+def seed_keys(seed: Any) -> SeedKeys:
+    """Splits a seed into independent keys."""
+    return SeedKeys(*jax.random.split(jax.random.key(seed), 3))
+
+
+def shuffled_batches(key: Array, num_examples: int, batch_size: int) -> tuple[Array, Array]:
+    """A key and the rows of each batch of an epoch; an incomplete last batch is left out."""
+    num_batches = num_examples // batch_size
+    order_key, noise_key = jax.random.split(key)
+    order = jax.random.permutation(order_key, num_examples)[: num_batches * batch_size]
+    return jax.random.split(noise_key, num_batches), order.reshape(num_batches, batch_size)
+
+
+def step_on_rows(
+    step: Step, data: Any, carry: Carry, inputs: tuple[Array, Array]
+) -> tuple[Carry, Array]:
+    """A step on some rows of the arrays in `data`, in the form that `jax.lax.scan` takes."""
+    (params, state), (key, rows) = carry, inputs
+    params, state, loss = step(key, params, state, jax.tree.map(lambda x: x[rows], data))
+    return (params, state), loss
+
+
+def scan_epoch(step: Step, batch_size: int, data: Any, carry: Carry, key: Array) -> Carry:
+    """One shuffled pass over the data as a single computation."""
+    inputs = shuffled_batches(key, len(jax.tree.leaves(data)[0]), batch_size)
+    return jax.lax.scan(partial(step_on_rows, step, data), carry, inputs)[0]
+
+
+# --- Losses and averages --------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """Mean per example, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def average(log_probs: Array) -> Array:
+    """Log of the average of probabilities over axis 0, the samples."""
+    return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(float(len(log_probs)))
