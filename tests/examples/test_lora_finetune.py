@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 pytest.importorskip("flax")
@@ -25,7 +27,7 @@ def test_both_optimizers_are_in_the_table_and_the_figure_is_written(tmp_path, ca
 
 def test_the_base_matrices_stay_and_the_adapters_move():
     tokens = jnp.arange(200) % 90
-    base = BASE.init(jax.random.key(0), tokens[None, :8])
+    base: Any = BASE.init(jax.random.key(0), tokens[None, :8])
     tuned, _ = finetune("IVON", base, tokens, jax.random.key(1), 2)
     dense, before = (tree["params"]["LoRADense_0"] for tree in (tuned, base))
     assert np.array_equal(dense["base"]["kernel"], before["base"]["kernel"])
