@@ -201,7 +201,7 @@ def test_outputs_that_do_not_fit_are_refused():
         predict_log_probs(lambda p, x: (apply(p, x), 1), 2)(KEY, Q, X)
     with pytest.raises(TypeError, match="got int32"):
         predict_log_probs(lambda p, x: jnp.argmax(apply(p, x), -1), 2)(KEY, Q, X)
-    with pytest.raises(ValueError, match="noise_variance given"):
+    with pytest.raises(ValueError, match="noise_variance is given"):
         predict_moments(apply, 2)(KEY, Q, X)
     with pytest.raises(ValueError, match="noise_variance"):
         predict_moments(lambda p, x: (x, x), 2, noise_variance=1.0)(KEY, Q, X)
