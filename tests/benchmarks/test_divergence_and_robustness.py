@@ -47,6 +47,7 @@ def test_divergence_counts_runs_by_guard_and_writes_one_down(tmp_path, monkeypat
 def test_robustness_makes_tables_and_heat_maps(tmp_path, monkeypatch, capsys):
     path = tmp_path / "robustness.jsonl"
     small = {
+        "EPOCHS": 4,
         "LEARNING_RATES": (0.3, 1.0),
         "HESS_INITS": (0.1,),
         "TEMPERATURES": (1.0, 0.1, 0.01),
@@ -56,7 +57,7 @@ def test_robustness_makes_tables_and_heat_maps(tmp_path, monkeypatch, capsys):
     }
     for name, value in small.items():
         monkeypatch.setattr(robustness, name, value)
-    robustness.main(["--epochs", "4", "--seeds", "1", "--results", str(path)])
+    robustness.main(["--seeds", "1", "--results", str(path)])
     out = capsys.readouterr().out
     assert "How wide the good region is" in out and "by rule" in out
     journal = Journal(path)

@@ -57,7 +57,7 @@ def test_a_set_in_the_standard_layout_gives_a_table_and_is_not_computed_twice(
 
 
 def test_a_set_that_is_not_there_is_a_message_and_not_a_traceback(tmp_path):
-    with pytest.raises(SystemExit, match="looked for data.txt"):
+    with pytest.raises(SystemExit, match="looked for data"):
         uci.main(["--data", str(tmp_path / "toy"), "--results", str(tmp_path / "uci.jsonl")])
 
 
