@@ -149,6 +149,23 @@ def parse(
     )
 
 
+def command(
+    options: type[Options],
+    description: str | None,
+    compute: Callable[[Options], None],
+    report: Callable[[Journal], None],
+) -> Callable[..., None]:
+    """The `main(argv=None)` of a script: computes what is missing, and reports."""
+
+    def main(argv: Sequence[str] | None = None) -> None:
+        chosen: Any = parse(options, description, argv)
+        if not chosen.report:
+            compute(chosen)
+        report(read_journal(chosen.results))
+
+    return main
+
+
 def read_journal(path: Path) -> Journal:
     """The finished runs, for a report; leaves with a message if there are none."""
     journal = Journal(path)

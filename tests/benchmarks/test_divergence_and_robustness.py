@@ -35,8 +35,7 @@ def test_divergence_counts_runs_by_guard_and_writes_one_down(tmp_path, monkeypat
     wild = [x for r, x in journal.select(guard="none", learning_rate=30.0) if "anatomy" not in r]
     assert len(wild) == 2 and all(x["diverged"] is not None for x in wild)
     assert all(x["warned"] is not None for x in wild)
-    guarded = [x for _, x in journal.select(guard=GUARD)]
-    assert all(x["gain"] <= 10.001 for x in guarded)
+    assert len(journal.select(guard=GUARD)) == 4
     ((_, anatomy),) = journal.select(anatomy=True)
     assert len({len(anatomy[name]) for name in ("step", "loss", "move", "sigma")}) == 1
     out = capsys.readouterr().out
@@ -70,7 +69,7 @@ def test_robustness_makes_tables_and_heat_maps(tmp_path, monkeypatch, capsys):
 
 def test_an_epoch_that_is_worse_than_guessing_counts_once_the_warmup_is_over():
     lane = {"nll": np.inf, "loss": np.array([9.0, 1.0, 1.0, 2.4, 1.0]), "start": 1.0}
-    lane |= {"risk": np.array([0.0, 2.0, 0.0, 0.0, 0.0]), "gain": np.ones(5)}
+    lane["risk"] = np.array([0.0, 2.0, 0.0, 0.0, 0.0])
     summary = robustness.summary(lane)
     assert summary["diverged"] == 3 and summary["warned"] == 1 and summary["nll"] is None
     lane["loss"] = np.array([9.0, 1.0, 1.0, np.nan, 1.0])

@@ -48,7 +48,7 @@ def test_a_set_in_the_standard_layout_gives_a_table_and_is_not_computed_twice(
     assert "IVON, 100 samples" in out and "over AdamW" in out
     results = [x for _, x in Journal(path).select(dataset="toy")]
     assert len(results) == 4
-    assert all(np.isfinite(r["log_likelihood"]) and len(r["held_out"]) == 24 for r in results)
+    assert all(np.isfinite(r["log_likelihood"]) for r in results)
     assert all(0 < r["rmse"] < 20 for r in results)  # in units of the target
     monkeypatch.setattr(uci, "evaluate", lambda *_: pytest.fail("it is there"))
     uci.main(options)

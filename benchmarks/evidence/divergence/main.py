@@ -27,9 +27,8 @@ from benchmarks._shared.journal import (
     Evidence,
     Journal,
     Runs,
+    command,
     grouped,
-    parse,
-    read_journal,
     table,
     write_tables,
 )
@@ -68,14 +67,6 @@ class Options(Evidence):
     data: Path | None = None
     """Folder of a set as for uci; scikit-learn's diabetes without it."""
     seeds: int = 8
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Computes what is missing, and reports."""
-    options = parse(Options, __doc__, argv)
-    if not options.report:
-        compute(options)
-    report(read_journal(options.results))
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -127,7 +118,6 @@ def measure(runs: list[Any], data: Any) -> list[dict[str, Any]]:
             "test": float(f"{test:.5g}") if np.isfinite(test) else None,
             "diverged": first_step(bad[lane]),
             "warned": first_step(warned[lane]),
-            "gain": float(f"{np.nanmax(lanes['gain'][lane]):.4g}"),
         }
         for lane, test in enumerate(lanes["test"])
     ]
@@ -271,6 +261,8 @@ def figure(seen: dict) -> Figure:
     right.legend(frameon=False)
     return fig
 
+
+main = command(Options, __doc__, compute, report)
 
 if __name__ == "__main__":
     main()

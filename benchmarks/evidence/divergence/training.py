@@ -42,7 +42,7 @@ def begin(steps: int, settings: Any, seed: Array, data: Data) -> tuple[Step, Car
 def train_lanes(
     steps: int, values: Values, seeds: Array, data: Data, test: Data
 ) -> dict[str, Array]:
-    """Loss, gain and risk at every check, and the test loss of the mean at the end.
+    """Loss and risk at every check, and the test loss of the mean at the end.
 
     Each run has settings and a seed of its own, along axis 0.
     """
@@ -53,9 +53,8 @@ def train_lanes(
 
         def check(carry: Carry, keys: Array) -> tuple:
             carry, _ = scan_random_batches(step, BATCH, data, carry, keys)
-            seen = diagnostics(carry[1], settings)
-            now = {name: seen[f"update/{name}"] for name in ("gain", "risk")}
-            return carry, now | {"loss": loss_at(carry[0], data)}
+            risk = diagnostics(carry[1], settings)["update/risk"]
+            return carry, {"risk": risk, "loss": loss_at(carry[0], data)}
 
         carry, seen = jax.lax.scan(check, carry, keys.reshape(-1, CHECK))
         return seen | {"test": loss_at(carry[0], test)}

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._shared.journal import Evidence, Journal, parse, read_journal, write_tables
+from benchmarks._shared.journal import Evidence, Journal, command, write_tables
 from benchmarks._shared.measuring import interleaved, jax_loop, ratio_cell
 from benchmarks._shared.tuning import described
 from benchmarks.evidence.implementations import task as common
@@ -53,14 +53,6 @@ class Options(Evidence):
 
     results: Path = Path("implementations.jsonl")
     seeds: int = 30
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Computes what is missing, and reports."""
-    options = parse(Options, __doc__, argv)
-    if not options.report:
-        compute(options)
-    report(read_journal(options.results))
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -205,6 +197,8 @@ def timing_rows(journal: Journal) -> Rows:
         rows.append((name, f"{1e6 * np.median(seconds):.0f}", ratio_cell(ratio)))
     return rows
 
+
+main = command(Options, __doc__, compute, report)
 
 if __name__ == "__main__":
     main()

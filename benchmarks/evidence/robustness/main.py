@@ -21,15 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks._shared.journal import (
-    Evidence,
-    Journal,
-    Runs,
-    grouped,
-    parse,
-    read_journal,
-    write_tables,
-)
+from benchmarks._shared.journal import Evidence, Journal, Runs, command, grouped, write_tables
 from benchmarks._shared.methods import WARMUP_SHARE
 from benchmarks._shared.networks import Perceptron
 from benchmarks._shared.tuning import settings
@@ -59,14 +51,6 @@ class Options(Evidence):
 
     results: Path = Path("robustness.jsonl")
     seeds: int = 3
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Computes what is missing, and reports."""
-    options = parse(Options, __doc__, argv)
-    if not options.report:
-        compute(options)
-    report(read_journal(options.results))
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -126,17 +110,14 @@ def measure(runs: list[Any], data: Any, test: Any) -> list[dict[str, Any]]:
 
 
 def summary(lane: dict[str, Any]) -> dict[str, Any]:
-    """Final results; the epoch of divergence and, for IVON, of the first warning, or None."""
-    names = [name for name in ("nll", "accuracy", "nll_mean") if name in lane]
-    result = {name: float(lane[name]) if np.isfinite(lane[name]) else None for name in names}
+    """Test NLL; the epoch of divergence and, for IVON, of the first warning, or None."""
     bad = ~(lane["loss"] < math.log(10.0))  # also where it is not a number
     bad[: math.ceil(WARMUP_SHARE * len(bad))] = False
-    result["diverged"] = first_epoch(bad)
+    nll = float(lane["nll"]) if np.isfinite(lane["nll"]) else None
+    result = {"nll": nll, "diverged": first_epoch(bad)}
     if "risk" in lane:
         result["noisy_start"] = bool(lane["start"] < 0.5)  # as `learning_status` says it
         result["warned"] = first_epoch(~(lane["risk"] <= 1.0))
-        for name in ("risk", "gain"):
-            result[f"largest_{name}"] = float(np.nan_to_num(np.nanmax(lane[name]), posinf=1e30))
     return result
 
 
@@ -211,7 +192,9 @@ def heat_table(heat: HeatMap) -> Sequence[Sequence[str]]:
 
 def widths(maps: dict[str, HeatMap]) -> Sequence[Sequence[str]]:
     """The best value, the share of good settings, and how many decades they span at the best."""
-    rows = [("", "settings", "best NLL", "near the best", "NLL below 0.1", "rates", "the other")]
+    rows: list[Sequence[str]] = [
+        ("", "settings", "best NLL", "near the best", "NLL below 0.1", "rates", "the other")
+    ]
     best_of_ivon = min(heat.nll.min() for name, heat in maps.items() if name != "AdamW")
     for name, heat in maps.items():
         nll, best = heat.nll, heat.nll.min()
@@ -301,6 +284,8 @@ def figure(maps: dict[str, HeatMap]) -> Figure:
     fig.colorbar(image, ax=axes, label="test NLL (median; ×: a run diverged)", extend="max")
     return fig
 
+
+main = command(Options, __doc__, compute, report)
 
 if __name__ == "__main__":
     main()

@@ -20,7 +20,6 @@ from ivon_jax import diagnostics, metrics, posterior, predict_log_probs
 
 BATCH = 50
 SAMPLES = 32
-IMAGES_AT_ONCE = 500  # bounds the memory of prediction
 
 Data = tuple[Array, Array]
 
@@ -46,26 +45,21 @@ def train_lanes(
 
         def epoch(carry: Any, key: Array) -> tuple:
             params, state = scan_epoch(step_of(method, loss, tx), BATCH, data, carry, key)
-            seen = diagnostics(state, settings) if variational else {}
-            seen = {name: seen[f"update/{name}"] for name in ("gain", "risk") if variational}
-            return (params, state), seen | {"loss": loss(params, data)}
+            seen = {"loss": loss(params, data)}
+            if variational:
+                seen["risk"] = diagnostics(state, settings)["update/risk"]
+            return (params, state), seen
 
         keys = seed_keys(seed)
         params = model.init(keys.init, data[0][:1])
         carry = start = (params, tx.init(params))
         (params, state), seen = jax.lax.scan(epoch, carry, jax.random.split(keys.epochs, epochs))
-        log_probs = jax.nn.log_softmax(
-            jax.lax.map(
-                lambda x: model.apply(params, x[None])[0], test[0], batch_size=IMAGES_AT_ONCE
-            )
-        )
         if variational:
             seen["start"] = diagnostics(start[1], settings)["signal_to_noise/p50"]
-            seen["nll_mean"] = metrics.nll(log_probs, test[1])
             predict = predict_log_probs(model.apply, SAMPLES)
             log_probs = predict(keys.predict, posterior(state), test[0])
-        seen["nll"] = metrics.nll(log_probs, test[1])
-        seen["accuracy"] = metrics.accuracy(log_probs, test[1])
-        return seen
+        else:
+            log_probs = jax.nn.log_softmax(model.apply(params, test[0]))
+        return seen | {"nll": metrics.nll(log_probs, test[1])}
 
     return jax.vmap(train)(values, seeds)

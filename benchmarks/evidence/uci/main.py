@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._shared.journal import Evidence, Journal, parse, read_journal, write_tables
+from benchmarks._shared.journal import Evidence, Journal, command, write_tables
 from benchmarks._shared.tuning import settings
 from benchmarks.evidence.uci import methods
-from benchmarks.evidence.uci.data import Split, hold_out, load_splits, standardise
+from benchmarks.evidence.uci.data import Part, Split, hold_out, load_splits, standardise
 from benchmarks.evidence.uci.methods import GRIDS
 from examples._shared.reporting import cell
 
@@ -46,14 +46,6 @@ class Options(Evidence):
     results: Path = Path("uci.jsonl")
     data: Path | None = None
     """Folder of a set."""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Computes what is missing, and reports."""
-    options = parse(Options, __doc__, argv)
-    if not options.report:
-        compute(options)
-    report(read_journal(options.results))
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -79,57 +71,34 @@ def compute(options: Options) -> None:
 
 def evaluate(splits: list[Split], runs: list[Any]) -> list[dict[str, Any]]:
     """Chooses, trains again and tests one method on some splits."""
-    method, steps = runs[0]["method"], runs[0]["steps"]
+    one = functools.partial(evaluate_split, runs[0]["method"], runs[0]["steps"])
     keys = jnp.stack([jax.random.fold_in(jax.random.key(0), run["split"]) for run in runs])
+    measured = jax.vmap(one)(keys, standardise(hold_out(splits)), standardise(splits))
+    return [jax.tree.map(lambda x, k=k: float(x[k]), measured) for k in range(len(runs))]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def evaluate_split(method: str, steps: int, key: Any, held: Part, whole: Part) -> dict[str, Any]:
+    """The chosen setting; RMSE and log-likelihood in the units of the targets."""
     tried = settings(GRIDS[method])
     grid = {name: jnp.array([values[name] for values in tried]) for name in tried[0]}
-    held, whole = standardise(hold_out(splits)), standardise(splits)
-    scores, noises = choose(method, steps, keys, grid, held)
-    best = jnp.argmax(jnp.where(jnp.isfinite(scores), scores, -jnp.inf), axis=1)
+
+    def score(values: Any) -> tuple[Any, Any]:
+        draws = methods.fit_and_predict(method, steps, key, values, held.train, held.test[0])
+        return methods.best_noise(draws[""], held.test[1])
+
+    noises, scores = jax.vmap(score)(grid)
+    best = jnp.argmax(jnp.where(jnp.isfinite(scores), scores, -jnp.inf))
     chosen = {name: values[best] for name, values in grid.items()}
-    noise = jnp.take_along_axis(noises, best[:, None], axis=1)[:, 0]
     # The level is relative to the targets' spread, which differs a little between the two.
-    measured = test(method, steps, keys, chosen, noise * held.scale / whole.scale, whole)
-    held_out = np.round(np.asarray(scores) - np.log(held.scale)[:, None], 4)
-    return [
-        {
-            "chosen": {name: float(x[index]) for name, x in chosen.items()},
-            "held_out": [round(float(x), 4) for x in held_out[index]],
-            **{name: float(x[index]) for name, x in measured.items()},
-        }
-        for index in range(len(runs))
-    ]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def choose(method: str, steps: int, keys: Any, grid: Any, part: Any) -> tuple[Any, Any]:
-    """Held-out log-likelihood and noise of each split and setting."""
-
-    def one(key: Any, values: Any, data: Any, held_out: Any) -> tuple[Any, Any]:
-        fitted = methods.train(method, steps, key, values, data)
-        predicted = methods.predict(method, jax.random.fold_in(key, 1), values, fitted, held_out[0])
-        noise, score = methods.best_noise(predicted[""], held_out[1])
-        return score, noise
-
-    over_settings = jax.vmap(one, (None, 0, None, None))
-    return jax.vmap(over_settings, (0, None, 0, 0))(keys, grid, part.train, part.test)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def test(method: str, steps: int, keys: Any, chosen: Any, noise: Any, part: Any) -> dict[str, Any]:
-    """RMSE and log-likelihood in the units of the targets, with those of IVON's mean beside."""
-
-    def one(key: Any, values: Any, s: Any, data: Any, held_out: Any, scale: Any) -> dict[str, Any]:
-        fitted = methods.train(method, steps, key, values, data)
-        predicted = methods.predict(method, jax.random.fold_in(key, 1), values, fitted, held_out[0])
-        measured = {"noise": s * scale}
-        for suffix, draws in predicted.items():
-            score = methods.log_likelihood(draws, held_out[1], s)
-            measured["rmse" + suffix] = methods.root_mean_square(draws, held_out[1]) * scale
-            measured["log_likelihood" + suffix] = score - jnp.log(scale)
-        return measured
-
-    return jax.vmap(one)(keys, chosen, noise, part.train, part.test, part.scale)
+    noise = noises[best] * held.scale / whole.scale
+    predicted = methods.fit_and_predict(method, steps, key, chosen, whole.train, whole.test[0])
+    measured: dict[str, Any] = {"chosen": chosen}
+    for suffix, draws in predicted.items():
+        likelihood = methods.log_likelihood(draws, whole.test[1], noise)
+        measured["log_likelihood" + suffix] = likelihood - jnp.log(whole.scale)
+        measured["rmse" + suffix] = whole.scale * methods.root_mean_square(draws, whole.test[1])
+    return measured
 
 
 # --- Report ---------------------------------------------------------------------------------------
@@ -180,6 +149,8 @@ def chosen_rows(journal: Journal, dataset: str) -> Sequence[Sequence[str]]:
             rows.append((LABELS[method], name, ", ".join(counts)))
     return rows
 
+
+main = command(Options, __doc__, compute, report)
 
 if __name__ == "__main__":
     main()

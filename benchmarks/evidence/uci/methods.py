@@ -123,12 +123,15 @@ def train(method: str, steps: int, key: Array, values: Values, data: Data) -> An
     return posterior(state) if method == "ivon" else params
 
 
-def predict(method: str, key: Array, values: Values, fitted: Any, x: Array) -> dict[str, Array]:
+def fit_and_predict(
+    method: str, steps: int, key: Array, values: Values, data: Data, x: Array
+) -> dict[str, Array]:
     """Predictions of each sample, mask or member, (samples, n); with IVON also of the mean.
 
     They are named by the suffix of the results: "", and "_mean".
     """
-    keys = jax.random.split(key, SAMPLES)
+    fitted = train(method, steps, key, values, data)
+    keys = jax.random.split(jax.random.fold_in(key, 1), SAMPLES)
     if method == "adamw":
         return {"": apply(fitted, x)[None]}
     if method == "ensemble":
