@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from examples._shared.reporting import format_table
 
 Run = Mapping[str, Any]  # what identifies a run: all that it depends on
 Result = Mapping[str, Any]
+Runs = list[tuple[dict, dict]]  # what `Journal.select` finds
 
 
 class Journal:
@@ -61,7 +62,7 @@ class Journal:
         self._report(runs[-1])
         return [self._results[_identity(run)] for run in runs]
 
-    def select(self, **fields: Any) -> list[tuple[dict, dict]]:
+    def select(self, **fields: Any) -> Runs:
         """All (run, result) whose run has these values, in the order of the file."""
         return [
             (run, self._results[name])
@@ -148,12 +149,42 @@ def parse(
     )
 
 
+def command(
+    options: type[Options],
+    description: str | None,
+    compute: Callable[[Options], None],
+    report: Callable[[Journal], None],
+) -> Callable[..., None]:
+    """The `main(argv=None)` of a script: computes what is missing, and reports."""
+
+    def main(argv: Sequence[str] | None = None) -> None:
+        chosen: Any = parse(options, description, argv)
+        if not chosen.report:
+            compute(chosen)
+        report(read_journal(chosen.results))
+
+    return main
+
+
 def read_journal(path: Path) -> Journal:
     """The finished runs, for a report; leaves with a message if there are none."""
     journal = Journal(path)
     if not journal.select():
         raise SystemExit(f"{path} has no results yet: run the command without --report first")
     return journal
+
+
+def grouped(runs: Runs, *fields: str) -> dict[tuple, Runs]:
+    """The runs by the values of some fields, in the order in which these first occur."""
+    groups: dict[tuple, Runs] = {}
+    for run, result in runs:
+        groups.setdefault(tuple(run[field] for field in fields), []).append((run, result))
+    return groups
+
+
+def table(items: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[list[str]]:
+    """A row for each item, with a cell for each column, under the columns' names."""
+    return [list(columns), *([cell_of(item) for cell_of in columns.values()] for item in items)]
 
 
 def write_tables(

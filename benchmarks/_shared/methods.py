@@ -45,13 +45,18 @@ def ivon_settings(values: Values, num_steps: int, num_train: int) -> dict[str, A
 
     Args:
       values: `learning_rate`, the peak of the schedule; `temperature`, of which 1 is Bayes and
-        weighs every training example once; everything else goes to `ivon` as it is.
+        weighs every training example once, or its inverse `sharpness`, ess/N; `prior_precision`,
+        λδ, in place of `weight_decay`; everything else goes to `ivon` as it is.
       num_steps: length of the run.
       num_train: number of training examples.
     """
-    settings = {name: x for name, x in values.items() if name != "temperature"}
+    settings = dict(values)
     settings["learning_rate"] = warmup_cosine(values["learning_rate"], num_steps)
-    settings["ess"] = num_train / values["temperature"]
+    sharpness = settings.pop("sharpness", None)
+    temperature = settings.pop("temperature", 1.0)
+    settings["ess"] = num_train / temperature if sharpness is None else num_train * sharpness
+    if "prior_precision" in values:
+        settings["weight_decay"] = settings.pop("prior_precision") / settings["ess"]
     return settings
 
 
@@ -159,6 +164,20 @@ def scan_epoch(step: Step, batch_size: int, data: Any, carry: Carry, key: Array)
     """One shuffled pass over the data as a single computation."""
     inputs = shuffled_batches(key, len(jax.tree.leaves(data)[0]), batch_size)
     return jax.lax.scan(partial(step_on_rows, step, data), carry, inputs)[0]
+
+
+def scan_random_batches(
+    step: Step, batch_size: int, data: Any, carry: Carry, keys: Array
+) -> tuple[Carry, Array]:
+    """A step for each key, on rows drawn with replacement, and the losses of all steps."""
+    num_examples = len(jax.tree.leaves(data)[0])
+
+    def one(carry: Carry, key: Array) -> tuple[Carry, Array]:
+        rows_key, step_key = jax.random.split(key)
+        rows = jax.random.randint(rows_key, (batch_size,), 0, num_examples)
+        return step_on_rows(step, data, carry, (step_key, rows))
+
+    return jax.lax.scan(one, carry, keys)
 
 
 # --- Losses and averages --------------------------------------------------------------------------

@@ -26,16 +26,16 @@ def test_divergence_counts_runs_by_guard_and_writes_one_down(tmp_path, monkeypat
     grid = {name: values[:1] for name, values in divergence.GRID.items()}
     grid["learning_rate"] = (0.1, 30.0)  # a rate that is much too large
     monkeypatch.setattr(divergence, "GRID", grid)
+    monkeypatch.setattr(divergence, "STEPS", 200)
     for _ in range(2):  # the second time it goes on
-        divergence.main(["--steps", "200", "--seeds", "2", "--results", str(path)])
+        divergence.main(["--seeds", "2", "--results", str(path)])
     journal = Journal(path)
     calm = journal.select(guard="none", learning_rate=0.1)
     assert len(calm) == 2 and all(x["diverged"] is None for _, x in calm)
     wild = [x for r, x in journal.select(guard="none", learning_rate=30.0) if "anatomy" not in r]
     assert len(wild) == 2 and all(x["diverged"] is not None for x in wild)
     assert all(x["warned"] is not None for x in wild)
-    guarded = [x for _, x in journal.select(guard=GUARD)]
-    assert all(x["gain"] <= 10.001 for x in guarded)
+    assert len(journal.select(guard=GUARD)) == 4
     ((_, anatomy),) = journal.select(anatomy=True)
     assert len({len(anatomy[name]) for name in ("step", "loss", "move", "sigma")}) == 1
     out = capsys.readouterr().out
@@ -43,18 +43,10 @@ def test_divergence_counts_runs_by_guard_and_writes_one_down(tmp_path, monkeypat
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(("--steps", "120"), "multiple of 50"), (("--data", "nowhere"), "it is not there")],
-)
-def test_divergence_explains_what_is_wrong(arguments, message):
-    with pytest.raises(SystemExit, match=message):
-        divergence.main(arguments)
-
-
 def test_robustness_makes_tables_and_heat_maps(tmp_path, monkeypatch, capsys):
     path = tmp_path / "robustness.jsonl"
     small = {
+        "EPOCHS": 4,
         "LEARNING_RATES": (0.3, 1.0),
         "HESS_INITS": (0.1,),
         "TEMPERATURES": (1.0, 0.1, 0.01),
@@ -64,7 +56,7 @@ def test_robustness_makes_tables_and_heat_maps(tmp_path, monkeypatch, capsys):
     }
     for name, value in small.items():
         monkeypatch.setattr(robustness, name, value)
-    robustness.main(["--epochs", "4", "--seeds", "1", "--results", str(path)])
+    robustness.main(["--seeds", "1", "--results", str(path)])
     out = capsys.readouterr().out
     assert "How wide the good region is" in out and "by rule" in out
     journal = Journal(path)
@@ -77,7 +69,7 @@ def test_robustness_makes_tables_and_heat_maps(tmp_path, monkeypatch, capsys):
 
 def test_an_epoch_that_is_worse_than_guessing_counts_once_the_warmup_is_over():
     lane = {"nll": np.inf, "loss": np.array([9.0, 1.0, 1.0, 2.4, 1.0]), "start": 1.0}
-    lane |= {"risk": np.array([0.0, 2.0, 0.0, 0.0, 0.0]), "gain": np.ones(5)}
+    lane["risk"] = np.array([0.0, 2.0, 0.0, 0.0, 0.0])
     summary = robustness.summary(lane)
     assert summary["diverged"] == 3 and summary["warned"] == 1 and summary["nll"] is None
     lane["loss"] = np.array([9.0, 1.0, 1.0, np.nan, 1.0])

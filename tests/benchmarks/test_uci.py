@@ -39,34 +39,26 @@ def test_a_set_in_the_standard_layout_gives_a_table_and_is_not_computed_twice(
 ):
     write_set(tmp_path / "toy")
     monkeypatch.setattr(methods, "SAMPLES", 4)
+    monkeypatch.setattr(uci, "STEPS", 20)
+    monkeypatch.setattr(uci, "GRIDS", {name: methods.GRIDS[name] for name in ("adamw", "ivon")})
     path = tmp_path / "uci.jsonl"
-    options = ["--data", str(tmp_path / "toy"), "--results", str(path), "--steps", "20"]
-    uci.main([*options, "--methods", "adamw", "ivon"])
+    options = ["--data", str(tmp_path / "toy"), "--results", str(path)]
+    uci.main(options)
     out = capsys.readouterr().out
     assert "IVON, 100 samples" in out and "over AdamW" in out
     results = [x for _, x in Journal(path).select(dataset="toy")]
     assert len(results) == 4
-    assert all(np.isfinite(r["log_likelihood"]) and len(r["held_out"]) == 24 for r in results)
+    assert all(np.isfinite(r["log_likelihood"]) for r in results)
     assert all(0 < r["rmse"] < 20 for r in results)  # in units of the target
     monkeypatch.setattr(uci, "evaluate", lambda *_: pytest.fail("it is there"))
-    uci.main([*options, "--methods", "adamw", "ivon"])
+    uci.main(options)
     uci.main(["--results", str(path), "--report"])
     assert capsys.readouterr().out.count("over AdamW") == 2 * out.count("over AdamW")
 
 
-@pytest.mark.parametrize("damage", ["nothing there", "a word", "overlap", "index"])
-def test_damaged_data_are_a_message_and_not_a_traceback(damage, tmp_path):
-    folder = tmp_path / "toy"
-    if damage != "nothing there":
-        write_set(folder)
-    if damage == "a word":
-        (folder / "data.txt").write_text("1 2 three\n")
-    if damage == "overlap":
-        (folder / "index_test_0.txt").write_text((folder / "index_train_0.txt").read_text())
-    if damage == "index":
-        (folder / "index_target.txt").write_text("7\n")
-    with pytest.raises(SystemExit, match="toy"):
-        uci.main(["--data", str(folder), "--results", str(tmp_path / "uci.jsonl")])
+def test_a_set_that_is_not_there_is_a_message_and_not_a_traceback(tmp_path):
+    with pytest.raises(SystemExit, match="looked for data"):
+        uci.main(["--data", str(tmp_path / "toy"), "--results", str(tmp_path / "uci.jsonl")])
 
 
 def test_the_likelihood_is_that_of_the_mixture_and_the_noise_the_best_one():

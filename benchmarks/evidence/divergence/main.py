@@ -11,7 +11,6 @@ constant (looked at every 50 steps), or not a number. The first run that diverge
 repeated and written down step by step. About 10 minutes on two cores.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +23,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.datasets import load_diabetes
 
-from benchmarks._shared.journal import Evidence, Journal, parse, read_journal, write_tables
+from benchmarks._shared.journal import (
+    Evidence,
+    Journal,
+    Runs,
+    command,
+    grouped,
+    table,
+    write_tables,
+)
+from benchmarks._shared.methods import warmup_steps
 from benchmarks._shared.tuning import settings
-from benchmarks.evidence.divergence.training import CHECK, Run, trace, train_lanes
+from benchmarks.evidence.divergence.training import CHECK, trace, train_lanes
 from benchmarks.evidence.uci.data import load_splits, standardise
 from examples._shared.reporting import COLORS, save_figure
 
@@ -36,6 +44,8 @@ GRID = {
     "sharpness": (1.0, 4.0),  # ess/N
     "prior_precision": (2.0, 10.0),  # λδ
 }
+STEPS = 10_000
+B2 = 0.999
 WORSE = 0.5  # half the variance of standardised targets
 GUARDS: dict[str, dict[str, float]] = {
     "none": {},
@@ -48,8 +58,6 @@ GUARDS: dict[str, dict[str, float]] = {
 SHOWN = 14  # steps before the divergence that are written down
 EVERY = 20  # steps between two points of the course
 
-Runs = list[tuple[dict, dict]]
-
 
 @dataclass(frozen=True)
 class Options(Evidence):
@@ -58,23 +66,7 @@ class Options(Evidence):
     results: Path = Path("divergence.jsonl")
     data: Path | None = None
     """Folder of a set as for uci; scikit-learn's diabetes without it."""
-    steps: int = 10_000
     seeds: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.seeds < 1 or self.steps < 2 * CHECK or self.steps % CHECK:
-            raise SystemExit(
-                f"--seeds must be at least 1 and --steps a multiple of {CHECK}, above it"
-            )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Computes what is missing, and reports."""
-    options = parse(Options, __doc__, argv)
-    if not options.report:
-        compute(options)
-    report(read_journal(options.results))
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -83,24 +75,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def compute(options: Options) -> None:
     """All settings with all guards, and one run step by step."""
     data = load(options.data)
-    common = {
-        "dataset": options.data.name if options.data else "diabetes",
-        "steps": options.steps,
-    }
-    tried = settings(GRID)
-    journal = Journal(options.results, total=1 + len(GUARDS) * len(tried) * options.seeds)
+    common = {"dataset": options.data.name if options.data else "diabetes", "steps": STEPS}
+    tried = [{**v, "seed": seed} for v in settings(GRID) for seed in range(options.seeds)]
+    journal = Journal(options.results, total=1 + len(GUARDS) * len(tried))
     for guard in GUARDS:
-        runs = [
-            {**common, "guard": guard, **values, "seed": seed}
-            for values in tried
-            for seed in range(options.seeds)
-        ]
+        runs = [{**common, "guard": guard, **values} for values in tried]
         journal.compute_all(runs, lambda missing: measure(missing, data))
-    for run, result in journal.select(**common, guard="none"):
-        if result.get("diverged") is not None:  # the first of them: no choice is made
-            work = partial(anatomy, run, result["diverged"], data)
-            journal.compute({**run, "anatomy": True}, work)
-            break
+    free = journal.select(**common, guard="none", anatomy=None)
+    for run, result in diverged(free)[:1]:  # the first of them: no choice is made
+        work = partial(anatomy, run, result["diverged"], data[0])
+        journal.compute({**run, "anatomy": True}, work)
 
 
 def load(folder: Path | None) -> Any:
@@ -109,48 +93,47 @@ def load(folder: Path | None) -> Any:
         split = load_splits(folder)[0]
     else:
         x, y = load_diabetes(return_X_y=True)
-        order = np.random.default_rng(0).permutation(len(y))
-        train, test = order[44:], order[:44]
+        test, train = np.split(np.random.default_rng(0).permutation(len(y)), [44])
         split = (x[train], y[train], x[test], y[test])
     part = standardise([split])
     return jax.tree.map(lambda a: jnp.asarray(a[0]), (part.train, part.test))
 
 
-def arguments(runs: list[Any]) -> dict[str, jax.Array]:
-    """Settings of all lanes, by name."""
-    return {name: jnp.array([float(run[name]) for run in runs]) for name in GRID}
+def arguments(runs: list[Any]) -> dict[str, Any]:
+    """Settings of all runs, by name."""
+    lanes = [{name: run[name] for name in GRID} | GUARDS[run["guard"]] | {"b2": B2} for run in runs]
+    return {name: jnp.array([lane[name] for lane in lanes]) for name in lanes[0]}
 
 
 def measure(runs: list[Any], data: Any) -> list[dict[str, Any]]:
     """Trains runs with one guard at once."""
-    run = Run(runs[0]["steps"], tuple(GUARDS[runs[0]["guard"]].items()))
-    seeds = jnp.array([r["seed"] for r in runs])
-    lanes = jax.tree.map(np.asarray, train_lanes(run, arguments(runs), seeds, *data))
-    start = math.ceil(run.warmup / CHECK)
-    results = []
-    for index in range(len(runs)):
-        lane = {name: x[index] for name, x in lanes.items()}
-        bad = ~(lane["loss"] < WORSE)
-        warned = ~(lane["risk"] <= 1)
-        test = float(lane["test"])
-        results.append(
-            {
-                "test": float(f"{test:.5g}") if np.isfinite(test) else None,
-                "diverged": _first(bad[start:], start),
-                "warned": _first(warned, 0),
-                "gain": float(f"{np.nanmax(lane['gain']):.4g}"),
-            }
-        )
-    return results
+    steps = runs[0]["steps"]
+    seeds = jnp.array([run["seed"] for run in runs])
+    lanes = jax.tree.map(np.asarray, train_lanes(steps, arguments(runs), seeds, *data))
+    bad = ~(lanes["loss"] < WORSE)  # also where it is not a number
+    bad[:, : -(-warmup_steps(steps) // CHECK)] = False
+    warned = ~(lanes["risk"] <= 1)
+    return [
+        {
+            "test": float(f"{test:.5g}") if np.isfinite(test) else None,
+            "diverged": first_step(bad[lane]),
+            "warned": first_step(warned[lane]),
+        }
+        for lane, test in enumerate(lanes["test"])
+    ]
+
+
+def first_step(checks: np.ndarray) -> int | None:
+    """The step of the first check that is true."""
+    return CHECK * (int(np.argmax(checks)) + 1) if checks.any() else None
 
 
 def anatomy(run: Any, diverged: int, data: Any) -> dict[str, Any]:
     """The steps before the first mean that is worse than a constant, and the course of the run."""
     values = {name: x[0] for name, x in arguments([run]).items()}
-    steps = Run(run["steps"])
-    seen = jax.tree.map(np.asarray, trace(steps, values, jnp.array(run["seed"]), data[0]))
+    seen = jax.tree.map(np.asarray, trace(run["steps"], values, jnp.array(run["seed"]), data))
     bad = ~(seen["loss"] < WORSE)
-    bad[: steps.warmup] = False
+    bad[: warmup_steps(run["steps"])] = False
     last = int(np.argmax(bad))
     window = slice(max(0, last - SHOWN + 1), last + 3)
     course = seen["loss"][: diverged + 20 * CHECK : EVERY]
@@ -164,19 +147,13 @@ def anatomy(run: Any, diverged: int, data: Any) -> dict[str, Any]:
     }
 
 
-def _first(flags: np.ndarray, offset: int) -> int | None:
-    """The step of the first true element."""
-    return CHECK * (int(np.argmax(flags)) + offset + 1) if flags.any() else None
-
-
 # --- Report ---------------------------------------------------------------------------------------
 
 
 def report(journal: Journal) -> None:
     """Writes the counts, the warnings and the anatomy of one run."""
     tables = {}
-    for name in dict.fromkeys(run["dataset"] for run, _ in journal.select()):
-        runs = [(r, x) for r, x in journal.select(dataset=name) if "anatomy" not in r]
+    for (name,), runs in grouped(journal.select(anatomy=None), "dataset").items():
         tables[f"{name}: diverged runs and guards"] = guards(runs)
         tables[f"{name}: where they diverge without a guard"] = places(runs)
         tables[f"{name}: warnings"] = warnings(runs)
@@ -193,52 +170,45 @@ def report(journal: Journal) -> None:
         save_figure(figure(seen), journal.path.with_suffix(".png"))
 
 
-def by_guard(runs: Runs) -> dict[str, Runs]:
-    """The runs of each guard, in order."""
-    names = dict.fromkeys(r["guard"] for r, _ in runs)
-    return {name: [(r, x) for r, x in runs if r["guard"] == name] for name in names}
-
-
-def diverged(runs: Runs) -> list[dict]:
-    """Results of those that did."""
-    return [x for _, x in runs if x["diverged"] is not None]
+def diverged(runs: Runs) -> Runs:
+    """Those that did."""
+    return [(r, x) for r, x in runs if x["diverged"] is not None]
 
 
 def guards(runs: Runs) -> Sequence[Sequence[str]]:
     """Counts by guard, and what the guard costs where nothing diverges without it."""
+    by_guard = grouped(runs, "guard")
+    spoiled = grouped(diverged(by_guard["none",]), *GRID)
+    columns = {
+        "guard": lambda group: group[0][0]["guard"],
+        "runs": lambda group: f"{len(group)}",
+        "diverged": lambda group: f"{len(diverged(group))}",
+        "test loss, median": median,
+        "where none diverged without a guard": lambda group: median(
+            [(r, x) for r, x in group if tuple(r[name] for name in GRID) not in spoiled]
+        ),
+    }
+    return table(by_guard.values(), columns)
 
-    def identity(run: dict) -> tuple:
-        return tuple(run[name] for name in GRID)
 
-    rows = [
-        ("guard", "runs", "diverged", "test loss, median", "where none diverged without a guard")
-    ]
-    groups = by_guard(runs)
-    spoiled = {identity(r) for r, x in groups["none"] if x["diverged"] is not None}
-    for guard, mine in groups.items():
-        calm = [(r, x) for r, x in mine if identity(r) not in spoiled]
-        counts = str(len(mine)), str(len(diverged(mine)))
-        rows.append((guard, *counts, _median(mine), _median(calm)))
-    return rows
+def median(runs: Runs) -> str:
+    """Of the test loss."""
+    values = [np.inf if x["test"] is None else x["test"] for _, x in runs]
+    return f"{np.median(values):.3f}" if values else ""
 
 
 def places(runs: Runs) -> Sequence[Sequence[str]]:
     """Diverged runs without a guard, by setting."""
-    free = by_guard(runs)["none"]
-    columns = sorted({(r["hess_init"], r["learning_rate"]) for r, _ in free})
+    free = grouped(runs, "guard")["none",]
+    fields = ("sharpness", "prior_precision", "hess_init", "learning_rate")
+    counts = {
+        place: f"{len(diverged(here))} of {len(here)}"
+        for place, here in grouped(free, *fields).items()
+    }
+    columns = sorted({place[2:] for place in counts})
     rows = [("sharpness, λδ", *(f"h₀ {h:g}, rate {a:g}" for h, a in columns))]
-    for sharpness, prior in dict.fromkeys((r["sharpness"], r["prior_precision"]) for r, _ in free):
-        cells = []
-        for hess_init, rate in columns:
-            place = {
-                "sharpness": sharpness,
-                "prior_precision": prior,
-                "hess_init": hess_init,
-                "learning_rate": rate,
-            }
-            here = [(r, x) for r, x in free if place.items() <= r.items()]
-            cells.append(f"{len(diverged(here))} of {len(here)}")
-        rows.append((f"{sharpness:g}, {prior:g}", *cells))
+    for left in dict.fromkeys(place[:2] for place in counts):
+        rows.append(("{:g}, {:g}".format(*left), *(counts[left + column] for column in columns)))
     return rows
 
 
@@ -247,38 +217,32 @@ def warnings(runs: Runs) -> Sequence[Sequence[str]]:
     rows = [
         ("guard", "diverged", "warned before", "steps ahead, median", "others", "of these warned")
     ]
-    for guard, mine in by_guard(runs).items():
-        bad = diverged(mine)
-        ahead = [
-            x["diverged"] - x["warned"]
-            for x in bad
-            if x["warned"] is not None and x["warned"] < x["diverged"]
-        ]
-        good = [x for _, x in mine if x["diverged"] is None]
+    for (guard,), group in grouped(runs, "guard").items():
+        bad = [x for _, x in diverged(group)]
+        leads = [x["diverged"] - x["warned"] for x in bad if x["warned"] is not None]
+        ahead = [lead for lead in leads if lead > 0]
+        good = [x for _, x in group if x["diverged"] is None]
         false = sum(x["warned"] is not None for x in good)
         lead = f"{np.median(ahead):.0f}" if ahead else ""
-        rows.append((guard, str(len(bad)), str(len(ahead)), lead, str(len(good)), str(false)))
+        rows.append((guard, f"{len(bad)}", f"{len(ahead)}", lead, f"{len(good)}", f"{false}"))
     return rows
 
 
 def steps_of(seen: dict) -> Sequence[Sequence[str]]:
     """The steps around the divergence; in each, the weight that moved furthest."""
     columns = {
-        "step": ("step", "d", 1),
-        "loss at the mean": ("loss", ".2f", 1),
-        "|gradient|": ("gradient", ".1f", 1),
-        "unit": ("unit", ".0f", 1),
-        "active in": ("active", ".0f", 100),
-        "move": ("move", "+.2f", 1),
-        "σ": ("sigma", ".2f", 1),
-        "gain": ("gain", ".0f", 1),
+        "step": lambda at: f"{at['step']}",
+        "loss at the mean": lambda at: f"{at['loss']:.2f}",
+        "|gradient|": lambda at: f"{at['gradient']:.1f}",
+        "unit": lambda at: f"{at['unit']:.0f}",
+        "active in": lambda at: f"{100 * at['active']:.0f} %",
+        "move": lambda at: f"{at['move']:+.2f}",
+        "σ": lambda at: f"{at['sigma']:.2f}",
+        "gain": lambda at: f"{at['gain']:.0f}",
     }
-    rows = [tuple(columns)]
-    for index in range(len(seen["step"])):
-        cells = [format(k * seen[name][index], form) for name, form, k in columns.values()]
-        cells[4] += " %"
-        rows.append(tuple(cells))
-    return rows
+    names = [name for name in seen if name != "course"]
+    steps = zip(*(seen[name] for name in names), strict=True)
+    return table((dict(zip(names, step, strict=True)) for step in steps), columns)
 
 
 def figure(seen: dict) -> Figure:
@@ -298,10 +262,7 @@ def figure(seen: dict) -> Figure:
     return fig
 
 
-def _median(runs: Runs) -> str:
-    values = [np.inf if x["test"] is None else x["test"] for _, x in runs]
-    return f"{np.median(values):.3f}" if values else ""
-
+main = command(Options, __doc__, compute, report)
 
 if __name__ == "__main__":
     main()

@@ -1,101 +1,73 @@
 """The comparison's PyTorch side: its AdamW and the authors' IVON, as their documentation says."""
 
 import importlib.metadata
-import time
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import ivon  # pyright: ignore[reportMissingImports] the package ivon-opt
-import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
-from benchmarks.evidence.implementations.task import Setting, Task, Trained
+from benchmarks.evidence.implementations.task import SAMPLES, Setting, Task
 
-
-def make_network(weights: list) -> Any:
-    """The perceptron with given weights."""
-    layers = []
-    for weight, bias in weights:
-        linear = torch.nn.Linear(*weight.shape)
-        with torch.no_grad():
-            linear.weight.copy_(torch.from_numpy(weight.T.copy()))
-            linear.bias.copy_(torch.from_numpy(bias))
-        layers += [linear, torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers[:-1])
-
-
-def make_optimizer(setting: Setting, task: Task, network: Any) -> Any:
-    """The optimizer, with the constant part of the rate."""
-    values = dict(setting.values)
-    values["lr"] = values.pop("learning_rate")
-    if setting.optimizer == "adamw":
-        return torch.optim.AdamW(network.parameters(), **values)
-    values["beta2"] = values.pop("b2")
-    return ivon.IVON(network.parameters(), ess=task.num_train, **values)
+Carry = tuple[Any, Any, Iterator[float]]  # network, optimizer, rates of the steps
 
 
 class Trainer:
     """A setting on the CPU."""
 
+    as_array = staticmethod(torch.from_numpy)
+
     def __init__(self, setting: Setting, task: Task):
         self.setting, self.task = setting, task
+        self.variational = setting.optimizer == "ivon"
         schedule = setting.schedule(task)
-        self._rates = [float(schedule(step)) for step in range(task.num_steps)]
+        self.rates = [float(schedule(step)) for step in range(task.num_steps)]
 
-    def train(self, seed: int) -> Trained:
-        """Trains from the weights and with the batches of a seed."""
+    def start(self, seed: int) -> Carry:
+        """Before the first step."""
         torch.manual_seed(seed)
-        task = self.task
-        network = make_network(task.weights(seed))
-        optimizer = make_optimizer(self.setting, task, network)
-        step = self._step_of(network, optimizer)
-        batches = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in task.batches(seed)]
-        start = time.perf_counter()
-        for rate, (images, labels) in zip(self._rates, batches, strict=True):
-            optimizer.param_groups[0]["lr"] = rate
-            step(images, labels)
-        seconds = time.perf_counter() - start
-        samples = None
+        layers = []
+        for weight, bias in self.task.weights(seed):
+            linear = torch.nn.Linear(*weight.shape)
+            with torch.no_grad():
+                linear.weight.copy_(torch.from_numpy(weight.T.copy()))
+                linear.bias.copy_(torch.from_numpy(bias))
+            layers += [linear, torch.nn.ReLU()]
+        network = torch.nn.Sequential(*layers[:-1])
+        values = dict(self.setting.values)
+        values["lr"] = values.pop("learning_rate")
+        if self.variational:
+            values["beta2"] = values.pop("b2")
+            optimizer = ivon.IVON(network.parameters(), ess=self.task.num_train, **values)
+        else:
+            optimizer = torch.optim.AdamW(network.parameters(), **values)
+        return network, optimizer, itertools.cycle(self.rates)
+
+    def step(self, carry: Carry, images: Any, labels: Any) -> Carry:
+        """One training step."""
+        network, optimizer, rates = carry
+        optimizer.param_groups[0]["lr"] = next(rates)
+        with optimizer.sampled_params(train=True) if self.variational else nullcontext():
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+        return carry
+
+    def predict(self, carry: Carry, images: Any) -> list[Any]:
+        """Log-probabilities by the weights or mean and, for IVON, averaged over samples."""
+        network, optimizer, _ = carry
         with torch.no_grad():
-            point = self._predict(network)
-            if self.setting.optimizer == "ivon":
-                samples = np.stack(list(self._draws(network, optimizer)))
-        return Trained(point, samples, seconds)
-
-    def timed(self) -> Callable[[int], None]:
-        """A function that takes so many steps."""
-        network = make_network(self.task.weights(0))
-        step = self._step_of(network, make_optimizer(self.setting, self.task, network))
-        images = torch.from_numpy(self.task.images[:50])
-        labels = torch.from_numpy(self.task.labels[:50])
-
-        def run(calls: int) -> None:
-            for _ in range(calls):
-                step(images, labels)
-
-        return run
-
-    def _step_of(self, network: Any, optimizer: Any) -> Callable[[Any, Any], None]:
-        variational = self.setting.optimizer == "ivon"
-
-        def step(images: Any, labels: Any) -> None:
-            sampled = optimizer.sampled_params(train=True) if variational else nullcontext()
-            with sampled:
-                optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(network(images), labels).backward()
-            optimizer.step()
-
-        return step
-
-    def _draws(self, network: Any, optimizer: Any) -> Iterator[np.ndarray]:
-        for _ in range(self.task.samples):
-            with optimizer.sampled_params():
-                yield self._predict(network)
-
-    def _predict(self, network: Any) -> np.ndarray:
-        images = torch.from_numpy(self.task.test_images)
-        return torch.log_softmax(network(images), dim=1).numpy()
+            point = torch.log_softmax(network(images), dim=1)
+            if not self.variational:
+                return [point]
+            draws = []
+            for _ in range(SAMPLES):
+                with optimizer.sampled_params():
+                    draws.append(torch.log_softmax(network(images), dim=1))
+            return [point, torch.logsumexp(torch.stack(draws), dim=0) - math.log(SAMPLES)]
 
 
 def versions() -> list[str]:

@@ -14,26 +14,26 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._shared.journal import Evidence, Journal, parse, read_journal, write_tables
+from benchmarks._shared.journal import Evidence, Journal, command, write_tables
 from benchmarks._shared.tuning import settings
 from benchmarks.evidence.uci import methods
-from benchmarks.evidence.uci.data import Split, hold_out, load_splits, standardise
+from benchmarks.evidence.uci.data import Part, Split, hold_out, load_splits, standardise
 from benchmarks.evidence.uci.methods import GRIDS
 from examples._shared.reporting import cell
 
+STEPS = 10_000  # gradients per network
 BLOCK = 5  # splits that are trained together
 LABELS = {
     "adamw": "AdamW",
     "dropout": "MC-dropout",
     "ensemble": "ensemble of 5",
     "ivon": "IVON, 100 samples",
-    "ivon_mean": "IVON at the mean",
 }
 # Test RMSE and log-likelihood of MC-dropout tuned by grid search, as published for these splits.
 PUBLISHED = {"concrete": (4.82, -2.93), "power-plant": (4.01, -2.80), "yacht": (0.67, -1.25)}
@@ -46,26 +46,6 @@ class Options(Evidence):
     results: Path = Path("uci.jsonl")
     data: Path | None = None
     """Folder of a set."""
-    methods: tuple[Literal["adamw", "dropout", "ensemble", "ivon"], ...] = tuple(GRIDS)  # pyright: ignore
-    splits: int | None = None
-    """Only so many splits, from the first on."""
-    steps: int = 10_000
-    """Gradients per network."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.data is None and not self.report:
-            raise SystemExit("name the folder of a set with --data DIR/NAME")
-        if self.steps < 2 or (self.splits is not None and self.splits < 1):
-            raise SystemExit("--steps must be at least 2 and --splits at least 1")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Computes what is missing, and reports."""
-    options = parse(Options, __doc__, argv)
-    if not options.report:
-        compute(options)
-    report(read_journal(options.results))
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -73,12 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def compute(options: Options) -> None:
     """All methods on all splits of a set."""
-    assert options.data is not None
-    splits = load_splits(options.data)[: options.splits]
-    journal = Journal(options.results, total=len(options.methods) * len(splits))
-    for method in options.methods:
+    if options.data is None:
+        raise SystemExit("name the folder of a set with --data DIR/NAME")
+    splits = load_splits(options.data)
+    journal = Journal(options.results, total=len(GRIDS) * len(splits))
+    for method in GRIDS:
         runs = [
-            {"dataset": options.data.name, "method": method, "split": k, "steps": options.steps}
+            {"dataset": options.data.name, "method": method, "split": k, "steps": STEPS}
             for k in range(len(splits))
         ]
         for first in range(0, len(splits), BLOCK):
@@ -90,58 +71,34 @@ def compute(options: Options) -> None:
 
 def evaluate(splits: list[Split], runs: list[Any]) -> list[dict[str, Any]]:
     """Chooses, trains again and tests one method on some splits."""
-    method, steps = runs[0]["method"], runs[0]["steps"]
+    one = functools.partial(evaluate_split, runs[0]["method"], runs[0]["steps"])
     keys = jnp.stack([jax.random.fold_in(jax.random.key(0), run["split"]) for run in runs])
+    measured = jax.vmap(one)(keys, standardise(hold_out(splits)), standardise(splits))
+    return [jax.tree.map(lambda x, k=k: float(x[k]), measured) for k in range(len(runs))]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def evaluate_split(method: str, steps: int, key: Any, held: Part, whole: Part) -> dict[str, Any]:
+    """The chosen setting; RMSE and log-likelihood in the units of the targets."""
     tried = settings(GRIDS[method])
     grid = {name: jnp.array([values[name] for values in tried]) for name in tried[0]}
-    held = standardise(hold_out(splits))
-    scores, noises = choose(method, steps, keys, grid, held)
-    best = jnp.argmax(jnp.where(jnp.isfinite(scores), scores, -jnp.inf), axis=1)
+
+    def score(values: Any) -> tuple[Any, Any]:
+        draws = methods.fit_and_predict(method, steps, key, values, held.train, held.test[0])
+        return methods.best_noise(draws[""], held.test[1])
+
+    noises, scores = jax.vmap(score)(grid)
+    best = jnp.argmax(jnp.where(jnp.isfinite(scores), scores, -jnp.inf))
     chosen = {name: values[best] for name, values in grid.items()}
-    noise = jnp.take_along_axis(noises, best[:, None], axis=1)[:, 0]
     # The level is relative to the targets' spread, which differs a little between the two.
-    part = standardise(splits)
-    measured = test(method, steps, keys, chosen, noise * held.scale / part.scale, part)
-    rows = []
-    for index in range(len(runs)):
-        values = {name: float(x[index]) for name, x in chosen.items()}
-        held_out = [round(float(x), 4) for x in scores[index] - np.log(held.scale[index])]
-        results = {name: float(x[index]) for name, x in measured.items()}
-        rows.append({"chosen": values, "held_out": held_out, **results})
-    return rows
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def choose(method: str, steps: int, keys: Any, grid: Any, part: Any) -> tuple[Any, Any]:
-    """Held-out log-likelihood and noise of each split and setting."""
-
-    def one(key: Any, values: Any, data: Any, held_out: Any) -> tuple[Any, Any]:
-        fitted = methods.train(method, steps, key, values, data)
-        predicted = methods.draws(method, jax.random.fold_in(key, 1), values, fitted, held_out[0])
-        noise, score = methods.best_noise(predicted, held_out[1])
-        return score, noise
-
-    over_settings = jax.vmap(one, (None, 0, None, None))
-    return jax.vmap(over_settings, (0, None, 0, 0))(keys, grid, part.train, part.test)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def test(method: str, steps: int, keys: Any, chosen: Any, noise: Any, part: Any) -> dict[str, Any]:
-    """RMSE and log-likelihood in the units of the targets, with those of IVON's mean beside."""
-
-    def one(key: Any, values: Any, s: Any, data: Any, held_out: Any, scale: Any) -> dict[str, Any]:
-        fitted = methods.train(method, steps, key, values, data)
-        measured = {"noise": s * scale}
-        for name in [method, "ivon_mean"] if method == "ivon" else [method]:
-            predicted = methods.draws(name, jax.random.fold_in(key, 1), values, fitted, held_out[0])
-            suffix = "_mean" if name == "ivon_mean" else ""
-            rmse = methods.root_mean_square(predicted, held_out[1])
-            score = methods.log_likelihood(predicted, held_out[1], s)
-            measured["rmse" + suffix] = rmse * scale
-            measured["log_likelihood" + suffix] = score - jnp.log(scale)
-        return measured
-
-    return jax.vmap(one)(keys, chosen, noise, part.train, part.test, part.scale)
+    noise = noises[best] * held.scale / whole.scale
+    predicted = methods.fit_and_predict(method, steps, key, chosen, whole.train, whole.test[0])
+    measured: dict[str, Any] = {"chosen": chosen}
+    for suffix, draws in predicted.items():
+        likelihood = methods.log_likelihood(draws, whole.test[1], noise)
+        measured["log_likelihood" + suffix] = likelihood - jnp.log(whole.scale)
+        measured["rmse" + suffix] = whole.scale * methods.root_mean_square(draws, whole.test[1])
+    return measured
 
 
 # --- Report ---------------------------------------------------------------------------------------
@@ -163,23 +120,18 @@ def report(journal: Journal) -> None:
 
 def measured_rows(journal: Journal, dataset: str) -> Sequence[Sequence[str]]:
     """Test results of each method."""
-
-    def by_split(method: str, name: str) -> dict[int, float]:
-        found = journal.select(dataset=dataset, method=method)
-        return {run["split"]: result[name] for run, result in found}
-
+    adamw = journal.select(dataset=dataset, method="adamw")
+    base = {run["split"]: result["log_likelihood"] for run, result in adamw}
     rows = [("", "splits", "test RMSE", "test log-likelihood", "over AdamW")]
-    base = by_split("adamw", "log_likelihood")
-    for method, label in LABELS.items():
-        trained, suffix = ("ivon", "_mean") if method == "ivon_mean" else (method, "")
-        rmse = by_split(trained, "rmse" + suffix)
-        score = by_split(trained, "log_likelihood" + suffix)
-        if not score:
+    tested = [(label, method, "") for method, label in LABELS.items()]
+    for label, method, suffix in [*tested, ("IVON at the mean", "ivon", "_mean")]:
+        found = journal.select(dataset=dataset, method=method)
+        if not found:
             continue
-        common = [score[k] - base[k] for k in score if k in base]
-        gain = cell(common, 3) if common and method != "adamw" else ""
-        cells = cell(list(rmse.values()), 3), cell(list(score.values()), 3)
-        rows.append((label, str(len(score)), *cells, gain))
+        rmse, score = ([x[k + suffix] for _, x in found] for k in ("rmse", "log_likelihood"))
+        gains = [s - base[run["split"]] for s, (run, _) in zip(score, found, strict=True)]
+        gain = cell(gains, 3) if method != "adamw" else ""
+        rows.append((label, str(len(found)), cell(rmse, 3), cell(score, 3), gain))
     if dataset in PUBLISHED:
         rmse, score = PUBLISHED[dataset]
         rows.append(("MC-dropout, published", "20", f"{rmse:.2f}", f"{score:.2f}", ""))
@@ -192,13 +144,13 @@ def chosen_rows(journal: Journal, dataset: str) -> Sequence[Sequence[str]]:
     for method, grid in GRIDS.items():
         results = [x for _, x in journal.select(dataset=dataset, method=method)]
         for name, values in grid.items() if results else ():
-            counts = [
-                (v, sum(np.isclose(x["chosen"][name], v, rtol=1e-4) for x in results))
-                for v in values
-            ]
-            rows.append((LABELS[method], name, ", ".join(f"{v:g} × {n}" for v, n in counts)))
+            chosen = np.array([x["chosen"][name] for x in results])
+            counts = (f"{v:g} × {np.isclose(chosen, v, rtol=1e-4).sum()}" for v in values)
+            rows.append((LABELS[method], name, ", ".join(counts)))
     return rows
 
+
+main = command(Options, __doc__, compute, report)
 
 if __name__ == "__main__":
     main()

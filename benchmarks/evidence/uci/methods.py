@@ -10,11 +10,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from benchmarks._shared.methods import Values, ivon_step, plain_step, warmup_cosine
+from benchmarks._shared.methods import (
+    Array,
+    Batch,
+    Values,
+    average,
+    optimizer,
+    scan_random_batches,
+    step_of,
+)
 from benchmarks._shared.tuning import Grid
-from ivon_jax import ivon, posterior, sample_params
+from ivon_jax import posterior, sample_params
 
 HIDDEN = 50
 BATCH = 32
@@ -43,10 +50,9 @@ GRIDS: dict[str, Grid] = {
         "b2": (0.999, 0.9999),
     },
 }
-IVON_FIXED: dict[str, Any] = {"hess_init": 0.5, "precision_floor": 0.1}
-PRIOR_PRECISION = 1.0  # λδ: weights of order one
+# λδ = 1: weights of order one.
+IVON_FIXED = {"hess_init": 0.5, "precision_floor": 0.1, "prior_precision": 1.0}
 
-Array = jax.Array
 Params = dict[str, Array]
 Data = tuple[Array, Array]
 
@@ -70,14 +76,17 @@ def apply(params: Params, x: Array, key: Any = None, rate: Any = None) -> Array:
 
     With a rate, inputs and hidden units are dropped, by a mask of its own for each example.
     """
-
-    def drop(key: Array, values: Array) -> Array:
-        kept = jax.random.bernoulli(key, 1.0 - rate, values.shape)
-        return jnp.where(kept, values / (1.0 - rate), 0.0)
-
     one, two = (None, None) if rate is None else jax.random.split(key)
-    hidden = jax.nn.relu((x if one is None else drop(one, x)) @ params["w1"] + params["b1"])
-    return (hidden if two is None else drop(two, hidden)) @ params["w2"] + params["b2"]
+    hidden = jax.nn.relu(dropped(x, one, rate) @ params["w1"] + params["b1"])
+    return dropped(hidden, two, rate) @ params["w2"] + params["b2"]
+
+
+def dropped(values: Array, key: Any, rate: Any) -> Array:
+    """Sets a share of the values to zero; a rate of `None` leaves them alone."""
+    if rate is None:
+        return values
+    kept = jax.random.bernoulli(key, 1.0 - rate, values.shape)
+    return jnp.where(kept, values / (1.0 - rate), 0.0)
 
 
 def half_square(predicted: Array, y: Array) -> Array:
@@ -93,47 +102,44 @@ def train(method: str, steps: int, key: Array, values: Values, data: Data) -> An
     if method == "ensemble":
         keys = jax.random.split(key, MEMBERS)
         return jax.vmap(lambda k: train("adamw", steps, k, values, data))(keys)
-    x, y = data
-    schedule = warmup_cosine(values["learning_rate"], steps)
 
-    def loss(params: Params, batch: Any) -> Array:
-        rows, mask_key = batch
-        return half_square(apply(params, x[rows], mask_key, values.get("rate")), y[rows])
+    def loss(params: Params, batch: Batch) -> Array:
+        x, y, mask_key = batch
+        return half_square(apply(params, x, mask_key, values.get("rate")), y)
 
-    if method == "ivon":
-        ess = values["sharpness"] * len(y)
-        decay = PRIOR_PRECISION / ess
-        tx = ivon(schedule, ess, weight_decay=decay, b2=values["b2"], **IVON_FIXED)
-        step = ivon_step(loss, tx)
-    else:
-        tx = optax.adamw(schedule, weight_decay=values["weight_decay"])
-        step = plain_step(loss, tx)
+    name = "ivon" if method == "ivon" else "adamw"
+    fixed = IVON_FIXED if method == "ivon" else {}
+    tx = optimizer(name, {**values, **fixed}, steps, len(data[1]))
+    update = step_of(name, loss, tx)
 
-    def one(carry: Any, key: Array) -> tuple[Any, None]:
-        rows_key, step_key = jax.random.split(key)
-        rows = jax.random.randint(rows_key, (BATCH,), 0, len(y))
-        params, state, _ = step(step_key, carry[0], carry[1], (rows, step_key))
-        return (params, state), None
+    def step(key: Array, params: Params, state: Any, batch: Batch) -> tuple[Params, Any, Array]:
+        return update(key, params, state, (*batch, key))
 
     init_key, steps_key = jax.random.split(key)
-    params = init(init_key, x.shape[1])
+    params = init(init_key, data[0].shape[1])
     keys = jax.random.split(steps_key, steps)
-    params, state = jax.lax.scan(one, (params, tx.init(params)), keys)[0]
+    carry = (params, tx.init(params))
+    (params, state), _ = scan_random_batches(step, BATCH, data, carry, keys)
     return posterior(state) if method == "ivon" else params
 
 
-def draws(method: str, key: Array, values: Values, fitted: Any, x: Array) -> Array:
-    """Predictions of each sample, mask or member, (samples, n)."""
-    keys = jax.random.split(key, SAMPLES)
+def fit_and_predict(
+    method: str, steps: int, key: Array, values: Values, data: Data, x: Array
+) -> dict[str, Array]:
+    """Predictions of each sample, mask or member, (samples, n); with IVON also of the mean.
+
+    They are named by the suffix of the results: "", and "_mean".
+    """
+    fitted = train(method, steps, key, values, data)
+    keys = jax.random.split(jax.random.fold_in(key, 1), SAMPLES)
     if method == "adamw":
-        return apply(fitted, x)[None]
+        return {"": apply(fitted, x)[None]}
     if method == "ensemble":
-        return jax.vmap(apply, (0, None))(fitted, x)
+        return {"": jax.vmap(apply, (0, None))(fitted, x)}
     if method == "dropout":
-        return jax.lax.map(lambda k: apply(fitted, x, k, values["rate"]), keys)
-    if method == "ivon_mean":
-        return apply(fitted.mean, x)[None]
-    return jax.lax.map(lambda k: apply(sample_params(k, fitted)[0], x), keys)
+        return {"": jax.lax.map(lambda k: apply(fitted, x, k, values["rate"]), keys)}
+    sampled = jax.lax.map(lambda k: apply(sample_params(k, fitted)[0], x), keys)
+    return {"": sampled, "_mean": apply(fitted.mean, x)[None]}
 
 
 # --- Scores ---------------------------------------------------------------------------------------
@@ -141,8 +147,7 @@ def draws(method: str, key: Array, values: Values, fitted: Any, x: Array) -> Arr
 
 def log_likelihood(predicted: Array, y: Array, noise: Array) -> Array:
     """Mean log density of the mixture of Gaussians, mean_s N(y; f_s, s²)."""
-    squares = ((predicted - y) / noise) ** 2
-    log_p = jax.nn.logsumexp(-0.5 * squares, axis=0) - jnp.log(float(len(predicted)))
+    log_p = average(-0.5 * ((predicted - y) / noise) ** 2)
     return jnp.mean(log_p) - jnp.log(noise) - 0.5 * jnp.log(2 * jnp.pi)
 
 
