@@ -47,7 +47,6 @@ def main(epochs: int = 50, batch_size: int = 50) -> None:
     adamw, _ = train(optax.adamw(optax.cosine_decay_schedule(1e-3, num_steps)), model)
     settings = recipes.start(params, num_examples=len(x), num_steps=num_steps, learning_rate=1.0)
     _, state = train(auto_sample(ivon(**settings), key=1), model)
-
     point = jax.nn.log_softmax(jax.vmap(adamw)(test_x))
     predict = predict_log_probs(lambda params, x: jax.vmap(eqx.combine(params, static))(x), 64)
     averaged = predict(jax.random.key(2), state, test_x, params=params)

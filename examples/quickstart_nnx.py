@@ -25,8 +25,7 @@ def main(epochs: int = 50, batch_size: int = 50) -> None:
     def make_model():
         rngs = nnx.Rngs(0)
         first, second = nnx.Linear(64, 128, rngs=rngs), nnx.Linear(128, 128, rngs=rngs)
-        last = nnx.Linear(128, 10, rngs=rngs)
-        return nnx.Sequential(first, nnx.relu, second, nnx.relu, last)
+        return nnx.Sequential(first, nnx.relu, second, nnx.relu, nnx.Linear(128, 10, rngs=rngs))
 
     def loss_fn(model, x, y):
         return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
@@ -49,7 +48,6 @@ def main(epochs: int = 50, batch_size: int = 50) -> None:
     adamw, _ = train(optax.adamw(optax.cosine_decay_schedule(1e-3, num_steps)))
     settings = recipes.start(params, num_examples=len(x), num_steps=num_steps, learning_rate=1.0)
     _, optimizer = train(auto_sample(ivon(**settings), key=1))
-
     point = jax.nn.log_softmax(adamw(test_x))
     predict = predict_log_probs(lambda params, x: nnx.merge(graphdef, params, rest)(x), 64)
     averaged = predict(jax.random.key(2), optimizer.opt_state, test_x, params=params)

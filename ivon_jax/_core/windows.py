@@ -42,10 +42,10 @@ def mean_statistics(
         for g, x, m in zip(grads, leaves, own.leaves, strict=True)
     ]
 
-    grads, statistics = [g for g, _ in pairs], [statistic(g, x) for g, x in pairs]
-    if not stacked:
-        return grads, statistics
-    return [jnp.mean(g, axis=0) for g in grads], [jnp.mean(x, axis=0) for x in statistics]
+    def mean(x: jax.Array) -> jax.Array:
+        return jnp.mean(x, axis=0) if stacked else x
+
+    return [mean(g) for g, _ in pairs], [mean(statistic(g, x)) for g, x in pairs]
 
 
 def step_or_wait(
