@@ -68,8 +68,8 @@ class Checkpoints:
     def restore(self, like: PyTree) -> tuple[int, PyTree] | None:
         """Step and state of the newest intact checkpoint, or None; sets damaged newer ones aside.
 
-        `like` is the state as arrays or `jax.ShapeDtypeStruct`, whose shardings are those to restore
-        to, whatever devices and processes the checkpoint was written by. It is an error if all
+        `like` is the state as arrays or `jax.ShapeDtypeStruct`, with the shardings to restore to,
+        whatever devices and processes the checkpoint was written by. It is an error if all
         checkpoints are damaged, or the newest is of another `run` or holds other arrays.
         """
         self.wait()
