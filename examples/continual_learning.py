@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from examples._shared.datasets import load_small_digits
 from examples._shared.reporting import COLORS, cell, format_table, mean_and_error, save_figure
-from examples._shared.training import classification_loss, train
+from examples._shared.training import classification_loss, train, warmup_cosine
 from ivon_jax import Posterior, auto_sample, ivon, posterior
 
 NUM_TASKS = 5
@@ -104,8 +104,7 @@ def learn(
     """Learns a task from where the last one ended; returns parameters and the next prior."""
     num_examples = len(data[1])
     noise_key, data_key = jax.random.split(key)
-    peak, warmup = setting.learning_rate, max(1, steps // 20)
-    rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
+    rate = warmup_cosine(setting.learning_rate, steps)
     if setting.temperature:
         ess, h0 = num_examples / setting.temperature, setting.hess_init
         # Without rescaling the rate is a share of a Newton step, however sharp the prior.

@@ -26,14 +26,21 @@ from matplotlib.figure import Figure
 
 from examples._shared.datasets import DataError, ImageData, load_dataset
 from examples._shared.networks import MLP, ConvNet
-from examples._shared.reporting import COLORS, cell, format_table, mean_and_error, save_figure
-from examples._shared.training import classification_loss, train
+from examples._shared.reporting import (
+    COLORS,
+    cell,
+    draw_band,
+    draw_entropies,
+    format_table,
+    save_figure,
+)
+from examples._shared.training import classification_loss, train, warmup_cosine
 from examples._shared.unfamiliar import LETTERS, letters, photo_patches
 from ivon_jax import auto_sample, ivon, metrics, predict_at_mean, predict_samples
 
 BATCH_SIZE = 50
 COUNTS = (1, 2, 4, 8, 16, 32, 64)  # of posterior samples
-SET_COLORS = {"test images": "#666666", "letters": "#CC3311", "photo patches": "#AA66CC"}
+SETS = ("test images", "letters", "photo patches")
 AT_MEAN, AVERAGED = "IVON at the mean", f"IVON, {COUNTS[-1]} samples"
 COLUMN_COLORS = {
     "SGD": COLORS["SGD"],
@@ -133,8 +140,7 @@ def compare(
 
     def trained(method: str) -> tuple[PyTree, PyTree]:
         values = hyperparameters[method]
-        warmup, peak = max(1, round(0.05 * num_steps)), values["learning_rate"]
-        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, num_steps)
+        schedule = warmup_cosine(values["learning_rate"], num_steps)
 
         def fit(params: PyTree, key: Array) -> tuple[PyTree, PyTree]:
             noise_key, key = jax.random.split(key)
@@ -155,7 +161,7 @@ def compare(
     averages = jnp.stack(sums) - jnp.log(jnp.array(COUNTS))[:, None, None, None]
     outputs[AVERAGED] = averages[-1]
     predictions = {
-        column: dict(zip(SET_COLORS, jnp.split(x, ends, axis=1), strict=True))
+        column: dict(zip(SETS, jnp.split(x, ends, axis=1), strict=True))
         for column, x in outputs.items()
     }
     return predictions, averages[:, :, : len(data.test_labels)]
@@ -176,7 +182,7 @@ def table(predictions: Predictions, labels: Array) -> str:
         tests = jnp.stack([sets["test images"] for sets in predictions.values()])
         values = factor * measure(metric, tests, labels)
         rows.append([label, *(cell(each, decimals) for each in values)])
-    for name in ("letters", "photo patches"):
+    for name in SETS[1:]:
         cells = [cell(aurocs(sets["test images"], sets[name]), 4) for sets in predictions.values()]
         rows.append([f"AUROC, {name}", *cells])
     return format_table(rows)
@@ -203,17 +209,11 @@ def draw(predictions: Predictions, averages: Array, labels: Array, title: str) -
     draw_reliability(axes[0, 0], tests, labels)
     draw_curve(axes[0, 1], tests, averages, labels, metrics.nll, "NLL (lower is better)")
     draw_curve(axes[0, 2], tests, averages, labels, metrics.accuracy, "accuracy (higher is better)")
-    bins = np.linspace(0.0, np.log(10), 31)
-    for ax, column in zip(axes[1], ("SGD", "AdamW", AVERAGED), strict=True):
-        for name, log_probs in predictions[column].items():
-            entropies = np.maximum(metrics.predictive_entropy(log_probs), 0.0)  # rounding
-            share = np.histogram(entropies, bins)[0] / entropies.size
-            style: Any = {"fill": True, "alpha": 0.35} if name == "test images" else {"lw": 1.6}
-            ax.stairs(share, bins, color=SET_COLORS[name], label=name, **style)
-        ax.set(xlabel="predictive entropy, nats", ylabel="share of images", title=column)
-        ax.set_ylim(0, 1)
-    for ax in axes.flat:
+    for ax in axes[0]:
         ax.legend(fontsize=8, frameon=False)
+    for ax, column in zip(axes[1], ("SGD", "AdamW", AVERAGED), strict=True):
+        sets = predictions[column]
+        draw_entropies(ax, column, {n: metrics.predictive_entropy(x) for n, x in sets.items()})
     return figure
 
 
@@ -234,10 +234,8 @@ def draw_curve(ax: Axes, tests: dict, averages: Array, labels: Array, metric: An
     for column, log_probs in tests.items():
         at, line = (COUNTS, "o-") if column == AVERAGED else (COUNTS[:: len(COUNTS) - 1], "--")
         values = measure(metric, averages if column == AVERAGED else log_probs[None], labels)
-        mean, error = mean_and_error(np.broadcast_to(values.T, (values.shape[1], len(at))))
-        color = COLUMN_COLORS[column]
-        ax.plot(at, mean, line, color=color, markersize=4, label=column)
-        ax.fill_between(at, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+        values = np.broadcast_to(values.T, (values.shape[1], len(at)))
+        draw_band(ax, at, values, COLUMN_COLORS[column], line, markersize=4, label=column)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="posterior samples averaged by IVON", title=title)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,15 +22,15 @@ import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from examples._shared.datasets import load_small_digits
-from examples._shared.reporting import COLORS, cell, format_table, mean_and_error, save_figure
+from examples._shared.datasets import load_small_digits, with_wrong_labels
+from examples._shared.networks import MLP
+from examples._shared.reporting import COLORS, cell, draw_band, format_table, save_figure
 from examples._shared.training import classification_loss, shuffled_rows
 from ivon_jax import auto_sample, ivon, leave_one_out, posterior
 
 NUM_TRAIN = 500
 HELD_OUT = 100  # of them, for the choice by a validation set
 BATCH_SIZE = 50
-NUM_CLASSES = 10
 WRONG = 0.2  # share of the labels, in the training and the test set
 EVERY = 5  # epochs between two looks
 PATIENCE = 8  # looks
@@ -49,16 +48,10 @@ class Options:
     figure: Path = Path("leave_one_out.png")
 
 
-class Network(nn.Module):
+class Network(MLP):
     """Two hidden layers of 16 units."""
 
-    @nn.compact
-    def __call__(self, images):
-        """Maps images (n, 8, 8, 1) in [0, 1] to logits (n, 10)."""
-        x = (2.0 * images - 1.0).reshape(-1, 64)
-        for _ in range(2):
-            x = nn.relu(nn.Dense(16)(x))
-        return nn.Dense(NUM_CLASSES)(x)
+    width: int = 16
 
 
 def draw_data(key: jax.Array, held_out: int) -> tuple[Pair, Pair, Pair]:
@@ -66,18 +59,13 @@ def draw_data(key: jax.Array, held_out: int) -> tuple[Pair, Pair, Pair]:
     images, labels, test_images, test_labels = map(jnp.asarray, load_small_digits()[:4])
     rows_key, train_key, test_key = jax.random.split(key, 3)
     rows = jax.random.permutation(rows_key, len(labels))[:NUM_TRAIN]
-    images, labels = images[rows], with_wrong_labels(train_key, labels[rows])
+    images, labels = (
+        images[rows],
+        with_wrong_labels(jax.random.split(train_key), labels[rows], WRONG),
+    )
     cut = NUM_TRAIN - held_out
-    test = test_images, with_wrong_labels(test_key, test_labels)
+    test = test_images, with_wrong_labels(jax.random.split(test_key), test_labels, WRONG)
     return (images[:cut], labels[:cut]), (images[cut:], labels[cut:]), test
-
-
-def with_wrong_labels(key: jax.Array, labels: jax.Array) -> jax.Array:
-    """Replaces each label by another class with probability `WRONG`."""
-    where_key, class_key = jax.random.split(key)
-    wrong = jax.random.uniform(where_key, labels.shape) < WRONG
-    others = (labels + jax.random.randint(class_key, labels.shape, 1, NUM_CLASSES)) % NUM_CLASSES
-    return jnp.where(wrong, others, labels)
 
 
 class Losses(NamedTuple):
@@ -184,9 +172,7 @@ def draw(losses: Losses) -> Figure:
         ("leave-one-out, from the training set", losses.leave_one_out, COLORS["IVON"]),
         ("training", losses.train, COLORS["SGD"]),
     ):
-        mean, error = mean_and_error(values)
-        ax.plot(epochs, mean, color=color, label=name)
-        ax.fill_between(epochs, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+        draw_band(ax, epochs, values, color, label=name)
     looks = kept(losses.leave_one_out)
     chosen = losses.test[np.arange(len(looks)), looks]
     style = {"marker": "v", "color": COLORS["IVON"], "edgecolor": "black", "zorder": 3}

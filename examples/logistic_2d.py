@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_iris
 
 from examples._shared.reporting import COLORS, cell, format_table, save_figure
-from examples._shared.training import classification_loss, train
+from examples._shared.training import classification_loss, train, warmup_cosine
 from ivon_jax import auto_sample, ivon, posterior, predict_log_probs
 
 PRIOR_PRECISION = 0.1  # of each weight: a standard deviation of 3.2
@@ -91,21 +91,20 @@ def fit(x: np.ndarray, y: np.ndarray, seeds: int, epochs: int) -> tuple[np.ndarr
     data, decay = (jnp.asarray(x), jnp.asarray(y)), PRIOR_PRECISION / len(y)
     num_steps = epochs * (len(y) // BATCH_SIZE)
 
-    def schedule(peak: float) -> optax.Schedule:
-        return optax.warmup_cosine_decay_schedule(0.0, peak, round(0.05 * num_steps), num_steps)
-
     def run(tx: optax.GradientTransformation, key: Array, label: str):
         start, loss_fn = jnp.zeros(2), classification_loss(apply)
         options: Any = {"epochs": epochs, "batch_size": BATCH_SIZE, "label": label}
         return train(tx, loss_fn, start, data, key=key, **options)
 
     def run_sgd(key: Array) -> Array:
-        tx = optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule(0.1)))
+        rate = warmup_cosine(0.1, num_steps)
+        tx = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate))
         return run(tx, key, "SGD")[0]
 
     def run_ivon(key: Array):
         noise_key, key = jax.random.split(key)
-        tx = ivon(schedule(0.03), ess=len(y), hess_init=0.1, b2=0.999, weight_decay=decay)
+        rate = warmup_cosine(0.03, num_steps)
+        tx = ivon(rate, ess=len(y), hess_init=0.1, b2=0.999, weight_decay=decay)
         return posterior(run(auto_sample(tx, noise_key), key, "IVON")[1])
 
     keys = jax.random.split(jax.random.key(0), seeds)

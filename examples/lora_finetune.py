@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from examples._shared.reporting import COLORS, cell, format_table, save_figure
-from examples._shared.training import classification_loss, train
+from examples._shared.training import classification_loss, train, warmup_cosine
 from ivon_jax import auto_sample, ivon, metrics, predict_log_probs
 
 CHARACTERS, CONTEXT, WIDTH, DEPTH, HEADS = 128, 64, 64, 2, 2  # 128 is ASCII
@@ -66,11 +66,6 @@ def make_optimizer(method: str, params: Any, num_steps: int, key: jax.Array) -> 
     groups = unflatten_dict({path: GROUPS.get(path[-1], "frozen") for path in flatten_dict(params)})
     tx = optax.partition(owners, groups)
     return auto_sample(tx, key) if method == "IVON" else tx
-
-
-def warmup_cosine(peak: float, num_steps: int) -> optax.Schedule:
-    """Up in a twentieth of the steps, then down to 0."""
-    return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, num_steps // 20), num_steps)
 
 
 class LoRADense(nn.Module):

@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 from scipy.ndimage import rotate
 
 from examples._shared.datasets import load_small_digits, stratified_split
-from examples._shared.reporting import COLORS, cell, format_table, mean_and_error, save_figure
-from examples._shared.training import classification_loss, train
+from examples._shared.reporting import COLORS, cell, draw_band, format_table, save_figure
+from examples._shared.training import classification_loss, train, warmup_cosine
 from ivon_jax import Posterior, auto_sample, ivon, merge, posterior, task_arithmetic
 
 ANGLES = {"upright": 0, "left": 30, "right": -30}  # degrees; the first is what the base learns
@@ -85,7 +85,7 @@ def learn(epochs: int, key: jax.Array, data: tuple, start: Any, prior: Posterior
     """Trains by IVON under a prior; returns the posterior."""
     noise_key, data_key = jax.random.split(key)
     num_steps = epochs * (len(data[1]) // BATCH_SIZE)
-    rate = optax.warmup_cosine_decay_schedule(0.0, 0.02, max(1, num_steps // 20), num_steps)
+    rate = warmup_cosine(0.02, num_steps)
     ess = len(data[1]) * ESS_PER_EXAMPLE
     # Without rescaling the rate is a share of a Newton step, however sharp the prior.
     tx = ivon(rate, ess, hess_init=0.03, b2=0.997, prior=prior, rescale_lr=False)
@@ -185,9 +185,7 @@ def draw(curves: dict[str, tuple[np.ndarray, int]], levels: dict[str, Any]) -> F
     for (name, level), line in zip(levels.items(), (":", "--"), strict=True):
         ax.axhline(level, color=COLORS["reference"], linestyle=line, label=name)
     for (name, (values, best)), color in zip(curves.items(), ("AdamW", "IVON"), strict=True):
-        mean, error = mean_and_error(values)
-        ax.plot(WEIGHTS, mean, "o-", markevery=[best], label=name, color=COLORS[color])
-        ax.fill_between(WEIGHTS, mean - error, mean + error, color=COLORS[color], alpha=0.15, lw=0)
+        draw_band(ax, WEIGHTS, values, COLORS[color], "o-", markevery=[best], label=name)
     ax.set(xscale="log", xlabel="weight of what was learned (dot: best on held-out images)")
     ax.set(ylabel="test accuracy, mean of the kinds, %")
     ax.set_xticks([0.2, 0.5, 1, 2], ["0.2", "0.5", "1", "2"])

@@ -19,21 +19,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples._shared.datasets import load_small_digits
 from examples._shared.networks import MLP
-from examples._shared.reporting import COLORS, cell, format_table, mean_and_error, save_figure
-from examples._shared.training import classification_loss, train
+from examples._shared.reporting import (
+    COLORS,
+    cell,
+    draw_band,
+    draw_entropies,
+    format_table,
+    save_figure,
+)
+from examples._shared.training import classification_loss, train, warmup_cosine
 from examples._shared.unfamiliar import LETTERS, letters, photo_patches
 from ivon_jax import auto_sample, ivon, metrics, predict_samples
 
 BATCH_SIZE = 50
 NUM_SAMPLES = 64
 COVERAGE = 0.9  # share of the digits that are answered
-SET_COLORS = {"digits": "#666666", "letters": "#CC3311", "photo patches": "#AA66CC"}
-UNFAMILIAR = ("letters", "photo patches")
+SETS = ("digits", "letters", "photo patches")
 
 Array = jax.Array
 PyTree = Any
@@ -84,10 +89,6 @@ def compare(seeds: int, epochs: int) -> tuple[Array, Results]:
     keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.arange(seeds))
     params = jax.vmap(lambda key: model.init(key, images[:1]))(keys[:, 0])
 
-    def schedule(peak: float) -> optax.Schedule:
-        warmup = max(1, round(0.05 * num_steps))
-        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, num_steps)
-
     def fit(label: str, make_optimizer: Any, params: PyTree, key: Array) -> tuple[PyTree, PyTree]:
         noise_key, key = jax.random.split(key)
         run = partial(train, key=key, epochs=epochs, batch_size=BATCH_SIZE, label=label)
@@ -96,19 +97,19 @@ def compare(seeds: int, epochs: int) -> tuple[Array, Results]:
     def log_probs(params: PyTree, images: Array) -> Array:
         return jax.nn.log_softmax(jnp.asarray(model.apply(params, images)))
 
-    adamw = optax.adamw(schedule(0.05), weight_decay=0.3)
-    variational = ivon(schedule(0.7), ess=1000, hess_init=0.5, weight_decay=1e-5, b2=0.999)
+    adamw = optax.adamw(warmup_cosine(0.05, num_steps), weight_decay=0.3)
+    rate = warmup_cosine(0.7, num_steps)
+    variational = ivon(rate, ess=1000, hess_init=0.5, weight_decay=1e-5, b2=0.999)
     weights, _ = jax.vmap(partial(fit, "AdamW", lambda _: adamw))(params, keys[:, 1])
-    _, states = jax.vmap(partial(fit, "IVON", partial(auto_sample, variational)))(
-        params, keys[:, 1]
-    )
+    fit_ivon = partial(fit, "IVON", partial(auto_sample, variational))
+    _, states = jax.vmap(fit_ivon)(params, keys[:, 1])
     at_samples = predict_samples(log_probs, NUM_SAMPLES)
     samples = {
         "AdamW": jax.vmap(lambda params: log_probs(params, images)[None])(weights),
         "IVON": jax.lax.map(lambda x: at_samples(*x, images), (keys[:, 2], states)),
     }
     return jnp.asarray(data.test_labels), {
-        method: dict(zip(SET_COLORS, map(summarised, jnp.split(x, ends, axis=2)), strict=True))
+        method: dict(zip(SETS, map(summarised, jnp.split(x, ends, axis=2)), strict=True))
         for method, x in samples.items()
     }
 
@@ -144,9 +145,9 @@ def table(results: Results, labels: Array) -> str:
     add("accuracy", 4, per_seed(metrics.accuracy))
     add("NLL", 4, per_seed(metrics.nll))
     for score, label, of in (("entropy", "entropy", results), ("information", "MI", ["IVON"])):
-        for name in SET_COLORS:
+        for name in SETS:
             add(f"{label}, {name}", 3, lambda x, s=score, n=name: getattr(x[n], s).mean(1), of)
-        for name in UNFAMILIAR:
+        for name in SETS[1:]:
             add(f"AUROC of {label}, {name}, %", 1, detected(score, "auroc", name), of)
             add(f"FPR95 of {label}, {name}, %", 1, detected(score, "fpr95", name), of)
 
@@ -170,30 +171,16 @@ def draw(results: Results, labels: Array) -> Figure:
     figure = Figure(figsize=(13, 4), layout="constrained")
     *histograms, curve = figure.subplots(1, 3)
     for ax, (method, sets) in zip(histograms, results.items(), strict=True):
-        draw_entropies(ax, method, sets)
+        draw_entropies(ax, method, {name: found.entropy for name, found in sets.items()})
     for method, sets in results.items():
         errors = errors_by_certainty(sets["digits"], labels)
         answered = np.arange(1, errors.shape[1] + 1)
-        mean, error = mean_and_error(100 * errors.cumsum(axis=1) / answered)
-        share, color = 100 * answered / answered[-1], COLORS[method]
-        curve.plot(share, mean, color=color, label=method)
-        curve.fill_between(share, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+        percent = 100 * errors.cumsum(axis=1) / answered
+        draw_band(curve, 100 * answered / answered[-1], percent, COLORS[method], label=method)
     curve.set(xlabel="digits answered, %", ylabel="errors among them, %", xlim=(75, 100))
     curve.set_title('Saying "I don\'t know" to the least certain')
     curve.legend(frameon=False)
     return figure
-
-
-def draw_entropies(ax: Axes, method: str, sets: dict[str, Predictions]) -> None:
-    """Histograms pooled over seeds."""
-    bins = np.linspace(0.0, np.log(10), 24)
-    for name, predictions in sets.items():
-        entropies = np.maximum(predictions.entropy, 0.0)  # rounding
-        share = np.histogram(entropies, bins)[0] / entropies.size
-        style: Any = {"fill": True, "alpha": 0.35} if name == "digits" else {"linewidth": 1.6}
-        ax.stairs(share, bins, color=SET_COLORS[name], label=name, **style)
-    ax.set(xlabel="predictive entropy, nats", ylabel="share of images", ylim=(0, 1), title=method)
-    ax.legend(frameon=False)
 
 
 if __name__ == "__main__":

@@ -48,11 +48,10 @@ def main(epochs: int = 50, batch_size: int = 50) -> None:
     adamw, _ = train(optax.adamw(optax.cosine_decay_schedule(1e-3, num_steps)))
     settings = recipes.start(params, num_examples=len(x), num_steps=num_steps, learning_rate=1.0)
     _, optimizer = train(auto_sample(ivon(**settings), key=1))
-    point = jax.nn.log_softmax(adamw(test_x))
     predict = predict_log_probs(lambda params, x: nnx.merge(graphdef, params, rest)(x), 64)
     averaged = predict(jax.random.key(2), optimizer.opt_state, test_x, params=params)
     print("      accuracy      NLL      ECE")
-    for name, log_probs in {"AdamW": point, "IVON": averaged}.items():
+    for name, log_probs in {"AdamW": jax.nn.log_softmax(adamw(test_x)), "IVON": averaged}.items():
         scores = (f(log_probs, test_y) for f in (metrics.accuracy, metrics.nll, metrics.ece))
         print(f"{name:<5}" + "".join(f"{score:9.4f}" for score in scores))
 

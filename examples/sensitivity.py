@@ -22,9 +22,10 @@ import optax
 import tyro
 from matplotlib.figure import Figure
 
-from examples._shared.datasets import load_small_digits
+from examples._shared.datasets import load_small_digits, with_wrong_labels
+from examples._shared.networks import MLP
 from examples._shared.reporting import COLORS, cell, format_table, save_figure
-from examples._shared.training import classification_loss, train
+from examples._shared.training import classification_loss, train, warmup_cosine
 from ivon_jax import auto_sample, ivon, posterior, sensitivity
 from ivon_jax.metrics import detection
 
@@ -46,18 +47,11 @@ class Options:
     figure: Path = Path("sensitivity.png")
 
 
-class Network(nn.Module):
+class Network(MLP):
     """Two hidden layers of tanh."""
 
     width: int = 16
-
-    @nn.compact
-    def __call__(self, images):
-        """Maps images (n, 8, 8, 1) in [0, 1] to logits (n, 10)."""
-        x = (2.0 * images - 1.0).reshape(len(images), -1)
-        for _ in range(2):
-            x = nn.tanh(nn.Dense(self.width)(x))
-        return nn.Dense(NUM_CLASSES)(x)
+    activation: Callable = nn.tanh
 
 
 class Data(NamedTuple):
@@ -70,14 +64,10 @@ class Data(NamedTuple):
 
 def draw_data(key: jax.Array) -> Data:
     """Draws `NUM_TRAIN` digits, and gives `WRONG` of them the label of another class."""
-    digits = load_small_digits()
-    images, labels = jnp.asarray(digits.train_images), jnp.asarray(digits.train_labels)
-    rows_key, wrong_key, class_key = jax.random.split(key, 3)
+    images, labels = map(jnp.asarray, load_small_digits()[:2])
+    rows_key, *keys = jax.random.split(key, 3)
     rows = jax.random.permutation(rows_key, len(labels))[:NUM_TRAIN]
-    true = labels[rows]
-    wrong = jax.random.uniform(wrong_key, true.shape) < WRONG
-    others = (true + jax.random.randint(class_key, true.shape, 1, NUM_CLASSES)) % NUM_CLASSES
-    return Data(images[rows], jnp.where(wrong, others, true), true)
+    return Data(images[rows], with_wrong_labels(keys, labels[rows], WRONG), labels[rows])
 
 
 class Scores(NamedTuple):
@@ -93,17 +83,11 @@ def train_and_score(network: Network, data: Data, key: jax.Array, epochs: int) -
     init_key, noise_key, shuffle_key = jax.random.split(key, 3)
     params = network.init(init_key, data.images[:1])
     num_steps = epochs * (NUM_TRAIN // BATCH_SIZE)
-    rate = optax.warmup_cosine_decay_schedule(0.0, 0.3, max(1, num_steps // 20), num_steps)
+    rate = warmup_cosine(0.3, num_steps)
     tx = ivon(rate, ess=NUM_TRAIN, hess_init=0.1, b2=0.999, weight_decay=1e-3)
-    _, state = train(
-        auto_sample(tx, noise_key),
-        classification_loss(apply),
-        params,
-        (data.images, data.labels),
-        key=shuffle_key,
-        epochs=epochs,
-        batch_size=BATCH_SIZE,
-    )
+    tx, loss_fn = auto_sample(tx, noise_key), classification_loss(apply)
+    how = {"key": shuffle_key, "epochs": epochs, "batch_size": BATCH_SIZE}
+    _, state = train(tx, loss_fn, params, (data.images, data.labels), **how)
     q = posterior(state)  # after training with another ess λ: temperature=λ/N
     found = sensitivity(apply, cross_entropy)(q, data.images, targets=data.labels)
     return Scores(found.score, cross_entropy(apply(q.mean, data.images), data.labels))

@@ -14,6 +14,7 @@ curvature and momentum move together, as mean ± standard error.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from benchmarks._shared.networks import Perceptron
 from benchmarks.cost.contenders import known
 from examples._shared.datasets import load_small_digits
 from examples._shared.reporting import cell, format_table
-from ivon_jax import auto_sample, ivon, metrics, posterior, posterior_mean, predict_log_probs
+from ivon_jax import auto_sample, ivon, metrics, posterior, predict_log_probs
 
 PyTree = Any
 
@@ -51,10 +52,10 @@ class Options:
     """The command line."""
 
     variants: tuple[str, ...] = tuple(VARIANTS)
-    seeds: int = 10
-    """Runs on digits, and a quarter of those of the logistic regression."""
-    gradients: int = 10_000
-    """Of the logistic regression; the quadratic takes two fifths, digits a fifth of them."""
+    seeds: int = 10  # on digits; logistic regression takes four times as many
+    gradients: int = (
+        10_000  # of logistic regression; two fifths on the quadratic, a fifth on digits
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,39 +79,43 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Run:
-    """A training run of one variant: a step from (carry, keys of the batches) to a carry."""
+    """Training with one variant; carried are parameters, state and the key of the estimator."""
 
     def __init__(self, loss: Callable[[PyTree, Any], Array], variant: dict[str, Any], **settings):
-        options = dict(variant)
-        self.samples = options.pop("samples", 1)
-        self.loss = loss
-        self.estimator = options.pop("estimator", False)
-        dtype = options.pop("momentum_dtype", None)
-        self.inner = ivon(**settings, momentum_dtype=dtype)
-        self.options = {**options, "num_samples": self.samples}
+        options = {"samples": 1, "estimator": False, "momentum_dtype": None, **variant}
+        self.loss, self.samples = loss, options.pop("samples")
+        self.estimator = options.pop("estimator")
+        self.tx = ivon(**settings, momentum_dtype=options.pop("momentum_dtype"))
+        self.auto = partial(auto_sample, self.tx, num_samples=self.samples, **options)
 
     def init(self, params: PyTree, key: Array) -> PyTree:
-        """What is carried: parameters, state, and a key for the explicit estimator."""
-        tx = self.inner if self.estimator else auto_sample(self.inner, key, **self.options)
-        return params, tx.init(params), key
+        """What is carried before the first step."""
+        return params, (self.tx if self.estimator else self.auto(key)).init(params), key
 
     def step(self, carry: PyTree, batches: Any) -> PyTree:
         """One step of the mean, from a batch for each of its samples on the leading axis."""
         params, state, key = carry
         if self.estimator:
             key, draw_key = jax.random.split(key)
-            step = estimator_step(
-                self.loss, self.inner, num_samples=2, antithetic=True, split_batch=True
-            )
+            options = {"num_samples": self.samples, "antithetic": True, "split_batch": True}
             flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches)
-            params, state, _ = step(draw_key, params, state, flat)
-            return params, state, key
-        tx = auto_sample(self.inner, 0, **self.options)  # the key is in the state
+            step = estimator_step(self.loss, self.tx, **options)
+            return *step(draw_key, params, state, flat)[:2], key
+        tx = self.auto(0)  # the key is in the state
         for i in range(self.samples):
             grads = jax.grad(self.loss)(params, jax.tree.map(lambda x, i=i: x[i], batches))
             updates, state = tx.update(grads, state, params)
             params = optax.apply_updates(params, updates)
         return params, state, key
+
+    def scan(self, carry: PyTree, keys: Array, draw: Callable, read: Any = lambda _: None) -> Any:
+        """A step for each key, from the batches `draw(key)`; collects `read(state)`."""
+
+        def body(carry: PyTree, key: Array) -> tuple[PyTree, Any]:
+            carry = self.step(carry, draw(key))
+            return carry, read(carry[1])
+
+        return jax.lax.scan(body, carry, keys)
 
 
 # --- 1. The quadratic -----------------------------------------------------------------------------
@@ -118,30 +123,23 @@ class Run:
 
 def quadratic(variant: dict[str, Any], rate: float, gradients: int) -> list[str]:
     """Bias of h, and variances in time of h and of the momentum, over independent weights."""
-
-    def loss(w: Array, noise: Array) -> Array:
-        return jnp.sum(0.5 * w**2 + w * noise)
-
-    run = Run(loss, variant, learning_rate=rate, ess=100.0, b2=0.99, weight_decay=0.0)
+    settings = {"learning_rate": rate, "ess": 100.0, "b2": 0.99, "weight_decay": 0.0}
+    run = Run(lambda w, noise: jnp.sum(0.5 * w**2 + w * noise), variant, **settings)
     size, steps = 2000, gradients // run.samples
 
-    def body(carry: PyTree, key: Array) -> tuple[PyTree, tuple[Array, Array]]:
-        noise = 0.1 * jax.random.normal(key, (run.samples, size))
-        carry = run.step(carry, noise)
-        state = carry[1] if run.estimator else carry[1].inner_state
-        return carry, (state.hess, state.momentum.astype(jnp.float32))
+    def read(state: Any) -> tuple[Array, Array]:
+        state = state if run.estimator else state.inner_state
+        return state.hess, state.momentum.astype(jnp.float32)
 
     @jax.jit
     def train(key: Array) -> tuple[Array, Array]:
-        keys = jax.random.split(key, steps)
-        return jax.lax.scan(body, run.init(jnp.zeros(size), key), keys)[1]
+        start, keys = run.init(jnp.zeros(size), key), jax.random.split(key, steps)
+        noise = partial(jax.random.normal, shape=(run.samples, size))
+        return run.scan(start, keys, lambda key: 0.1 * noise(key), read)[1]
 
     hess, momentum = (np.asarray(x[steps // 4 :], np.float64) for x in train(jax.random.key(0)))
-    return [
-        cell(hess.mean(axis=0), 4),
-        cell(1e3 * hess.var(axis=0), 2),
-        cell(1e3 * momentum.var(axis=0), 3),
-    ]
+    variances = 1e3 * hess.var(axis=0), 1e3 * momentum.var(axis=0)
+    return [cell(hess.mean(axis=0), 4), cell(variances[0], 2), cell(variances[1], 3)]
 
 
 # --- 2. Logistic regression -----------------------------------------------------------------------
@@ -158,25 +156,25 @@ def flowers() -> np.ndarray:
     return petals * np.where(species[rows] == 2, 1.0, -1.0)[:, None]
 
 
-def energy(weights: np.ndarray, signed: np.ndarray) -> np.ndarray:
-    """−log p(y, w) for weights (..., 2), up to a constant."""
-    likelihood = np.logaddexp(0.0, -(weights @ signed.T)).sum(axis=-1)
-    return likelihood + 0.5 * PRIOR_PRECISION * np.sum(weights**2, axis=-1)
-
-
-def exact(signed: np.ndarray) -> Callable[[np.ndarray, np.ndarray], float]:
+def kl_to_posterior(signed: np.ndarray) -> Callable[[np.ndarray, np.ndarray], float]:
     """KL of a diagonal Gaussian, given by mean and standard deviations, to the posterior."""
+
+    def energy(weights: np.ndarray) -> np.ndarray:
+        likelihood = np.logaddexp(0.0, -(weights @ signed.T)).sum(axis=-1)
+        return likelihood + 0.5 * PRIOR_PRECISION * np.sum(weights**2, axis=-1)
+
+    def square(ticks: np.ndarray) -> np.ndarray:
+        return np.stack(np.meshgrid(ticks, ticks, indexing="ij"), axis=-1)
+
     ticks = np.linspace(-8.0, 20.0, 701)  # the tails beyond are negligible
-    grid = np.stack(np.meshgrid(ticks, ticks, indexing="ij"), axis=-1)
     cell_area = (ticks[1] - ticks[0]) ** 2
-    log_evidence = scipy.special.logsumexp(-energy(grid, signed)) + np.log(cell_area)
+    log_evidence = scipy.special.logsumexp(-energy(square(ticks))) + np.log(cell_area)
     # Expectations under q, by a rule of Gauss and Hermite in both directions.
     nodes, weights = scipy.special.roots_hermitenorm(40)
-    points = np.stack(np.meshgrid(nodes, nodes, indexing="ij"), axis=-1)
     weights = np.outer(weights, weights) / (2 * np.pi)
 
     def divergence(mean: np.ndarray, std: np.ndarray) -> float:
-        expected = np.sum(weights * energy(mean + std * points, signed))
+        expected = np.sum(weights * energy(mean + std * square(nodes)))
         entropy = np.sum(np.log(std)) + 1 + np.log(2 * np.pi)
         return float(expected - entropy + log_evidence)
 
@@ -185,8 +183,8 @@ def exact(signed: np.ndarray) -> Callable[[np.ndarray, np.ndarray], float]:
 
 def logistic(variant: dict[str, Any], seeds: int, gradients: int) -> list[str]:
     """KL at the end, and how many gradients it takes to come close to the best."""
-    signed = flowers()
-    divergence = exact(signed)
+    signed, every = flowers(), 100
+    divergence, data = kl_to_posterior(signed), jnp.asarray(signed, jnp.float32)
     best = scipy.optimize.minimize(
         lambda x: divergence(x[:2], np.exp(x[2:])), np.zeros(4), tol=1e-8
     ).fun
@@ -199,15 +197,10 @@ def logistic(variant: dict[str, Any], seeds: int, gradients: int) -> list[str]:
         b2=0.999,
         weight_decay=PRIOR_PRECISION / len(signed),
     )
-    data, every = jnp.asarray(signed, jnp.float32), 100
-
-    def body(carry: PyTree, keys: Array) -> tuple[PyTree, None]:
-        return run.step(
-            carry, jax.vmap(lambda k: jax.random.choice(k, data, (5,), replace=False))(keys)
-        ), None
+    rows = jax.vmap(lambda key: jax.random.choice(key, data, (5,), replace=False))
 
     def stretch(carry: PyTree, keys: Array) -> tuple[PyTree, tuple[Array, Array]]:
-        carry, _ = jax.lax.scan(body, carry, keys)
+        carry, _ = run.scan(carry, keys, rows)
         q = posterior(carry[1], carry[0])
         return carry, (q.mean, q.precision**-0.5)
 
@@ -217,13 +210,8 @@ def logistic(variant: dict[str, Any], seeds: int, gradients: int) -> list[str]:
         keys = jax.random.split(key, (gradients // every, every // run.samples, run.samples))
         return jax.lax.scan(stretch, run.init(jnp.zeros(2), key), keys)[1]
 
-    means, stds = jax.device_get(train(jax.random.split(jax.random.key(0), seeds)))
-    curves = np.array(
-        [
-            [divergence(m, s) for m, s in zip(*run, strict=True)]
-            for run in zip(means, stds, strict=True)
-        ]
-    )
+    found = jax.device_get(train(jax.random.split(jax.random.key(0), seeds)))
+    curves = np.vectorize(divergence, signature="(n),(n)->()")(*found)
     close = curves < best + 0.02
     first = np.where(close.any(axis=1), close.argmax(axis=1) + 1, curves.shape[1]) * every
     return [cell(curves[:, -10:].mean(axis=1), 4), cell(first, 0)]
@@ -236,39 +224,29 @@ def digits(variant: dict[str, Any], seeds: int, gradients: int) -> list[str]:
     """Test NLL averaged over samples and at the mean."""
     images, labels, test_images, test_labels = map(jnp.asarray, load_small_digits()[:4])
     model: Any = Perceptron()
-
-    def loss(params: PyTree, batch: Any) -> Array:
-        return cross_entropy(model.apply(params, batch[0]), batch[1])
-
     steps = gradients // variant.get("samples", 1)
+    settings = {"ess": len(images), "hess_init": 0.1, "b2": 0.999, "weight_decay": 1e-4}
+    settings["learning_rate"] = warmup_cosine(0.5, steps)
     run = Run(
-        loss,
-        variant,
-        learning_rate=warmup_cosine(0.5, steps),
-        ess=len(images),
-        hess_init=0.1,
-        b2=0.999,
-        weight_decay=1e-4,
+        lambda w, batch: cross_entropy(model.apply(w, batch[0]), batch[1]), variant, **settings
     )
 
-    def body(carry: PyTree, key: Array) -> tuple[PyTree, None]:
+    def draw(key: Array) -> tuple[Array, Array]:
         rows = jax.random.randint(key, (run.samples, 50), 0, len(images))
-        return run.step(carry, (images[rows], labels[rows])), None
+        return images[rows], labels[rows]
 
     @jax.jit
     @jax.vmap
     def train(key: Array) -> tuple[Array, Array]:
         init_key, batch_key, sample_key = jax.random.split(key, 3)
-        carry = run.init(model.init(init_key, images[:1]), key)
-        (params, state, _), _ = jax.lax.scan(body, carry, jax.random.split(batch_key, steps))
-        averaged = predict_log_probs(model.apply, 32)(
-            sample_key, posterior(state, params), test_images
-        )
-        at_mean = jax.nn.log_softmax(model.apply(posterior_mean(state, params), test_images))
+        start = run.init(model.init(init_key, images[:1]), key)
+        (params, state, _), _ = run.scan(start, jax.random.split(batch_key, steps), draw)
+        q = posterior(state, params)
+        averaged = predict_log_probs(model.apply, 32)(sample_key, q, test_images)
+        at_mean = jax.nn.log_softmax(model.apply(q.mean, test_images))
         return metrics.nll(averaged, test_labels), metrics.nll(at_mean, test_labels)
 
-    averaged, at_mean = jax.device_get(train(jax.random.split(jax.random.key(0), seeds)))
-    return [cell(averaged, 4), cell(at_mean, 4)]
+    return [cell(x, 4) for x in jax.device_get(train(jax.random.split(jax.random.key(0), seeds)))]
 
 
 if __name__ == "__main__":

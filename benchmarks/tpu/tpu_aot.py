@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -106,7 +107,7 @@ def settings(method: str, layout: Layout) -> Settings:
     return Ivon(300.0, 100_000, 2_000, samples=layout.mesh.shape["data"] if own else 1)
 
 
-def measure(preset: str, topology: str, method: str, micro_batches: int) -> dict[str, Any]:
+def measure(preset: str, topology: str, micro_batches: int, method: str) -> dict[str, Any]:
     """Everything that is counted for one row of the table."""
     start = time.perf_counter()
     config, layout = gpt2_model.PRESETS[preset], make_layout(topology)
@@ -216,18 +217,13 @@ def main(args: Sequence[str] | None = None) -> None:
     """Compiles what is missing in the file of results, and prints the tables."""
     options = tyro.cli(Options, args=args, description=(__doc__ or "").splitlines()[0])
     rows = read(options.results)
-    wanted = [
-        (preset, topology, options.micro_batches, method)
-        for preset in options.presets
-        for topology in options.topologies
-        for method in options.methods
-    ]
+    chosen = product(options.presets, options.topologies, [options.micro_batches], options.methods)
+    wanted = [] if options.table else list(chosen)
     for number, key in enumerate(wanted, 1):
-        if key in rows or options.table:
+        if key in rows:
             continue
-        preset, topology, micro_batches, method = key
-        print(f"{number} of {len(wanted)}: {preset}, {topology}, {method}", flush=True)
-        rows[key] = measure(preset, topology, method, micro_batches)
+        print(f"{number} of {len(wanted)}: {', '.join(map(str, key))}", flush=True)
+        rows[key] = measure(*key)
         with options.results.open("a") as file:
             file.write(json.dumps(rows[key]) + "\n")
         print(f"  compiled in {rows[key]['seconds']:.0f} s", flush=True)

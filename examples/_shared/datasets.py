@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -67,6 +69,14 @@ def load_small_digits() -> ImageData:
     images = (digits.images[..., None] / 16.0).astype(np.float32)  # pixels count 0 to 16
     split = stratified_split(images, digits.target.astype(np.int32), test_size=797)
     return ImageData(*split, note="fixed stratified split of scikit-learn's 1,797 8x8 digits")
+
+
+def with_wrong_labels(keys: Any, labels: jax.Array, share: float) -> jax.Array:
+    """Replaces this share of the labels by other classes; the keys draw which, and by what."""
+    where_key, class_key = keys
+    wrong = jax.random.uniform(where_key, labels.shape) < share
+    others = (labels + jax.random.randint(class_key, labels.shape, 1, NUM_CLASSES)) % NUM_CLASSES
+    return jnp.where(wrong, others, labels)
 
 
 # --- MNIST: IDX files -----------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """The networks of the image examples: logits (n, 10) of images (n, height, width, channels)."""
 
+import math
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 
@@ -8,13 +11,14 @@ class MLP(nn.Module):
     """Two hidden layers, for images of one channel in [0, 1]."""
 
     width: int = 128
+    activation: Callable = nn.relu
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images to logits."""
-        x = (2.0 * images - 1.0).reshape(len(images), -1)
+        x = (2.0 * images - 1.0).reshape(len(images), math.prod(images.shape[1:]))
         for _ in range(2):
-            x = nn.relu(nn.Dense(self.width)(x))
+            x = self.activation(nn.Dense(self.width)(x))
         return nn.Dense(10)(x)
 
 

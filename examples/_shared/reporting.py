@@ -1,10 +1,11 @@
 """What the examples share: means over seeds, tables and figures."""
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # A palette that is told apart under colour blindness (Okabe and Ito).
@@ -15,15 +16,9 @@ COLORS = {
     "SGD": "#0072B2",
     "reference": "#444444",
     "unfamiliar": "#CC3311",
+    "letters": "#CC3311",
+    "photo patches": "#AA66CC",
 }
-
-
-def positive(text: str) -> int:
-    """A positive integer, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 def mean_and_error(values: np.ndarray | Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -48,6 +43,25 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def draw_band(ax: Axes, x: Any, values: Any, color: str, line: str = "-", **style: Any) -> None:
+    """The mean over axis 0 of the values, within a band of one standard error."""
+    mean, error = mean_and_error(values)
+    ax.plot(x, mean, line, color=color, **style)
+    ax.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+
+
+def draw_entropies(ax: Axes, title: str, entropies: Mapping[str, Any]) -> None:
+    """Histograms of predictive entropies by set of images; the first is that of familiar ones."""
+    bins = np.linspace(0.0, np.log(10), 31)
+    for name, values in entropies.items():
+        share = np.histogram(np.maximum(values, 0.0), bins)[0] / values.size  # 0: rounding
+        known = name not in COLORS
+        style: Any = {"fill": True, "alpha": 0.35} if known else {"linewidth": 1.6}
+        ax.stairs(share, bins, color=COLORS.get(name, "#666666"), label=name, **style)
+    ax.set(xlabel="predictive entropy, nats", ylabel="share of images", ylim=(0, 1), title=title)
+    ax.legend(frameon=False)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

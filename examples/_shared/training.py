@@ -33,20 +33,9 @@ def train(
 
         params, states = jax.vmap(fit)(stacked_params, keys)
 
-    Args:
-      tx: an optax optimizer, such as `optax.adamw(1e-3)` or `auto_sample(ivon(...), key)`.
-      loss_fn: the mean loss of a batch, which has the structure of `data`.
-      params: initial parameters.
-      data: arrays with the examples on axis 0.
-      key: decides the order of the examples.
-      epochs: passes over the data; an incomplete last batch is left out.
-      batch_size: examples per step, at most all of them.
-      progress: whether to show a progress bar.
-      label: what the bar is called.
-
-    Returns:
-      Parameters and optimizer state. After `auto_sample` the parameters are one posterior
-      sample: predict with the state.
+    Arrays in `data` have the examples on axis 0; the key decides their order, and an incomplete
+    last batch is left out. Returns parameters and optimizer state. After `auto_sample` the
+    parameters are one posterior sample: predict with the state.
     """
 
     def step(carry, rows, data):
@@ -85,6 +74,12 @@ def shuffled_rows(key: jax.Array, data: PyTree, batch_size: int) -> jax.Array:
         raise ValueError(f"batch_size is {batch_size}, but there are {num_examples} examples.")
     order = jax.random.permutation(key, num_examples)
     return order[: num_batches * batch_size].reshape(num_batches, batch_size)
+
+
+def warmup_cosine(peak: float, num_steps: int) -> optax.Schedule:
+    """Linear warmup over 5 % of the steps, then a cosine to zero."""
+    warmup = max(1, round(0.05 * num_steps))
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, num_steps)
 
 
 def classification_loss(apply_fn: Callable[..., Any]) -> Callable[[PyTree, PyTree], jax.Array]:

@@ -26,15 +26,11 @@ NOTHING, ALL_DAMAGED = -1, -2  # what process 0 tells the others in place of a s
 
 
 class Checkpoints:
-    """The checkpoints of one run in a folder of their own; all processes call the same methods.
+    """The newest `keep` checkpoints of one run; all processes call the same methods.
 
-    What killed processes left unfinished in the folder is removed, so that only one run at a time
-    may use it.
-
-    Args:
-      directory: a folder that all processes see, on a file system that renames atomically.
-      run: what a run must agree in to continue a checkpoint (model, optimizer, data), as JSON.
-      keep: how many checkpoints to keep, the newest ones.
+    The directory is for this run alone (what killed processes left unfinished there is removed), on
+    a file system that all processes see and that renames atomically. `run` is what a run must agree
+    in to continue a checkpoint (model, optimizer, data), as JSON.
     """
 
     def __init__(self, directory: Path, run: dict[str, Any], keep: int = 3):
@@ -51,11 +47,8 @@ class Checkpoints:
     def save(self, step: int, state: PyTree) -> None:
         """Saves in the background; a step that was just saved or restored is not saved again.
 
-        The state may be donated or changed as soon as this returns.
-
-        Raises:
-          RuntimeError: this save or the one before it failed. Earlier checkpoints are kept.
-          ValueError: the folder has a checkpoint that is newer, which has not been restored.
+        The state may be donated or changed as soon as this returns. A RuntimeError means that this
+        save or the one before it failed; earlier checkpoints are kept.
         """
         self.wait()
         if step == self._current:
@@ -75,25 +68,23 @@ class Checkpoints:
     def restore(self, like: PyTree) -> tuple[int, PyTree] | None:
         """Step and state of the newest intact checkpoint, or None; sets damaged newer ones aside.
 
-        Args:
-          like: the state as arrays or `jax.ShapeDtypeStruct`; the shardings are those to restore
-            to, whatever devices and processes the checkpoint was written by.
-
-        Raises:
-          RuntimeError: there are checkpoints, but all of them are damaged.
-          ValueError: the checkpoint is of another `run` or holds other arrays than `like`.
+        `like` is the state as arrays or `jax.ShapeDtypeStruct`, with the shardings to restore to,
+        whatever devices and processes the checkpoint was written by. It is an error if all
+        checkpoints are damaged, or the newest is of another `run` or holds other arrays.
         """
         self.wait()
         step = self._newest_intact()
         if step is None:
             return None
-        args = ocp.args.Composite(about=ocp.args.JsonRestore())
-        about = self._manager.restore(step, args=args)["about"]
-        self._check_the_run(step, about, arrays(like))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        state = self._manager.restore(step, args=args)["state"]
+        self._check_the_run(step, self._read(step, about=ocp.args.JsonRestore()), arrays(like))
+        state = self._read(step, state=ocp.args.StandardRestore(like))
         self._current = step
         return step, state
+
+    def _read(self, step: int, **item: Any) -> Any:
+        """One of the two items of a checkpoint."""
+        (name,) = item
+        return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
 
     def wait(self) -> None:
         """Waits until nothing is being saved; raises RuntimeError if the last save failed."""
@@ -117,8 +108,8 @@ class Checkpoints:
         except Exception as error:
             step, self._current = self._current, None
             if jax.process_index() == 0:
-                for folder in self._unfinished(step):
-                    shutil.rmtree(folder, ignore_errors=True)  # on a full disk the space is needed
+                for folder in self._unfinished(step):  # on a full disk the space is needed
+                    shutil.rmtree(folder, ignore_errors=True)
             self._manager.reload()  # Orbax has struck off the one that was to make room
             left = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
             raise RuntimeError(
@@ -143,8 +134,7 @@ class Checkpoints:
         """The step to restore, on which all processes agree; None if there are no checkpoints."""
         damaged: dict[int, str] = {}
         chosen = self._choose(damaged) if jax.process_index() == 0 else NOTHING
-        if jax.process_count() > 1:
-            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+        chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
         self._manager.reload()
         if chosen == ALL_DAMAGED:
             reasons = "".join(f"\n  step {step}: {reason}" for step, reason in damaged.items())
@@ -159,24 +149,20 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             reason = damage(self.directory / str(step))
             if reason is None:
-                for bad in damaged:
-                    self._set_aside(bad, damaged[bad], step)
+                for bad in damaged:  # renamed, so that its step can be saved again
+                    aside = self.directory / f"{bad}.corrupt"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    (self.directory / str(bad)).rename(aside)
+                    warnings.warn(
+                        f"The checkpoint of step {bad} in {self.directory} is damaged "
+                        f"({damaged[bad]}); that of step {step} is used instead. The damaged one, "
+                        f"now called {aside.name}, may be deleted.",
+                        stacklevel=4,
+                    )
                 return step
             damaged[step] = reason
         # None is set aside, lest the next start finds an empty folder and begins at zero.
         return ALL_DAMAGED if damaged else NOTHING
-
-    def _set_aside(self, step: int, reason: str, instead: int) -> None:
-        """Renames a damaged checkpoint, so that its step can be saved again, and says so."""
-        aside = self.directory / f"{step}.corrupt"
-        shutil.rmtree(aside, ignore_errors=True)
-        (self.directory / str(step)).rename(aside)
-        warnings.warn(
-            f"The checkpoint of step {step} in {self.directory} is damaged ({reason}); that of "
-            f"step {instead} is used instead. The damaged one is now called {aside.name}; it is "
-            "not used any more and may be deleted.",
-            stacklevel=5,
-        )
 
     def _check_the_run(self, step: int, about: dict[str, Any], here: dict[str, str]) -> None:
         # Of arrays a few say enough: in another model all may differ.

@@ -183,7 +183,7 @@ class Run:
 
 
 def describe(options: Options, config: Config, layout: Layout, corpus: Corpus) -> str:
-    """Two lines about model, devices and data."""
+    """What is trained on which devices and data."""
     params = jax.tree.leaves(gpt2_model.abstract_params(config, layout))
     axes = ", ".join(f"{name}={size}" for name, size in layout.mesh.shape.items())
     windows = options.eval_batches * options.batch // options.micro_batches

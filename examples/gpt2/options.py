@@ -170,17 +170,12 @@ def run_description(
     options: Options, config: Config, settings: Settings, corpus: Corpus
 ) -> dict[str, Any]:
     """What must agree for a checkpoint to be continued: everything but the devices."""
+    data = {name: getattr(options, name) for name in ("batch", "micro_batches", "seed")}
     model = dataclasses.asdict(config)
     for free in ("dtype", "remat", "unroll"):
         del model[free]
     return {
         "model": model,
         "optimizer": {"name": type(settings).__name__, **dataclasses.asdict(settings)},
-        "data": {
-            "corpus": corpus.name,
-            "fingerprint": corpus.fingerprint(),
-            "batch": options.batch,
-            "micro_batches": options.micro_batches,
-            "seed": options.seed,
-        },
+        "data": {"corpus": corpus.name, "fingerprint": corpus.fingerprint(), **data},
     }

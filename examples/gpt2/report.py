@@ -29,10 +29,7 @@ NAMES = {"adamw": "AdamW", "ivon": "IVON"}
 
 
 def peak_flops(tflops: float | None, dtype: str) -> tuple[float, str]:
-    """FLOP/s of all devices, and where the number is from.
-
-    Unknown devices, for which no number is given, are measured in this dtype.
-    """
+    """FLOP/s of all devices (unknown ones are measured), and where the number is from."""
     device, count = jax.local_devices()[0], jax.device_count()
     if tflops is not None:
         return tflops * 1e12 * count, "as given"

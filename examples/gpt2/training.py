@@ -100,13 +100,8 @@ def make_trainer(
 
 
 def _adamw(config: Config, layout: Layout, settings: Any) -> tuple[Any, Any]:
-    tx = optax.adamw(
-        _schedule(settings),
-        b1=0.9,
-        b2=0.95,
-        weight_decay=settings.weight_decay,
-        mask=gpt2_model.is_matrix,
-    )
+    decay: Any = {"weight_decay": settings.weight_decay, "mask": gpt2_model.is_matrix}
+    tx = optax.adamw(_schedule(settings), b1=0.9, b2=0.95, **decay)
     value_and_grad = jax.value_and_grad(_loss(config, layout))
 
     def step(state: TrainState, batch: Array) -> tuple[TrainState, Array]:
@@ -210,21 +205,16 @@ def is_finite(state: TrainState) -> Array:
 def abstract_state(trainer: Trainer, params: PyTree, layout: Layout) -> Any:
     """Shapes, dtypes and shardings of a state: moments lie where their parameters lie."""
     state: Any = jax.eval_shape(lambda p: trainer.init(p, jax.random.key(0)), params)
-    copied = layout.sharding()
-
-    def placed(leaf: Any, sharding: Any = copied) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
     shardings = jax.tree.map(lambda p: p.sharding, params)
+
+    def placed(leaf: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or layout.sharding())
+
     opt_state = optax.tree.map_params(
         trainer.tx, placed, state.opt_state, shardings, transform_non_params=placed
     )
-    return state._replace(
-        step=placed(state.step),
-        params=params if state.params else (),
-        opt_state=opt_state,
-        key=placed(state.key),
-    )
+    kept = params if state.params else ()
+    return TrainState(placed(state.step), kept, opt_state, placed(state.key))
 
 
 def evaluator(
