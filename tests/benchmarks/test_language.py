@@ -5,21 +5,11 @@ import pytest
 
 pytest.importorskip("matplotlib", reason='the benchmarks need: pip install -e ".[examples]"')
 
-import jax
-
 from benchmarks._shared.journal import Journal
 from benchmarks.evidence.language import main, training
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """What the tables look like does not depend on how well they are compiled."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()  # no other test may reuse what was compiled here
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture

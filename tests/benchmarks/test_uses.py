@@ -4,18 +4,8 @@ import pytest
 
 pytest.importorskip("flax", reason='the benchmarks need: pip install -e ".[examples]"')
 
-import jax
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """What the tables look like does not depend on how well they are compiled."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()  # no other test may reuse what was compiled here
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def rows_of(printed):
