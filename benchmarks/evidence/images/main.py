@@ -263,7 +263,8 @@ def overlong(study: Study, method: str, values: Values, seed: int, factor: int) 
 def nlls(study: Study, fitted: Fitted, seed: int) -> dict[str, float]:
     """The NLL of test and training images, of IVON's average and at its mean."""
     data = study.data
-    test, train = (data.test_images, data.test_labels), [x[:LOOK_IMAGES] for x in study.train]
+    test = data.test_images, data.test_labels
+    train = data.train_images[:LOOK_IMAGES], data.train_labels[:LOOK_IMAGES]
 
     def nll(fitted: Fitted, images: Any, labels: Any, count: int = 1) -> float:
         log_probs = average(study.log_probs(fitted, jax.random.key(seed), images, count))

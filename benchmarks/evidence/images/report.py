@@ -73,12 +73,13 @@ def write_report(journal: Journal, identity: Mapping[str, Any], factor: int) -> 
         tables[f"Number of posterior samples: {label}"] = sample_rows(usual[ivon])
     overlong: Results = {}
     if factor:
-        tables[f"Over-long training: {factor} times the epochs"] = rows = [OVERLONG]
+        rows: Rows = [OVERLONG]
         for suffix in ("", ", b2 kept", ", b2 kept, guard"):
             values_of = partial(overlong_settings, factor, suffix)
             longer = collect(journal, values_of, task="overlong", factor=factor, **identity)
             rows += overlong_rows(usual, longer, suffix)
             overlong = overlong or longer
+        tables[f"Over-long training: {factor} times the epochs"] = rows
     found = [each for ivon, label in ivons.items() for each in claims(usual, overlong, ivon, label)]
     tables["The authors' claims"] = [("claim", "verdict"), *((x.name, x.verdict) for x in found)]
     for claim in found:

@@ -130,9 +130,11 @@ def draw(results: Results) -> Figure:
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     ax = figure.subplots()
     for name, (steps, losses) in curves(results).items():
-        ax.plot(steps, losses.mean(axis=0), label=name, **STYLES[name])
-        low, high = losses.min(axis=0), losses.max(axis=0)
-        ax.fill_between(steps, low, high, color=STYLES[name]["color"], alpha=0.2, lw=0)
+        style = STYLES[name]
+        ax.plot(steps, losses.mean(axis=0), label=name, **style)
+        if "marker" not in style:
+            low, high = losses.min(axis=0), losses.max(axis=0)
+            ax.fill_between(steps, low, high, color=style["color"], alpha=0.2, lw=0)
     ax.set(xlabel="steps", ylabel="validation loss (nats per character)")
     ax.legend(frameon=False)
     return figure
