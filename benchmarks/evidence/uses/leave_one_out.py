@@ -86,9 +86,11 @@ def follow(options: Options, held_out: int, key: Array) -> Losses:
     tx = ivon(0.1, ess=NUM_TRAIN - held_out, **VALUES)
     step = ivon_step(classification_loss(apply), tx)
 
+    def epoch(carry: Any, key: Array) -> tuple[Any, None]:
+        return scan_epoch(step, BATCH_SIZE, train, carry, key), None
+
     def look(carry: Any, keys: Array) -> tuple[Any, Losses]:
-        for epoch_key in keys:
-            carry = scan_epoch(step, BATCH_SIZE, train, carry, epoch_key)
+        carry, _ = jax.lax.scan(epoch, carry, keys)
         return carry, measure(apply, posterior(carry[1]), train, valid, test)
 
     keys = jax.random.split(shuffle_key, (options.epochs // EVERY, EVERY))

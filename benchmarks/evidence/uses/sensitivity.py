@@ -89,49 +89,74 @@ class Linear(nn.Module):
 
 
 LINEAR = Linear()
+draw = jax.jit(draw_data)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints both tables."""
     options = parse(Options, __doc__, argv)
     keys = jax.random.split(jax.random.key(0), options.seeds)
-    compare = jax.jit(partial(compare_with_truth, options.examples))
-    agreements = [jax.device_get(compare(key)) for key in keys[:RETRAINED_SEEDS]]
+    agreements = [compare_with_truth(options.examples, key) for key in keys[:RETRAINED_SEEDS]]
     print("\n1. Change of the output for an example that is removed, over the examples\n")
     print(agreement_rows(agreements))
     print("\n2. AUROC of finding the wrong labels\n")
     print(wrong_rows(keys))
 
 
-# --- Training -------------------------------------------------------------------------------------
+# --- Training and scores --------------------------------------------------------------------------
 
 
+@partial(jax.jit, static_argnames="network")
+def begin(network: nn.Module, values: Mapping[str, float], data: Weighted, key: Array) -> Tree:
+    """IVON's state before training."""
+    return tx_of(values).init(network.init(key, data.images[:1]))
+
+
+def tx_of(values: Mapping[str, float]) -> Any:
+    """IVON for a run of all epochs."""
+    return optimizer("ivon", values, EPOCHS * (NUM_TRAIN // BATCH_SIZE), NUM_TRAIN)
+
+
+@partial(jax.jit, static_argnames="network")
 def fit(
-    apply: Apply, values: Mapping[str, float], data: Weighted, state: Tree, keys: Array
+    network: nn.Module, values: Mapping[str, Any], data: Weighted, state: Tree, key: Array
 ) -> Tree:
-    """Continues IVON from a state, or from parameters, for one epoch per key."""
+    """Continues IVON from a state."""
+    apply: Apply = network.apply
 
     def loss_fn(params: Tree, batch: Weighted) -> Array:
         return jnp.mean(batch.weights * cross_entropy(apply(params, batch.images), batch.labels))
 
-    tx = optimizer("ivon", values, len(keys) * (NUM_TRAIN // BATCH_SIZE), NUM_TRAIN)
-    state = state if hasattr(state, "hess") else tx.init(state)
+    step = ivon_step(loss_fn, tx_of(values))
 
     def epoch(carry: Tree, key: Array) -> tuple[Tree, None]:
-        return scan_epoch(ivon_step(loss_fn, tx), BATCH_SIZE, data, carry, key), None
+        return scan_epoch(step, BATCH_SIZE, data, carry, key), None
 
+    keys = jax.random.split(key, EPOCHS)
     return jax.lax.scan(epoch, (posterior_mean(state), state), keys)[0][1]
 
 
-def objective(apply: Apply, data: Weighted, params: Tree) -> Array:
+@partial(jax.jit, static_argnames="network")
+def losses_of(network: nn.Module, params: Tree, data: Weighted) -> Array:
+    """The loss of every example."""
+    apply: Apply = network.apply
+    return cross_entropy(apply(params, data.images), data.labels)
+
+
+def objective(network: nn.Module, data: Weighted, params: Tree) -> Array:
     """Loss of all examples plus prior, per example: (Σ w_i ℓ_i)/N + δ‖θ‖²/2."""
-    losses = cross_entropy(apply(params, data.images), data.labels)
-    return jnp.mean(data.weights * losses) + 0.5 * DECAY * optax.tree.norm(params, squared=True)
+    loss = jnp.mean(data.weights * losses_of(network, params, data))
+    return loss + 0.5 * DECAY * optax.tree.norm(params, squared=True)
 
 
-def minimise(apply: Apply, data: Weighted, params: Tree, steps: int) -> Tree:
+@partial(jax.jit, static_argnames="network")
+def minimise(network: nn.Module, data: Weighted, params: Tree, steps: int) -> Tree:
     """Minimises `objective` by L-BFGS on the whole set, in at most so many steps."""
-    loss = partial(objective, apply, data)
+    vector, unravel = ravel_pytree(params)
+
+    def loss(vector: Array) -> Array:
+        return objective(network, data, unravel(vector))
+
     tx = optax.lbfgs(memory_size=20)
     value_and_grad = optax.value_and_grad_from_state(loss)
 
@@ -141,16 +166,22 @@ def minimise(apply: Apply, data: Weighted, params: Tree, steps: int) -> Tree:
         return (count < steps) & ((count == 0) | (size > TOLERANCE))
 
     def step(carry: Any) -> Any:
-        count, params, state = carry
-        value, grads = value_and_grad(params, state=state)
-        updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=loss)
-        return count + 1, optax.apply_updates(params, updates), state
+        count, vector, state = carry
+        value, grad = value_and_grad(vector, state=state)
+        updates, state = tx.update(grad, state, vector, value=value, grad=grad, value_fn=loss)
+        return count + 1, optax.apply_updates(vector, updates), state
 
-    return jax.lax.while_loop(unfinished, step, (0, params, tx.init(params)))[1]
+    return unravel(jax.lax.while_loop(unfinished, step, (0, vector, tx.init(vector)))[1])
+
+
+@partial(jax.jit, static_argnames="network")
+def sensitivities(network: nn.Module, q: Posterior, data: Weighted) -> Any:
+    """What `sensitivity` says of every example."""
+    apply: Apply = network.apply
+    return sensitivity(apply, cross_entropy)(q, data.images, targets=data.labels)
 
 
 # --- The estimate and the truth -------------------------------------------------------------------
-
 
 MODELS = (
     "network, IVON again",
@@ -170,79 +201,81 @@ class Agreement(NamedTuple):
 def compare_with_truth(count: int, key: Array) -> list[Agreement]:
     """Removes examples and compares, in the order of `MODELS`."""
     data_key, init_key, train_key, again_key = jax.random.split(key, 4)
-    drawn = draw_data(data_key)
+    drawn = draw(data_key)
     data = Weighted(drawn.images, drawn.true_labels, jnp.ones(NUM_TRAIN))
-    keys, again_keys = (jax.random.split(key, EPOCHS) for key in (train_key, again_key))
 
-    network = SETTINGS["λ = N"][0]
-    apply: Apply = network.apply
-    state = fit(apply, VALUES, data, network.init(init_key, data.images[:1]), keys)
+    network: nn.Module = SETTINGS["λ = N"][0]
+    state = fit(network, VALUES, data, begin(network, VALUES, data, init_key), train_key)
     # The schedule starts anew, and with it the debiasing of the momentum.
     momentum = jax.tree.map(jnp.zeros_like, state.momentum)
-    begin = state._replace(count=jnp.zeros_like(state.count), momentum=momentum)
+    start = state._replace(count=jnp.zeros_like(state.count), momentum=momentum)
     values = {**VALUES, "learning_rate": AGAIN * VALUES["learning_rate"]}
 
     def again(weights: Array) -> Posterior:
-        return posterior(fit(apply, values, data._replace(weights=weights), begin, again_keys))
+        changed = data._replace(weights=weights)
+        return posterior(fit(network, values, changed, start, again_key))
 
-    rows = spread(apply, posterior(state), data, count)
-    _, by_ivon = agreement(apply, data, rows, again)
-    _, at_mean = agreement(apply, data, rows, without_noise(apply, posterior(state), data))
+    q = posterior(state)
+    rows = spread(network, q, data, count)
+    _, by_ivon = agreement(network, data, rows, again)
+    _, at_mean = agreement(network, data, rows, without_noise(network, q, data))
 
-    apply = LINEAR.apply
-    q = posterior(fit(apply, VALUES, data, LINEAR.init(init_key, data.images[:1]), keys))
-    rows = spread(apply, q, data, count)
-    mean, diagonal = agreement(apply, data, rows, without_noise(apply, q, data))
-    full = full_covariance_changes(apply, data, mean, rows)
+    start = begin(LINEAR, VALUES, data, init_key)
+    q = posterior(fit(LINEAR, VALUES, data, start, train_key))
+    rows = spread(LINEAR, q, data, count)
+    mean, diagonal = agreement(LINEAR, data, rows, without_noise(LINEAR, q, data))
+    full = full_covariance_changes(data, mean)[rows]
     return [by_ivon, at_mean, diagonal, diagonal._replace(estimate=full)]
 
 
-def spread(apply: Apply, q: Posterior, data: Weighted, count: int) -> Array:
+def spread(network: nn.Module, q: Posterior, data: Weighted, count: int) -> np.ndarray:
     """Rows whose sensitivities are spread evenly over the ranks."""
-    scores = sensitivity(apply, cross_entropy)(q, data.images, targets=data.labels).score
-    return jnp.argsort(scores)[np.linspace(0, NUM_TRAIN - 1, count).round().astype(int)]
+    order = np.argsort(sensitivities(network, q, data).score)
+    return order[np.linspace(0, NUM_TRAIN - 1, count).round().astype(int)]
 
 
-def without_noise(apply: Apply, q: Posterior, data: Weighted) -> Callable[[Array], Posterior]:
+def without_noise(network: nn.Module, q: Posterior, data: Weighted) -> Callable[[Array], Posterior]:
     """Retrains by going on from a stationary point of the whole set."""
-    fitted = minimise(apply, data, q.mean, STEPS)
+    fitted = minimise(network, data, q.mean, STEPS)
     few = max(1, round(REFIT_SHARE * STEPS))
     return lambda weights: q._replace(
-        mean=minimise(apply, data._replace(weights=weights), fitted, few)
+        mean=minimise(network, data._replace(weights=weights), fitted, few)
     )
 
 
 def agreement(
-    apply: Apply, data: Weighted, rows: Array, retrain: Callable[[Array], Posterior]
+    network: nn.Module, data: Weighted, rows: np.ndarray, retrain: Callable[[Array], Posterior]
 ) -> tuple[Tree, Agreement]:
     """The mean retrained with all examples, and the estimate beside what retraining does."""
-    weights = jnp.ones((len(rows), NUM_TRAIN)).at[jnp.arange(len(rows)), rows].set(0.0)
-    every = jax.lax.map(retrain, jnp.concatenate([data.weights[None], weights]))
-    q = jax.tree.map(lambda x: x[0], every)
-    means = jax.tree.map(lambda x: x[1:], every.mean)
-    images = data.images[rows]
-    found = sensitivity(apply, cross_entropy)(q, images, targets=data.labels[rows])
-    without = jax.vmap(lambda mean, image: apply(mean, image[None])[0])(means, images)
-    return q.mean, Agreement(found.deviation, without - apply(q.mean, images))
+    outputs: Apply = jax.jit(network.apply)
+    q = retrain(data.weights)
+    base = outputs(q.mean, data.images)
+    changes = [
+        outputs(retrain(data.weights.at[row].set(0.0)).mean, data.images)[row] - base[row]
+        for row in rows
+    ]
+    estimate = sensitivities(network, q, data).deviation[rows]
+    return q.mean, Agreement(np.asarray(estimate), np.stack(changes))
 
 
-def full_covariance_changes(apply: Apply, data: Weighted, params: Tree, rows: Array) -> Array:
-    """Changes that the full Laplace covariance predicts.
+@jax.jit
+def full_covariance_changes(data: Weighted, params: Tree) -> Array:
+    """Changes of softmax regression that the full Laplace covariance predicts.
 
     In coordinates z, θ = m + L z with LLᵀ the covariance, the posterior is N(0, I): `sensitivity`
     is that of the full covariance, although a `Posterior` is diagonal.
     """
     mean, unravel = ravel_pytree(params)
-    hessian = jax.hessian(lambda v: objective(apply, data, unravel(v)))(mean)
+    hessian = jax.hessian(lambda v: objective(LINEAR, data, unravel(v)))(mean)
     factor = jnp.linalg.cholesky(NUM_TRAIN * hessian)
     root = jax.scipy.linalg.solve_triangular(factor, jnp.eye(len(mean)), lower=True).T
 
-    def apply_z(z: Array, images: Array) -> Array:
-        return apply(unravel(mean + root @ z), images)
+    def apply_z(z: Array, images: Array) -> Any:
+        return LINEAR.apply(unravel(mean + root @ z), images)
 
     q = Posterior(jnp.zeros_like(mean), jnp.ones_like(mean))
-    found = sensitivity(apply_z, cross_entropy)(q, data.images[rows], targets=data.labels[rows])
-    return found.deviation
+    found = sensitivity(apply_z, cross_entropy, data_batch_size=20)
+    return found(q, data.images, targets=data.labels).deviation
 
 
 def agreement_rows(seeds: Sequence[Sequence[Agreement]]) -> str:
@@ -264,29 +297,22 @@ SCORES = ("sensitivity", "training loss")
 
 def wrong_rows(keys: Array) -> str:
     """Scores as rows, settings as columns."""
-
-    def scores(network: Network, values: dict[str, float], key: Array) -> tuple[Array, list[Array]]:
-        data_key, init_key, train_key = jax.random.split(key, 3)
-        drawn = draw_data(data_key)
-        data = Weighted(drawn.images, drawn.labels, jnp.ones(NUM_TRAIN))
-        apply: Apply = network.apply
-        start = network.init(init_key, data.images[:1])
-        state = fit(apply, values, data, start, jax.random.split(train_key, EPOCHS))
-        # Whatever λ was in training, the variance must be that of plain Bayes, λ = N.
-        q = posterior(state, temperature=1 / values["temperature"])
-        found = sensitivity(apply, cross_entropy)(q, data.images, targets=data.labels)
-        losses = cross_entropy(apply(q.mean, data.images), data.labels)
-        return drawn.labels != drawn.true_labels, [found.score, losses]
-
-    columns: dict[str, list[str]] = {}
-    for name, (network, values) in SETTINGS.items():
-        wrong, found = jax.device_get(jax.jit(jax.vmap(partial(scores, network, values)))(keys))
-        columns[name] = [
-            cell([detection(s[~w], s[w]).auroc for s, w in zip(score, wrong, strict=True)], 3)
-            for score in found
-        ]
-    rows = [[label, *cells] for label, *cells in zip(SCORES, *columns.values(), strict=True)]
-    return format_table([["", *columns], *rows])
+    rows = [["", *SETTINGS], *([score] for score in SCORES)]
+    for network, values in SETTINGS.values():
+        found = []
+        for data_key, init_key, train_key in map(partial(jax.random.split, num=3), keys):
+            drawn = draw(data_key)
+            data = Weighted(drawn.images, drawn.labels, jnp.ones(NUM_TRAIN))
+            state = fit(network, values, data, begin(network, values, data, init_key), train_key)
+            # Whatever λ was in training, the variance must be that of plain Bayes, λ = N.
+            q = posterior(state, temperature=1 / values["temperature"])
+            losses = losses_of(network, q.mean, data)
+            scores = (np.asarray(x) for x in (sensitivities(network, q, data).score, losses))
+            wrong = np.asarray(drawn.labels != drawn.true_labels)
+            found.append([detection(score[~wrong], score[wrong]).auroc for score in scores])
+        for row, aurocs in zip(rows[1:], np.transpose(found), strict=True):
+            row.append(cell(aurocs, 3))
+    return format_table(rows)
 
 
 if __name__ == "__main__":
