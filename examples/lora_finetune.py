@@ -3,7 +3,7 @@
 A character-level transformer is pre-trained on the source code of Python's standard library and
 adapted to 20 kB of the reference manual, both of which ship with Python. In `make_optimizer`, the
 part to copy, IVON owns the adapters, AdamW the gains and biases, and the base matrices stay. Look
-at the errors that remain without the least confident predictions: AdamW makes slightly fewer.
+at the table: the losses are level, IVON is better calibrated, AdamW makes slightly fewer errors.
 
     python examples/lora_finetune.py
 """
