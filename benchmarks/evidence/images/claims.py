@@ -11,7 +11,9 @@ import numpy as np
 
 from examples._shared.reporting import mean_and_error
 
-Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # by method and seed
+BySeed = dict[int, float]
+Runs = Mapping[int, Mapping[str, Any]]  # results of a method by seed
+Results = Mapping[str, Runs]  # by method
 Read = Callable[[Mapping[str, Any]], float]
 ERRORS = 2.0  # standard errors that make a difference
 
@@ -20,13 +22,13 @@ class Statement(NamedTuple):
     """That a difference is positive; or, if `none`, that it is not."""
 
     text: str
-    differences: Sequence[float]
+    differences: BySeed
     none: bool = False
 
     @property
     def score(self) -> float:
         """The mean difference in standard errors; NaN for fewer than two seeds."""
-        mean, error = mean_and_error(self.differences)
+        mean, error = mean_and_error(list(self.differences.values()))
         with np.errstate(divide="ignore", invalid="ignore"):
             return float(mean / error) if mean or len(self.differences) < 2 else 0.0
 
@@ -37,7 +39,7 @@ class Statement(NamedTuple):
 
     def row(self) -> list[str]:
         """Text, mean with standard error, ratio, and whether it holds."""
-        mean, error = mean_and_error(self.differences)
+        mean, error = mean_and_error(list(self.differences.values()))
         holds = "yes" if self.holds else "no"
         return [self.text, f"{mean:.5f} ± {error:.5f}", f"{self.score:.1f}", holds]
 
@@ -58,6 +60,9 @@ class Claim(NamedTuple):
         return "reversed" if self.statements[0].score < -ERRORS else "not reproduced"
 
 
+# --- Metrics of a result, and differences by seed -------------------------------------------------
+
+
 def at_samples(name: str, count: int) -> Read:
     """Reads a metric of IVON's curve at a number of samples."""
     return lambda result: result["curve"][name][result["curve"]["samples"].index(count)]
@@ -73,34 +78,34 @@ def reported(name: str) -> Read:
     return lambda result: result["metrics"][name]
 
 
-def paired(one: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
-    """Differences one - other over the seeds that both have."""
-    return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
-
-
-def column(results: Results, method: str, read: Read) -> dict[int, float]:
+def column(runs: Runs, read: Read) -> BySeed:
     """A metric of a method by seed."""
-    return {seed: read(result) for seed, result in results.get(method, {}).items()}
+    return {seed: read(result) for seed, result in runs.items()}
 
 
-def rises(usual: Results, overlong: Results, method: str, read: Read) -> dict[int, float]:
-    """By how much a metric grows from the usual to the over-long run, by seed."""
-    long = column(overlong, method, lambda result: read(result["final"]))
-    short = column(usual, method, read)
-    return {seed: long[seed] - short[seed] for seed in sorted(long.keys() & short.keys())}
+def paired(one: BySeed, other: BySeed) -> BySeed:
+    """Differences one - other over the seeds that both have."""
+    return {seed: one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())}
+
+
+def rises(usual: Runs, overlong: Runs, read: Read) -> BySeed:
+    """By how much a metric grows from the usual to the over-long run."""
+    return paired(column(overlong, lambda result: read(result["final"])), column(usual, read))
+
+
+# --- The claims -----------------------------------------------------------------------------------
 
 
 def claims(usual: Results, overlong: Results, ivon: str, label: str) -> list[Claim]:
     """All claims that the results can answer for one kind of IVON."""
     found = []
-    if all(results.get(method) for results in (usual, overlong) for method in (ivon, "adamw")):
-        for way, read in {"": reported("nll"), " at the mean": at_mean("nll")}.items():
-            found.append(overfitting_claim(usual, overlong, ivon, label + way, read))
-    if usual.get(ivon):
-        for name, text, sign in (("nll", "NLL", 1), ("accuracy", "accuracy", -1)):
-            found.append(samples_claim(usual, ivon, label, name, text, sign))
-        for name, text in (("ece", "ECE"), ("nll", "NLL")) if usual.get("sgd") else ():
-            found.append(averaging_claim(usual, ivon, label, name, text))
+    if all(method in overlong and method in usual for method in (ivon, "adamw")):
+        for way, read in {"": reported, " at the mean": at_mean}.items():
+            found.append(overfitting_claim(usual, overlong, ivon, label + way, read("nll")))
+    found.append(samples_claim(usual[ivon], label, "nll", "NLL", 1))
+    found.append(samples_claim(usual[ivon], label, "accuracy", "accuracy", -1))
+    for name in ("ece", "nll") if "sgd" in usual else ():
+        found.append(averaging_claim(usual[ivon], usual["sgd"], label, name))
     return found
 
 
@@ -108,45 +113,44 @@ def overfitting_claim(
     usual: Results, overlong: Results, ivon: str, label: str, read: Read
 ) -> Claim:
     """(a): over-long training; `read` takes IVON's average or its mean."""
-    adamw = rises(usual, overlong, "adamw", reported("nll"))
-    ours = rises(usual, overlong, ivon, read)
+    adamw = rises(usual["adamw"], overlong["adamw"], reported("nll"))
+    ours = rises(usual[ivon], overlong[ivon], read)
+    name = f"(a) {label} does not overfit in over-long training where AdamW does: test NLL"
     statements = [
         Statement("AdamW's NLL rises more than IVON's", paired(adamw, ours)),
-        Statement("AdamW's NLL rises", list(adamw.values())),
-        Statement("IVON's NLL does not rise", list(ours.values()), none=True),
+        Statement("AdamW's NLL rises", adamw),
+        Statement("IVON's NLL does not rise", ours, none=True),
     ]
-    name = f"(a) {label} does not overfit in over-long training where AdamW does: test NLL"
     return Claim(name, statements)
 
 
-def samples_claim(usual: Results, ivon: str, label: str, name: str, text: str, sign: int) -> Claim:
+def samples_claim(ivon: Runs, label: str, name: str, text: str, sign: int) -> Claim:
     """(b): one sample and many; `sign` is 1 for a metric that is better when lower."""
-    mean = column(usual, ivon, at_mean(name))
-    counts = next(iter(usual[ivon].values()))["curve"]["samples"]
 
-    def gains(count: int) -> list[float]:
-        return [sign * x for x in paired(mean, column(usual, ivon, at_samples(name, count)))]
+    def lead(count: int, sign: int) -> BySeed:
+        found = paired(column(ivon, at_mean(name)), column(ivon, at_samples(name, count)))
+        return {seed: sign * each for seed, each in found.items()}
 
+    counts = next(iter(ivon.values()))["curve"]["samples"]
     many = [count for count in counts if count in (16, 64, 256)] or [counts[-1]]
-    statements = [
-        Statement(f"{count} samples better than the mean", gains(count)) for count in many
-    ]
-    statements.append(Statement("one sample worse than the mean", [-x for x in gains(1)]))
     title = f"(b) {label}: one sample is worse than the mean, 16 or more are better: {text}"
-    return Claim(title, statements)
-
-
-def averaging_claim(usual: Results, ivon: str, label: str, name: str, text: str) -> Claim:
-    """(c): what averaging adds to what the mean has over SGD."""
-    drawn, mean = column(usual, ivon, reported(name)), column(usual, ivon, at_mean(name))
-    sgd = column(usual, "sgd", reported(name))
-    averaging = dict(zip(sorted(mean), paired(mean, drawn), strict=True))
-    of_mean = dict(zip(sorted(mean.keys() & sgd.keys()), paired(sgd, mean), strict=True))
-    more = "averaging lowers it by more than going from SGD to the mean"
     statements = [
-        Statement("averaging lowers it below the mean's", list(averaging.values())),
-        Statement("the average is below SGD's", paired(sgd, drawn)),
-        Statement(more, paired(averaging, of_mean)),
+        *(Statement(f"{n} samples better than the mean", lead(n, sign)) for n in many),
+        Statement("one sample worse than the mean", lead(1, -sign)),
     ]
-    title = f"(c) {label}: averaging over the posterior buys most of the calibration: {text}"
     return Claim(title, statements)
+
+
+def averaging_claim(ivon: Runs, sgd: Runs, label: str, name: str) -> Claim:
+    """(c): what averaging adds to what the mean has over SGD."""
+    drawn, mean = column(ivon, reported(name)), column(ivon, at_mean(name))
+    plain = column(sgd, reported(name))
+    averaging = paired(mean, drawn)
+    more = "averaging lowers it by more than going from SGD to the mean"
+    title = f"(c) {label}: averaging over the posterior buys most of the calibration: "
+    statements = [
+        Statement("averaging lowers it below the mean's", averaging),
+        Statement("the average is below SGD's", paired(plain, drawn)),
+        Statement(more, paired(averaging, paired(plain, mean))),
+    ]
+    return Claim(title + name.upper(), statements)

@@ -2,8 +2,9 @@
 
 `python benchmarks/evidence/images/main.py` trains the perceptron on scikit-learn's digits, with
 `--dataset mnist --data-dir DIR [--model resnet]` on MNIST. Settings were chosen on held-out
-training images (`--tune` searches again). SGD, AdamW and IVON are then trained much too long as
-well. On two cores the default takes some 5 minutes, MNIST 10 and the ResNet 25.
+training images (`--tune` searches again). The perceptrons by SGD, AdamW and IVON are then trained
+much too long as well. On two cores the default takes some 5 minutes, MNIST with five seeds 10 and
+the ResNet with three 25.
 """
 
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +27,19 @@ from benchmarks.evidence.images.methods import (
     NETWORKS,
     POINTS,
     VARIATIONAL,
-    Data,
+    Fitted,
     Trainer,
+    at_mean,
     sample_log_probs,
 )
-from benchmarks.evidence.images.report import command, write_report
-from benchmarks.evidence.images.tuning import CHOSEN, GRIDS, guarded_values, overlong_values
+from benchmarks.evidence.images.report import CURVE, command, write_report
+from benchmarks.evidence.images.tuning import CHOSEN, GRIDS, overlong_values
 from examples._shared.datasets import DataError, ImageData, load_dataset, stratified_split
 from examples._shared.unfamiliar import letters, photo_patches
-from ivon_jax import Posterior, metrics, predict_at_mean
+from ivon_jax import Posterior, metrics
 
-EPOCHS = {("mlp", "digits"): 100, ("mlp", "mnist"): 10, ("resnet", "digits"): 30}
-EPOCHS["resnet", "mnist"] = 5
-SEEDS = {"mlp": 10, "resnet": 3}
-OVERLONG = {"digits": 8, "mnist": 5}  # times the usual number of epochs, for the perceptron
+# Epochs of the usual runs, and how many times as many over-long ones have.
+LENGTHS = {("mlp", "digits"): (100, 8), ("mlp", "mnist"): (10, 5), ("resnet", "mnist"): (5, 0)}
 SAMPLES = {"mlp": 256, "resnet": 64}
 REPORTED = 64  # samples behind the tables of methods that draw them
 KEPT_SEEDS = 3  # over-long runs with the b2 of the usual ones
@@ -63,18 +63,15 @@ class Options(Evidence):
     data_dir: Path | None = None
     """Folder with the IDX files of MNIST."""
     model: Literal["mlp", "resnet"] = "mlp"
-    methods: tuple[str, ...] = ()
-    """All that have settings by default."""
-    seeds: int = 0
-    """0: 10, or 3 of the ResNet."""
+    seeds: int = 10
     epochs: int = 0
     """Of the usual runs; 0: by data and network."""
     overlong: int = -1
-    """Length of the over-long runs in usual ones; -1: 8 for digits, 5 for MNIST, no ResNet."""
+    """Length of the over-long runs in usual ones; 0: none, -1: by data and network."""
     tune: bool = False
     """Search hyperparameters instead of comparing."""
     grid: str = ""
-    """Of --tune, by data and network by default: digits, example, mnist or resnet."""
+    """Of --tune: digits, example, mnist or resnet."""
     splits: int = 1
     """Splits of the training images for --tune."""
 
@@ -82,22 +79,25 @@ class Options(Evidence):
         super().__post_init__()
         if self.dataset == "mnist" and self.data_dir is None and not self.report:
             raise SystemExit("--dataset mnist needs --data-dir, the folder with its IDX files")
+        if (self.model, self.dataset) not in LENGTHS:
+            raise SystemExit(f"no settings of the {self.model} on {self.dataset}: pass mnist")
+        epochs, overlong = LENGTHS[self.model, self.dataset]
         grid = self.grid or ("resnet" if self.model == "resnet" else self.dataset)
         if grid not in GRIDS:
             raise SystemExit(f"--grid must be one of {', '.join(GRIDS)}")
-        known = GRIDS[grid] if self.tune else CHOSEN[self.model, self.dataset]
-        if missing := [method for method in self.methods if method not in known]:
-            raise SystemExit(f"no settings of {', '.join(missing)}; known: {', '.join(known)}")
-        overlong = OVERLONG[self.dataset] if self.model == "mlp" else 0
-        defaults: dict[str, Any] = {
-            "grid": grid,
-            "methods": self.methods or tuple(known),
-            "seeds": self.seeds or SEEDS[self.model],
-            "epochs": self.epochs or EPOCHS[self.model, self.dataset],
-            "overlong": overlong if self.overlong < 0 else self.overlong,
+        object.__setattr__(self, "grid", grid)
+        object.__setattr__(self, "epochs", self.epochs or epochs)
+        object.__setattr__(self, "overlong", overlong if self.overlong < 0 else self.overlong)
+
+    def identity(self) -> dict[str, Any]:
+        """What all runs of a command have in common."""
+        return {
+            "model": self.model,
+            "dataset": self.dataset,
+            "epochs": self.epochs,
+            "batch_size": BATCH_SIZE,
+            "samples": SAMPLES[self.model],
         }
-        for name, value in defaults.items():
-            object.__setattr__(self, name, value)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -111,18 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.tune:
             return tune(study)
         compare(study)
-    return write_report(read_journal(options.results), identity(options), options.overlong)
-
-
-def identity(options: Options) -> dict[str, Any]:
-    """What all runs of a command have in common."""
-    return {
-        "model": options.model,
-        "dataset": options.dataset,
-        "epochs": options.epochs,
-        "batch_size": BATCH_SIZE,
-        "samples": SAMPLES[options.model],
-    }
+    return write_report(read_journal(options.results), options.identity(), options.overlong)
 
 
 class Study:
@@ -130,9 +119,9 @@ class Study:
 
     def __init__(self, options: Options, data: ImageData):
         self.options, self.data, self.journal = options, data, Journal(options.results)
-        self.network = NETWORKS[options.model]
-        apply: Any = self.network.apply
-        self.at_mean = jax.jit(predict_at_mean(lambda p, x: jax.nn.log_softmax(apply(p, x))))
+        shape = data.train_images.shape[1:]
+        self.train = (jnp.asarray(data.train_images), jnp.asarray(data.train_labels))
+        self.unfamiliar = {"letters": letters(shape), "patches": photo_patches(shape)}
         self._trainers: dict[tuple[str, int], Trainer] = {}
         sizes = f"{len(data.train_labels):,} training and {len(data.test_labels):,} test images"
         print(f"{options.dataset}: {sizes} ({data.note}); {options.epochs} epochs", file=sys.stderr)
@@ -140,30 +129,23 @@ class Study:
     def run(self, task: str, method: str, values: Values, seed: int, **more: Any) -> dict[str, Any]:
         """What identifies a run."""
         images = {"train": len(self.data.train_labels), "test": len(self.data.test_labels)}
-        named = {"task": task, **identity(self.options), **images, "method": method, "seed": seed}
-        return {**named, "values": dict(values), **more}
+        common = {"task": task, **self.options.identity(), **images}
+        return {**common, "method": method, "seed": seed, "values": dict(values), **more}
 
-    def trainer(self, method: str, data: Data, epochs: int) -> Trainer:
+    def trainer(self, method: str, data: Any, epochs: int) -> Trainer:
         """A trainer, made once."""
         if (method, epochs) not in self._trainers:
-            made = Trainer(self.network, method, data, epochs, BATCH_SIZE)
+            made = Trainer(NETWORKS[self.options.model], method, data, epochs, BATCH_SIZE)
             self._trainers[method, epochs] = made
         return self._trainers[method, epochs]
 
-    def samples(self, fitted: Any, key: jax.Array, images: Any, count: int) -> jax.Array:
+    def log_probs(self, fitted: Fitted, key: jax.Array, images: Any, count: int) -> jax.Array:
         """Log-probabilities of each member or draw, (samples, images, classes)."""
-        return sample_log_probs(self.network, fitted, key, jnp.asarray(images), count)
+        network = NETWORKS[self.options.model]
+        return sample_log_probs(network, fitted, key, jnp.asarray(images), count)
 
 
 # --- Scores ---------------------------------------------------------------------------------------
-
-
-class Part(NamedTuple):
-    """Images to train on and images to score, of which those named `test` have labels."""
-
-    train: Data
-    sets: dict[str, np.ndarray]
-    labels: np.ndarray
 
 
 @jax.jit  # under which a run that diverged scores NaN; it would be refused otherwise
@@ -173,52 +155,42 @@ def of_labels(log_probs: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     return {name: getattr(metrics, name)(log_probs, labels) for name in names}
 
 
-@jax.jit
-def uncertainties(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Entropy and mutual information of each averaged prediction."""
-    log_probs = jax.nn.logsumexp(samples, axis=0) - jnp.log(len(samples))
-    return metrics.predictive_entropy(log_probs), metrics.mutual_information(samples)
+entropies = jax.jit(metrics.predictive_entropy)
 
 
-def measure(samples: dict[str, jax.Array], labels: np.ndarray) -> dict[str, Any]:
-    """All metrics of the average, and how well it detects the sets that are not `test`."""
+def measure(samples: dict[str, jax.Array], labels: np.ndarray) -> dict[str, float]:
+    """Metrics of the average on `test`, and how well its entropy detects the other sets."""
     scores = of_labels(average(samples["test"]), labels)
     measured = {name: float(value) for name, value in scores.items()}
-    found = {k: [np.asarray(x) for x in uncertainties(each)] for k, each in samples.items()}
-    finite = all(np.isfinite(entropy).all() for entropy, _ in found.values())
-    failed = metrics.Detection(*[np.nan] * len(metrics.Detection._fields))
-    detected = {}
-    for name in (name for name in samples if name != "test"):
-        pairs = zip(found["test"], found[name], strict=True)
-        entropy, information = (metrics.detection(*x) if finite else failed for x in pairs)
-        measured[f"auroc_{name}"] = entropy.auroc
-        detected[name] = {**entropy._asdict(), "information": information.auroc}
-    entropies = {name: float(entropy.mean()) for name, (entropy, _) in found.items()}
-    return {"metrics": measured, "detection": detected, "entropy": entropies}
+    found = {name: np.asarray(entropies(average(each))) for name, each in samples.items()}
+    familiar = found.pop("test")
+    for name, unfamiliar in found.items():
+        finite = np.isfinite(familiar).all() and np.isfinite(unfamiliar).all()
+        auroc = metrics.detection(familiar, unfamiliar).auroc if finite else np.nan
+        measured[f"auroc_{name}"] = float(auroc)
+    return measured
 
 
-def evaluate(study: Study, fitted: Any, seed: int, count: int, part: Part) -> dict[str, Any]:
+def evaluate(study: Study, fitted: Fitted, seed: int, count: int) -> dict[str, Any]:
     """Scores of what was trained; IVON's also at the mean and against the number of samples."""
-    images = jnp.concatenate(list(part.sets.values()))
-    ends = np.cumsum([len(each) for each in part.sets.values()])[:-1]
+    sets, labels = {"test": study.data.test_images, **study.unfamiliar}, study.data.test_labels
+    ends = np.cumsum([len(each) for each in sets.values()])[:-1]
 
-    def by_set(log_probs: jax.Array) -> dict[str, jax.Array]:
-        return dict(zip(part.sets, jnp.split(log_probs, ends, axis=1), strict=True))
+    def predictions(fitted: Fitted, count: int) -> dict[str, jax.Array]:
+        images = np.concatenate(list(sets.values()))
+        found = study.log_probs(fitted, seed_keys(seed).predict, images, count)
+        return dict(zip(sets, jnp.split(found, ends, axis=1), strict=True))
 
-    drawn = by_set(study.samples(fitted, seed_keys(seed).predict, images, count))
-    result = measure({name: x[:REPORTED] for name, x in drawn.items()}, part.labels)
-    if not isinstance(fitted, Posterior):
-        return result
-    precision = np.concatenate([np.ravel(p) for p in jax.tree.leaves(fitted.precision)])
-    return {
-        **result,
-        "width": np.quantile(precision**-0.5, [0.05, 0.95]).tolist(),
-        "mean": measure(by_set(study.at_mean(fitted, images)[None]), part.labels)["metrics"],
-        "curve": sample_curve(np.asarray(drawn["test"]), part.labels),
+    drawn = predictions(fitted, count)
+    result: dict[str, Any] = {
+        "metrics": measure({name: each[:REPORTED] for name, each in drawn.items()}, labels)
     }
+    if isinstance(fitted, Posterior):
+        result["mean"] = measure(predictions(at_mean(fitted), 1), labels)
+        result["curve"] = sample_curve(np.asarray(drawn["test"]), labels)
+    return result
 
 
-CURVE = ("nll", "accuracy", "ece")
 of_groups = jax.jit(jax.vmap(of_labels, (0, None)))
 
 
@@ -246,72 +218,63 @@ def sample_curve(log_probs: np.ndarray, labels: np.ndarray) -> dict[str, list]:
 
 def compare(study: Study) -> None:
     """All methods from all seeds, and the over-long runs."""
-    options, data = study.options, study.data
-    shape = data.train_images.shape[1:]
-    sets = {"test": data.test_images, "letters": letters(shape), "patches": photo_patches(shape)}
-    train = (jnp.asarray(data.train_images), jnp.asarray(data.train_labels))
-    part = Part(train, sets, data.test_labels)
-    chosen = CHOSEN[options.model, options.dataset]
-    long = [m for m in options.methods if m in POINTS + VARIATIONAL] if options.overlong else []
-    kept = [method for method in long if method in VARIATIONAL]
-    study.journal.total = options.seeds * (len(options.methods) + len(long))
-    study.journal.total += 2 * min(options.seeds, KEPT_SEEDS) * len(kept)
+    options, factor = study.options, study.options.overlong
+    work = []
     for seed in range(options.seeds):
-        for method in options.methods:
-            values = chosen[method]
+        for method, values in CHOSEN[options.model, options.dataset].items():
             run = study.run("compare", method, values, seed)
-            study.journal.compute(run, partial(usual, study, method, values, seed, part))
-        runs = [(method, overlong_values(chosen[method], options.overlong)) for method in long]
-        for method in kept if seed < KEPT_SEEDS else ():
-            runs += [(method, chosen[method]), (method, guarded_values(chosen[method]))]
-        for method, values in runs:
-            run = study.run("overlong", method, values, seed, factor=options.overlong)
-            study.journal.compute(run, partial(overlong, study, method, values, seed, part))
+            work.append((run, partial(usual, study, method, values, seed)))
+            if not factor or method not in POINTS + VARIATIONAL:
+                continue
+            for suffix, longer in overlong_values(values, factor).items():
+                if not suffix or seed < KEPT_SEEDS:
+                    run = study.run("overlong", method, longer, seed, factor=factor)
+                    work.append((run, partial(overlong, study, method, longer, seed, factor)))
+    study.journal.total = len(work)
+    for run, compute in work:
+        study.journal.compute(run, compute)
 
 
-def usual(study: Study, method: str, values: Values, seed: int, part: Part) -> dict[str, Any]:
+def usual(study: Study, method: str, values: Values, seed: int) -> dict[str, Any]:
     """One run of the usual length."""
-    trainer = study.trainer(method, part.train, study.options.epochs)
+    trainer = study.trainer(method, study.train, study.options.epochs)
     start = time.perf_counter()
-    fitted = jax.block_until_ready(trainer.fit(values, part.train, seed))
+    fitted = jax.block_until_ready(trainer.fit(values, study.train, seed))
     seconds = time.perf_counter() - start
-    result = evaluate(study, fitted, seed, SAMPLES[study.options.model], part)
+    result = evaluate(study, fitted, seed, SAMPLES[study.options.model])
     return {**result, "seconds": round(seconds, 2)}
 
 
-def overlong(study: Study, method: str, values: Values, seed: int, part: Part) -> dict[str, Any]:
+def overlong(study: Study, method: str, values: Values, seed: int, factor: int) -> dict[str, Any]:
     """One over-long run, with its NLL of training and test images along the way."""
-    epochs = study.options.epochs * study.options.overlong
-    trainer = study.trainer(method, part.train, epochs)
-    per_epoch = len(part.train[1]) // BATCH_SIZE
+    epochs = study.options.epochs * factor
+    trainer = study.trainer(method, study.train, epochs)
+    per_epoch = len(study.train[1]) // BATCH_SIZE
     epoch = sorted({max(1, round(epochs * look / LOOKS)) for look in range(1, LOOKS + 1)})
-    some = (study.data.train_images[:LOOK_IMAGES], study.data.train_labels[:LOOK_IMAGES])
     looked: dict[str, list] = {"test_nll": [], "train_nll": [], "mean_test_nll": []}
-    fitted = None
-    for carry in trainer.stops(values, part.train, seed, [per_epoch * each for each in epoch]):
+    fitted: Any = None
+    for carry in trainer.stops(values, study.train, seed, [per_epoch * each for each in epoch]):
         fitted = trainer.fitted(values, *carry)
-        for name, value in nlls(study, fitted, seed, part, some).items():
+        for name, value in nlls(study, fitted, seed).items():
             looked[name].append(value)
-    final = evaluate(study, fitted, seed, REPORTED, part)
-    return {"epoch": epoch, **looked, "final": final}
+    return {"epoch": epoch, **looked, "final": evaluate(study, fitted, seed, REPORTED)}
 
 
-def nlls(study: Study, fitted: Any, seed: int, part: Part, train: tuple) -> dict[str, float]:
+def nlls(study: Study, fitted: Fitted, seed: int) -> dict[str, float]:
     """The NLL of test and training images, of IVON's average and at its mean."""
-    test = (part.sets["test"], part.labels)
-    drawn = average(study.samples(fitted, jax.random.key(seed), test[0], LOOK_SAMPLES))
+    data = study.data
+    test = data.test_images, data.test_labels
+    train = data.train_images[:LOOK_IMAGES], data.train_labels[:LOOK_IMAGES]
 
-    def at(images: np.ndarray, labels: np.ndarray) -> float:
-        if isinstance(fitted, Posterior):
-            return nll(study.at_mean(fitted, images), labels)
-        return nll(study.samples(fitted, jax.random.key(seed), images, 1)[0], labels)
+    def nll(fitted: Fitted, images: Any, labels: Any, count: int = 1) -> float:
+        log_probs = average(study.log_probs(fitted, jax.random.key(seed), images, count))
+        return float(of_labels(log_probs, labels)["nll"])
 
-    return {"test_nll": nll(drawn, test[1]), "train_nll": at(*train), "mean_test_nll": at(*test)}
-
-
-def nll(log_probs: jax.Array, labels: np.ndarray) -> float:
-    """Negative log-likelihood; NaN of a run that diverged."""
-    return float(of_labels(log_probs, labels)["nll"])
+    return {
+        "test_nll": nll(fitted, *test, count=LOOK_SAMPLES),
+        "train_nll": nll(at_mean(fitted), *train),
+        "mean_test_nll": nll(at_mean(fitted), *test),
+    }
 
 
 # --- Tuning ---------------------------------------------------------------------------------------
@@ -326,10 +289,9 @@ def tune(study: Study) -> None:
     options, labels = study.options, study.data.train_labels
     held_out = len(labels) // 5
     epochs = round(options.epochs * len(labels) / (len(labels) - held_out))
-    grids = {method: GRIDS[options.grid][method] for method in options.methods}
-    study.journal.total = options.splits * sum(
-        len(tuning.settings(each)) for each in grids.values()
-    )
+    grids = GRIDS[options.grid]
+    sizes = (len(tuning.settings(grid)) for grid in grids.values())
+    study.journal.total = options.splits * sum(sizes)
     tables = {}
     for method, grid in grids.items():
         tried = []
@@ -339,13 +301,13 @@ def tune(study: Study) -> None:
                 parts = stratified_split(study.data.train_images, labels, held_out, split)
                 work = partial(trial, study, method, values, split, parts, epochs)
                 found.append(study.journal.compute(study.run("tune", method, values, split), work))
-            nlls, shares = ([x[name] for x in found] for name in ("nll", "accuracy"))
-            tried.append(tuning.Tried(values, nlls, shares))
+            scores = ([x[name] for x in found] for name in ("nll", "accuracy"))
+            tried.append(tuning.Tried(values, *scores))
         edges = tuning.at_edges(grid, tuning.best(tried).values)
         note = f" (at the edge of the grid: {', '.join(edges)})" if edges else ""
         tables[f"{METHODS[method]}{note}"] = tuning.rows(tried)
     title = f"Settings tried: {options.dataset}, {options.model}"
-    shown = {"command": command(**identity(options)), "grid": options.grid}
+    shown = {"command": command(options.model, options.dataset), "grid": options.grid}
     notes = TUNING_NOTES.format(epochs=epochs, splits=options.splits, **shown)
     write_tables(read_journal(options.results), title, tables, notes)
 
@@ -357,7 +319,7 @@ def trial(
     images, labels, held_out, held_out_labels = parts
     train = (jnp.asarray(images), jnp.asarray(labels))
     fitted = study.trainer(method, train, epochs).fit(values, train, split)
-    log_probs = average(study.samples(fitted, jax.random.key(split), held_out, REPORTED))
+    log_probs = average(study.log_probs(fitted, jax.random.key(split), held_out, REPORTED))
     scores = of_labels(log_probs, held_out_labels)
     return {"nll": float(scores["nll"]), "accuracy": float(scores["accuracy"])}
 

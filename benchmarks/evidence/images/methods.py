@@ -102,6 +102,13 @@ def sample_log_probs(
     return jax.nn.log_softmax(predict_samples(apply, count)(key, fitted, images))
 
 
+def at_mean(fitted: Fitted) -> Fitted:
+    """The network at the mean of a Gaussian; other networks stay as they are."""
+    if not isinstance(fitted, Posterior):
+        return fitted
+    return Members(jax.tree.map(lambda x: x[None], fitted.mean))
+
+
 def swag_of(snapshots: Tree) -> Swag:
     """Moments of weights that are stacked on axis 0, and deviations from their running mean."""
 

@@ -12,32 +12,28 @@ from benchmarks._shared.methods import Values
 from benchmarks._shared.tuning import Grid
 
 
-def _of(**choices: Any) -> dict[str, Any]:
-    return choices
-
-
 def _ivon(rate: Any, hess_init: Any, decay: Any, temperature: Any, b2: Any = 0.999) -> Any:
-    values = _of(learning_rate=rate, hess_init=hess_init, weight_decay=decay)
+    values = dict(learning_rate=rate, hess_init=hess_init, weight_decay=decay)
     return {**values, "temperature": temperature, "b2": b2}
 
 
-DIGITS_SGD: Grid = _of(
+DIGITS_SGD: Grid = dict(
     learning_rate=(0.1, 0.15, 0.2, 0.3), weight_decay=(1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 1e-2)
 )
-MNIST_SGD: Grid = _of(learning_rate=(0.01, 0.02, 0.03), weight_decay=(3e-4, 1e-3, 2e-3, 4e-3))
+MNIST_SGD: Grid = dict(learning_rate=(0.01, 0.02, 0.03), weight_decay=(3e-4, 1e-3, 2e-3, 4e-3))
 GRIDS: dict[str, dict[str, Grid]] = {
     # 24 settings each, for the perceptron on the digits.
     "digits": {
         "sgd": DIGITS_SGD,
-        "dropout": _of(
+        "dropout": dict(
             learning_rate=(0.2, 0.3), weight_decay=(3e-4, 1e-3, 3e-3), rate=(0.05, 0.1, 0.2, 0.3)
         ),
-        "swag": _of(
+        "swag": dict(
             learning_rate=(0.2, 0.3),
             weight_decay=(3e-4, 1e-3, 3e-3),
             swag_rate=(0.05, 0.1, 0.2, 0.3),
         ),
-        "backprop": _of(
+        "backprop": dict(
             learning_rate=(3e-3, 1e-2, 3e-2),
             init_std=(0.01, 0.02),
             weight_decay=(1e-3, 3e-3),
@@ -52,11 +48,11 @@ GRIDS: dict[str, dict[str, Grid]] = {
     # 48 settings each, for examples/image_classification.py. IVON's choice lies at an edge, but
     # what lies beyond was in a first grid: rate 3 diverges, temperature 1 scores worse.
     "example": {
-        "sgd": _of(
+        "sgd": dict(
             learning_rate=(0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
             weight_decay=(1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
         ),
-        "adamw": _of(
+        "adamw": dict(
             learning_rate=(1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 1e-1, 3e-1),
             weight_decay=(1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
         ),
@@ -67,11 +63,11 @@ GRIDS: dict[str, dict[str, Grid]] = {
     # 12 settings each.
     "mnist": {
         "sgd": MNIST_SGD,
-        "adamw": _of(learning_rate=(3e-3, 5e-3, 1e-2), weight_decay=(0.1, 0.2, 0.3, 0.5)),
-        "dropout": _of(
+        "adamw": dict(learning_rate=(3e-3, 5e-3, 1e-2), weight_decay=(0.1, 0.2, 0.3, 0.5)),
+        "dropout": dict(
             learning_rate=(0.02, 0.03), weight_decay=(1e-4, 1e-3, 3e-3), rate=(0.02, 0.05)
         ),
-        "swag": _of(
+        "swag": dict(
             learning_rate=(0.02, 0.03), weight_decay=(1e-3, 3e-3), swag_rate=(0.01, 0.02, 0.03)
         ),
         "ensemble": MNIST_SGD,
@@ -80,60 +76,60 @@ GRIDS: dict[str, dict[str, Grid]] = {
     },
     # 4 settings each: a run takes long. Members of the ensemble are networks of "sgd".
     "resnet": {
-        "sgd": _of(learning_rate=(0.1, 0.3), weight_decay=(3e-4, 3e-3)),
-        "adamw": _of(learning_rate=(3e-3, 1e-2), weight_decay=(0.03, 0.3)),
-        "dropout": _of(learning_rate=(0.1, 0.3), weight_decay=(3e-4,), rate=(0.02, 0.1)),
-        "swag": _of(learning_rate=(0.1, 0.3), weight_decay=(3e-4,), swag_rate=(0.03, 0.1)),
+        "sgd": dict(learning_rate=(0.1, 0.3), weight_decay=(3e-4, 3e-3)),
+        "adamw": dict(learning_rate=(3e-3, 1e-2), weight_decay=(0.03, 0.3)),
+        "dropout": dict(learning_rate=(0.1, 0.3), weight_decay=(3e-4,), rate=(0.02, 0.1)),
+        "swag": dict(learning_rate=(0.1, 0.3), weight_decay=(3e-4,), swag_rate=(0.03, 0.1)),
         "ivon_bayes": _ivon((1.0, 3.0), (0.3, 1.0), (1e-4,), (1.0,), b2=(0.999,)),
     },
 }
 
 
-RESNET: dict[str, Values] = {
-    "sgd": _of(learning_rate=0.1, weight_decay=3e-4),
-    "adamw": _of(learning_rate=0.01, weight_decay=0.03),
-    "dropout": _of(learning_rate=0.1, weight_decay=3e-4, rate=0.1),
-    "swag": _of(learning_rate=0.1, weight_decay=3e-4, swag_rate=0.1),
-    "ensemble": _of(learning_rate=0.1, weight_decay=3e-4),
-    "ivon_bayes": _ivon(1.0, 1.0, 1e-4, 1.0),
-}
 CHOSEN: dict[tuple[str, str], dict[str, Values]] = {
     # From the grid "digits" on five splits; AdamW's from "example".
     ("mlp", "digits"): {
-        "sgd": _of(learning_rate=0.2, weight_decay=1e-3),
-        "adamw": _of(learning_rate=0.05, weight_decay=0.3),
-        "dropout": _of(learning_rate=0.2, weight_decay=1e-3, rate=0.1),
-        "swag": _of(learning_rate=0.2, weight_decay=1e-3, swag_rate=0.1),
-        "backprop": _of(learning_rate=0.03, init_std=0.01, weight_decay=1e-3, temperature=0.01),
-        "ensemble": _of(learning_rate=0.2, weight_decay=3e-4),
+        "sgd": dict(learning_rate=0.2, weight_decay=1e-3),
+        "adamw": dict(learning_rate=0.05, weight_decay=0.3),
+        "dropout": dict(learning_rate=0.2, weight_decay=1e-3, rate=0.1),
+        "swag": dict(learning_rate=0.2, weight_decay=1e-3, swag_rate=0.1),
+        "backprop": dict(learning_rate=0.03, init_std=0.01, weight_decay=1e-3, temperature=0.01),
+        "ensemble": dict(learning_rate=0.2, weight_decay=3e-4),
         "ivon": _ivon(1.0, 0.1, 1e-5, 0.3),
         "ivon_bayes": _ivon(0.7, 0.5, 1e-5, 1.0),
     },
     # From the grid "mnist", in a folder that held the t10k files alone.
     ("mlp", "mnist"): {
-        "sgd": _of(learning_rate=0.03, weight_decay=4e-3),
-        "adamw": _of(learning_rate=5e-3, weight_decay=0.5),
-        "dropout": _of(learning_rate=0.03, weight_decay=1e-3, rate=0.02),
-        "swag": _of(learning_rate=0.03, weight_decay=1e-3, swag_rate=0.02),
-        "ensemble": _of(learning_rate=0.03, weight_decay=1e-3),
+        "sgd": dict(learning_rate=0.03, weight_decay=4e-3),
+        "adamw": dict(learning_rate=5e-3, weight_decay=0.5),
+        "dropout": dict(learning_rate=0.03, weight_decay=1e-3, rate=0.02),
+        "swag": dict(learning_rate=0.03, weight_decay=1e-3, swag_rate=0.02),
+        "ensemble": dict(learning_rate=0.03, weight_decay=1e-3),
         "ivon": _ivon(0.2, 1.0, 1e-3, 0.1),
         "ivon_bayes": _ivon(0.2, 0.5, 1e-3, 1.0),
     },
-    # From the grid "resnet" on MNIST, likewise; not tuned on the digits.
-    ("resnet", "mnist"): RESNET,
-    ("resnet", "digits"): RESNET,
+    # From the grid "resnet" on MNIST, likewise.
+    ("resnet", "mnist"): {
+        "sgd": dict(learning_rate=0.1, weight_decay=3e-4),
+        "adamw": dict(learning_rate=0.01, weight_decay=0.03),
+        "dropout": dict(learning_rate=0.1, weight_decay=3e-4, rate=0.1),
+        "swag": dict(learning_rate=0.1, weight_decay=3e-4, swag_rate=0.1),
+        "ensemble": dict(learning_rate=0.1, weight_decay=3e-4),
+        "ivon_bayes": _ivon(1.0, 1.0, 1e-4, 1.0),
+    },
 }
 
 
-def overlong_values(values: Values, factor: int) -> Values:
-    """Hyperparameters of a run that is longer by a factor.
+def overlong_values(values: Values, factor: int) -> dict[str, Values]:
+    """Hyperparameters of runs that are longer by a factor, by what their rows are called.
 
     IVON's b2 moves towards 1, as its authors advise for longer runs, so that as much as before is
-    left of the initial curvature at the end; all else stays as it was chosen.
+    left of the initial curvature at the end; all else stays as it was chosen. What happens with the
+    usual b2, without and with the guard, is tried too.
     """
-    return {**values, "b2": values["b2"] ** (1.0 / factor)} if "b2" in values else dict(values)
-
-
-def guarded_values(values: Values) -> Values:
-    """Hyperparameters of an over-long run of IVON with the usual b2 and the guard."""
-    return {**values, "precision_floor": 0.1}
+    if "b2" not in values:
+        return {"": values}
+    return {
+        "": {**values, "b2": values["b2"] ** (1.0 / factor)},
+        ", b2 kept": values,
+        ", b2 kept, guard": {**values, "precision_floor": 0.1},
+    }

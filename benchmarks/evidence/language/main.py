@@ -2,18 +2,15 @@
 
 A GPT of four layers, four heads and width 128 reads 64 characters and is trained for 2,000 steps of
 12 windows, without biases or dropout: nanoGPT's configuration for a CPU, whose published validation
-loss on Tiny Shakespeare is 1.88. The last tenth of the text is for validation. `--tune` compares
-six settings of each optimizer on the last twentieth of the text *before* that, after shorter runs
-on what comes earlier; nothing is chosen on the validation part. After a whole sweep the command
-takes the best of its results, without one the settings in the source.
+loss on Tiny Shakespeare is 1.88. The last tenth of the text is for validation; nothing was chosen
+on it.
 
 `python benchmarks/evidence/language/main.py --text tinyshakespeare.txt` (three seeds of each
-optimizer) takes 25 minutes on two cores, `--tune` 8 minutes.
+optimizer) takes 25 minutes on two cores.
 """
 
 import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +26,6 @@ from benchmarks._shared.networks import GPT
 from benchmarks.evidence.language.report import write_report
 from benchmarks.evidence.language.training import (
     CHOSEN,
-    GRIDS,
     Ivon,
     Settings,
     State,
@@ -42,8 +38,7 @@ from ivon_jax import metrics, predict_log_probs
 
 POINTS = 20  # of the curve at the mean; the average over samples is taken at every fourth
 CURVE_WINDOWS = 160
-FINAL_WINDOWS = TUNE_WINDOWS = 480
-TUNE_STEPS = 0.15  # share of the steps of a final run
+FINAL_WINDOWS = 480
 SAMPLES = 16
 DATA_BATCH = 32  # windows evaluated at a time
 
@@ -57,8 +52,6 @@ class Options(Evidence):
     """A text file, read as bytes."""
     steps: int = 2000
     seeds: int = 3
-    tune: bool = False
-    """Compare six settings of each optimizer in runs of 15 % of the steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,57 +63,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Computes what is missing, and reports."""
     options = parse(Options, __doc__, argv)
     if options.text is not None and not options.report:
-        text = read_text(options.text)
-        total = sum(map(len, GRIDS.values())) if options.tune else 2 * options.seeds + 1
-        study = Study(text, options.steps, options.seeds, Journal(options.results, total))
-        study.tune() if options.tune else study.compare()
+        journal = Journal(options.results, 2 * options.seeds + 1)
+        compare(read_text(options.text), options.steps, options.seeds, journal)
     write_report(read_journal(options.results))
 
 
-@dataclass(frozen=True)
-class Study:
-    """A text and how it is learned."""
-
-    text: Text
-    steps: int
-    seeds: int
-    journal: Journal
-
-    def run(self, part: str, settings: Settings | None = None, seed: int = 0) -> dict[str, Any]:
-        """What identifies a run."""
-        name = {} if settings is None else {"settings": repr(settings)}
-        text = {"text": self.text.name, "digest": self.text.digest}
-        return {"part": part, **text, **name, "steps": self.steps, "seed": seed}
-
-    def tune(self) -> None:
-        """Compares the settings of both grids."""
-        for settings in (settings for grid in GRIDS.values() for settings in grid):
-            work = partial(tuning_run, self.text, settings, max(1, round(TUNE_STEPS * self.steps)))
-            self.journal.compute(self.run("tune", settings), work)
-        for name, best in self.chosen().items():
-            print(f"{name}: {best}")
-
-    def chosen(self) -> dict[str, Settings]:
-        """The best of each grid if the results hold a whole sweep, else those of the source."""
-        chosen = {}
-        for name, grid in GRIDS.items():
-            losses = {}
-            for settings in grid:
-                for _, result in self.journal.select(**self.run("tune", settings)):
-                    losses[settings] = math.inf if math.isnan(result["loss"]) else result["loss"]
-            complete = len(losses) == len(grid)
-            chosen[name] = min(losses, key=losses.__getitem__) if complete else CHOSEN[name]
-        return chosen
-
-    def compare(self) -> None:
-        """Trains with the chosen settings and several seeds."""
-        chosen = self.chosen()
-        pair = {"both": " against ".join(map(repr, chosen.values()))}
-        time = partial(timing, self.text, chosen, self.steps)
-        self.journal.compute({**self.run("timing"), **pair}, time)
-        for seed, settings in itertools.product(range(self.seeds), chosen.values()):
-            work = partial(final_run, self.text, settings, self.steps, seed)
-            self.journal.compute(self.run("final", settings, seed), work)
+def compare(text: Text, steps: int, seeds: int, journal: Journal) -> None:
+    """Times a step of both optimizers, and trains with several seeds."""
+    named = {"text": text.name, "digest": text.digest, "steps": steps}
+    both = " against ".join(map(repr, CHOSEN.values()))
+    run = {"part": "timing", **named, "seed": 0, "both": both}
+    journal.compute(run, partial(timing, text, steps))
+    for seed, settings in itertools.product(range(seeds), CHOSEN.values()):
+        run = {"part": "final", **named, "settings": repr(settings), "seed": seed}
+        journal.compute(run, partial(final_run, text, settings, steps, seed))
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -145,13 +101,6 @@ def final_run(text: Text, settings: Settings, steps: int, seed: int) -> dict[str
     return result
 
 
-def tuning_run(text: Text, settings: Settings, steps: int) -> dict[str, Any]:
-    """A shorter run, on and evaluated on parts that validation has no share in."""
-    [(_, state)] = train(settings, text.network, text.fit, steps, 0, points=1)
-    windows = fixed_windows(text.tune, TUNE_WINDOWS)
-    return {"loss": loss(at_mean(text.network, state, windows), windows), "steps": steps}
-
-
 def train(
     settings: Settings, network: GPT, tokens: np.ndarray, steps: int, seed: int, points: int
 ) -> Iterator[tuple[int, State]]:
@@ -165,10 +114,10 @@ def train(
         yield int(place), state
 
 
-def timing(text: Text, chosen: Mapping[str, Settings], steps: int) -> dict[str, Any]:
+def timing(text: Text, steps: int) -> dict[str, Any]:
     """Median seconds per step of both, in turn in this process, and the ratio of neighbours."""
     functions, tokens, key = {}, jnp.asarray(text.train), jax.random.key(0)
-    for name, settings in chosen.items():
+    for name, settings in CHOSEN.items():
         init, advance = make_training(settings, text.network, steps)
 
         def ten_steps(state: State, advance: Any = advance) -> State:
@@ -203,26 +152,19 @@ def at_samples(network: GPT, state: State, windows: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _scores(log_probs: jax.Array, labels: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+def _scores(log_probs: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     names = {"loss": "nll", "accuracy": "accuracy", "ece": "ece", "brier": "brier"}
-    scores = {name: getattr(metrics, metric)(log_probs, labels) for name, metric in names.items()}
-    return scores, metrics.calibration_bins(log_probs, labels)
+    return {name: getattr(metrics, metric)(log_probs, labels) for name, metric in names.items()}
 
 
-def scored(log_probs: jax.Array, windows: jax.Array) -> dict[str, Any]:
-    """Metrics, and the bins of the reliability diagram."""
-    scores, bins = _scores(log_probs, windows[:, 1:])
-    shares = {
-        name: np.nan_to_num(np.asarray(getattr(bins, name), float)).round(5).tolist()
-        for name in ("confidence", "accuracy")
-    }
-    count = np.asarray(bins.count).tolist()
-    return {**{k: float(x) for k, x in scores.items()}, "bins": {"count": count, **shares}}
+def scored(log_probs: jax.Array, windows: jax.Array) -> dict[str, float]:
+    """Metrics of predictions of the next characters."""
+    return {name: float(x) for name, x in _scores(log_probs, windows[:, 1:]).items()}
 
 
 def loss(log_probs: jax.Array, windows: jax.Array) -> float:
     """Mean cross-entropy per character."""
-    return float(_scores(log_probs, windows[:, 1:])[0]["loss"])
+    return scored(log_probs, windows)["loss"]
 
 
 if __name__ == "__main__":

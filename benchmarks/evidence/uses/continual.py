@@ -116,9 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\n{format_table(rows)}")
     print(
         """
-At the end: mean over all tasks after the last. Forgotten: the most that a task's accuracy ever was
-minus what is left of it at the end, mean over all tasks but the last. What hardly learns hardly
-forgets, so read the last two columns together."""
+Forgotten: the most that a task's accuracy ever was minus what is left of it at the end, mean over
+all tasks but the last. What hardly learns hardly forgets: read the last two columns together."""
     )
 
 

@@ -61,22 +61,19 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits every data set by every method and prints the tables."""
     options = parse(Options, __doc__, argv)
-    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(
-        jnp.arange(options.seeds)
-    )
-    problems = jax.vmap(draw_problem)(keys[:, 0])
-    starts = jax.vmap(lambda key: jax.vmap(draw_weights)(jax.random.split(key, MEMBERS)))(
-        keys[:, 1]
-    )
-    one = (problems, starts[:, 0], keys[:, 2])
-    chains = jax.jit(jax.vmap(partial(run_nuts, options.draws)))(problems, starts, keys[:, 2])
+    split = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))
+    problem_keys, start_keys, keys = jnp.swapaxes(split(jnp.arange(options.seeds)), 0, 1)
+    problems = jax.jit(jax.vmap(draw_problem))(problem_keys)
+    member_keys = jax.vmap(lambda key: jax.random.split(key, MEMBERS))(start_keys)
+    starts = jax.jit(jax.vmap(jax.vmap(draw_weights)))(member_keys)
+    chains = jax.jit(jax.vmap(partial(run_nuts, options.draws)))(problems, starts, keys)
+    ensemble = jax.vmap(partial(fit_ensemble, options.steps))(problems, starts, keys)
+    functions = chains.functions.reshape(options.seeds, -1, chains.functions.shape[-1])
     methods = {
-        "AdamW": jax.vmap(partial(fit_adamw, options.steps))(*one),
-        f"{MEMBERS} of AdamW": jax.vmap(partial(fit_ensemble, options.steps))(
-            problems, starts, keys[:, 2]
-        ),
-        "IVON": jax.vmap(partial(fit_ivon, options.steps))(*one),
-        "NUTS": jax.vmap(lambda f: moments_of(f.reshape(-1, f.shape[-1])))(chains.functions),
+        "AdamW": jax.vmap(partial(fit_adamw, options.steps))(problems, starts[:, 0], keys),
+        f"{MEMBERS} of AdamW": ensemble,
+        "IVON": jax.vmap(partial(fit_ivon, options.steps))(problems, starts[:, 0], keys),
+        "NUTS": jax.vmap(moments_of)(functions),
     }
     print(f"\n{table(methods, problems)}\n\n{true_function(methods, problems)}\n")
     print(
@@ -154,12 +151,12 @@ def true_function(methods: dict[str, Moments], problems: Problem) -> str:
 
 def convergence(chains: Chains) -> str:
     """R-hat and effective sample size of NUTS, at the worst of all inputs and data sets."""
-    r_hat = jax.vmap(potential_scale_reduction)(chains.functions)
-    effective = jax.vmap(effective_sample_size)(chains.functions)
+    worst = jax.jit(lambda x: jnp.max(jax.vmap(potential_scale_reduction)(x)))
+    fewest = jax.jit(lambda x: jnp.min(jax.vmap(effective_sample_size)(x)))
     seeds, count, draws, _ = chains.functions.shape
     return (
-        f"NUTS, worst of all inputs and data sets: R-hat {jnp.max(r_hat):.3f}, effective sample "
-        f"size {jnp.min(effective):.0f} of {count * draws};\n"
+        f"NUTS, worst of all inputs and data sets: R-hat {worst(chains.functions):.3f}, effective "
+        f"sample size {fewest(chains.functions):.0f} of {count * draws};\n"
         f"{chains.divergences.sum()} of {seeds * count * draws:,} transitions diverged."
     )
 
