@@ -43,15 +43,12 @@ __all__ += ["diagnostics", "learning_status", "load", "load_metadata", "save"]
 __all__ += ["LeaveOneOut", "Linearized", "Moments", "Sensitivity", "Status"]
 __all__ += ["metrics", "recipes"]
 
-_BEST = "the index of the smallest leave-one-out NLL, as in examples/leave_one_out.py"
-_REMOVED = {
-    "Selection": _BEST,
-    "group_sensitivity": "jax.ops.segment_sum(scores, groups, num_groups)",
-    "select_by_leave_one_out": _BEST,
-}
+_REMOVED = dict.fromkeys(("Selection", "select_by_leave_one_out"), "examples/leave_one_out.py")
+_REMOVED["group_sensitivity"] = "jax.ops.segment_sum(scores, groups, num_groups)"
 
 
 def __getattr__(name: str) -> object:
     if name in _REMOVED:
-        raise AttributeError(f"ivon_jax.{name} was removed in version 0.2: use {_REMOVED[name]}.")
+        # Not an AttributeError, whose message `from ivon_jax import` would swallow.
+        raise ImportError(f"ivon_jax.{name} was removed in version 0.2: use {_REMOVED[name]}.")
     raise AttributeError(f"module 'ivon_jax' has no attribute {name!r}")

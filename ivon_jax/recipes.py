@@ -53,7 +53,7 @@ class Recipe:
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
 
     def schedule(self, num_steps: int) -> optax.Schedule:
-        """The learning rate over a run of `num_steps` steps: linear warmup, then decay to 0.
+        """The learning rate over a run of `num_steps` steps: linear warmup, then decay.
 
         Example:
           >>> from ivon_jax import ivon, recipes
@@ -74,7 +74,8 @@ class Recipe:
         Args:
           num_steps: length of your run in steps, for the schedule.
           ess: number of terms of your training set (examples, or tokens); the run's by default.
-          **overrides: further arguments of `ivon`, in place of the run's.
+          **overrides: further arguments of `ivon`, in place of the run's. A `prior` replaces its
+            weight decay and mask.
 
         Example:
           >>> from ivon_jax import auto_sample, recipes
@@ -82,6 +83,8 @@ class Recipe:
           >>> state = tx.init({"kernel": jnp.ones((2, 2))})
         """
         new = {"learning_rate": self.schedule(num_steps)} | ({} if ess is None else {"ess": ess})
+        if overrides.get("prior") is not None:
+            new |= {"weight_decay": None, "mask": None}
         tx = ivon(**{**self.settings, **new, **overrides})
         if self.clip_norm is None:
             return tx
@@ -111,7 +114,7 @@ def _schedule(peak: float, num_steps: int, warmup: float, decay: str) -> optax.S
 def start(
     params: PyTree,
     *,
-    num_examples: int,
+    num_examples: float,
     num_steps: int,
     learning_rate: float = 0.1,
     temperature: float = 1.0,
@@ -143,8 +146,10 @@ def start(
       (10000.0, 0.16, 0.999)
       >>> state = ivon(**settings).init(params)
     """
-    rate, tau = _positive(learning_rate=learning_rate, temperature=temperature)
-    ess = check_positive("num_examples", num_examples) / tau
+    rate, number, tau = _positive(
+        learning_rate=learning_rate, num_examples=num_examples, temperature=temperature
+    )
+    ess = number / tau
     return {
         "learning_rate": _schedule(rate, num_steps, 0.05, "cosine"),
         "ess": ess,

@@ -14,6 +14,7 @@ from ivon_jax import (
     posterior,
     posterior_mean,
     prior_of,
+    recipes,
     sample_params,
     with_ess,
     with_mean,
@@ -263,3 +264,37 @@ def test_bad_priors_are_refused():
     for tx, state in ((plain, general.init(PARAMS)), (general, plain.init(PARAMS))):
         with pytest.raises(ValueError, match="has a general prior"):
             tx.update(PARAMS, state, hess=PARAMS)
+
+
+def test_a_stack_of_states_is_moved_member_by_member():
+    tx = ivon(**SETTINGS, prior=normal(1.0, 2.0))
+    stack = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), PARAMS)
+    states = jax.vmap(tx.init)(stack)
+    moved = with_mean(states, jax.tree.map(lambda x: -x, stack))
+    chex.assert_trees_all_equal(moved.mean, jax.tree.map(lambda x: -x, stack))
+
+
+def test_an_infinite_weight_decay_is_seen_and_fixes_nothing():
+    def mean_after_a_step(decay):
+        tx = ivon(0.1, 10.0, weight_decay=decay)
+        state = tx.init(PARAMS)
+        return tx.update(PARAMS, state, PARAMS, noise=PARAMS)[1].mean
+
+    mean = jax.jit(mean_after_a_step)(jnp.float32(jnp.inf))
+    assert all(np.all(np.isnan(m)) for m in jax.tree.leaves(mean))
+
+
+def test_a_recipe_with_a_prior_leaves_its_own_weight_decay_out():
+    tx = recipes.GPT2_125M.optimizer(10, ess=100.0, prior=normal(1.0, 2.0))
+    assert isinstance(tx, optax.GradientTransformation)
+    chex.assert_trees_all_close(prior_of(tx.init(PARAMS)), normal(1.0, 2.0))
+
+
+def test_an_injected_weight_decay_has_to_be_named_to_be_changed():
+    tx = optax.inject_hyperparams(ivon)(learning_rate=0.1, ess=10.0, weight_decay=0.1)
+    state = tx.init(PARAMS)
+    state.hyperparams["weight_decay"] = jnp.float32(0.5)
+    _, state = tx.update(PARAMS, state, PARAMS, noise=PARAMS)
+    assert state.inner_state.weight_decay == 0.5
+    default = optax.inject_hyperparams(ivon)(learning_rate=0.1, ess=10.0).init(PARAMS)
+    assert "weight_decay" not in default.hyperparams

@@ -90,7 +90,7 @@ def test_images_as_outputs_and_jit(state):
 
 @pytest.mark.parametrize("name", ["group_sensitivity", "select_by_leave_one_out", "Selection"])
 def test_removed_functions_say_what_to_use(name):
-    with pytest.raises(AttributeError, match=r"was removed in version 0\.2: use "):
+    with pytest.raises(ImportError, match=r"was removed in version 0\.2: use "):
         getattr(ivon_jax, name)
 
 

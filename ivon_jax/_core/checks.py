@@ -51,10 +51,8 @@ def check_number(
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         _check_array(name, value)
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
-        hint = " Only learning_rate may be a schedule: use optax.inject_hyperparams(ivon)."
-        raise TypeError(
-            f"{name} must be a real number; got {value!r}.{hint if callable(value) else ''}"
-        )
+        hint = " For a schedule use optax.inject_hyperparams(ivon)." if callable(value) else ""
+        raise TypeError(f"{name} must be a real number; got {value!r}.{hint}")
     if isinstance(value, jax.core.Tracer):
         return value
     number = float(cast(Any, value))

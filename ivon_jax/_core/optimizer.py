@@ -76,7 +76,7 @@ def ivon(
       b1: β₁, decay of the gradient's moving average.
       b2: β₂, decay of the Hessian's moving average.
       weight_decay: δ, precision of the Gaussian prior per example; 0 is a flat prior. 1e-4 by
-        default, or what `prior` says.
+        default, or what `prior` says. Under `optax.inject_hyperparams` name it to change it later.
       mask: leaves that get weight decay, as in `optax.adamw`: a tree of bools (or a prefix of it),
         or a function of the parameters (of the mean, where `update` is not given them) that
         returns one. The others have δ = 0.

@@ -163,10 +163,11 @@ def _moved(state: PyTree, params: PyTree) -> PyTree:
     if is_lean(part):  # the loop's parameters will be the mean
         return set_fields(state, window=window)
     check_floating(own, "params", owned)
-    leaves = [
-        prior.where_fixed(prior.center, copy_array(jnp.asarray(p, h.dtype)))
-        for p, h, prior in zip(owned, own.leaves, leaf_priors(part), strict=True)
-    ]
+    leaves = [copy_array(jnp.asarray(p, h.dtype)) for p, h in zip(owned, own.leaves, strict=True)]
+    if isinstance(part.prior, GaussianPrior):  # what it fixes cannot be moved
+        centers, precisions, _ = map(jax.tree.leaves, part.prior)
+        fixed = zip(precisions, centers, leaves, strict=True)
+        leaves = [jnp.where(jnp.isinf(s0), m0, m) for s0, m0, m in fixed]
     mean = unflatten_like(get_field(state, "mean"), leaves)
     return set_fields(state, mean=mean, window=window)
 

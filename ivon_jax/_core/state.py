@@ -172,7 +172,8 @@ def leaf_priors(state: IVONState) -> list[LeafPrior]:
             LeafPrior(m0, s0 / state.ess.astype(s0.dtype), rates[i])
             for i, (m0, s0) in enumerate(pairs)
         ]
-    decay = state.weight_decay
+    # An infinite weight decay is a mistake: it has to be seen, and fixes nothing.
+    decay = jnp.where(jnp.isinf(state.weight_decay), jnp.nan, state.weight_decay)
     deltas = [decay[i] if decay.ndim else decay for i in range(len(jax.tree.leaves(state.hess)))]
     return [LeafPrior(0.0, delta, delta) for delta in deltas]
 
