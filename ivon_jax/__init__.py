@@ -43,7 +43,9 @@ __all__ += ["diagnostics", "learning_status", "load", "load_metadata", "save"]
 __all__ += ["LeaveOneOut", "Linearized", "Moments", "Sensitivity", "Status"]
 __all__ += ["metrics", "recipes"]
 
-_REMOVED = dict.fromkeys(("Selection", "select_by_leave_one_out"), "examples/leave_one_out.py")
+_REMOVED = dict.fromkeys(
+    ("Selection", "select_by_leave_one_out"), "the rule of examples/leave_one_out.py"
+)
 _REMOVED["group_sensitivity"] = "jax.ops.segment_sum(scores, groups, num_groups)"
 
 
