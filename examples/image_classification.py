@@ -40,7 +40,7 @@ from ivon_jax import auto_sample, ivon, metrics, predict_at_mean, predict_sample
 
 BATCH_SIZE = 50
 COUNTS = (1, 2, 4, 8, 16, 32, 64)  # of posterior samples
-SETS = ("test images", "letters", "photo patches")
+SETS: tuple[str, ...] = ("test images", "letters", "photo patches")
 AT_MEAN, AVERAGED = "IVON at the mean", f"IVON, {COUNTS[-1]} samples"
 COLUMN_COLORS = {
     "SGD": COLORS["SGD"],

@@ -38,7 +38,7 @@ from ivon_jax import auto_sample, ivon, metrics, predict_samples
 BATCH_SIZE = 50
 NUM_SAMPLES = 64
 COVERAGE = 0.9  # share of the digits that are answered
-SETS = ("digits", "letters", "photo patches")
+SETS: tuple[str, ...] = ("digits", "letters", "photo patches")
 
 Array = jax.Array
 PyTree = Any

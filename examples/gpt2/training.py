@@ -213,8 +213,9 @@ def abstract_state(trainer: Trainer, params: PyTree, layout: Layout) -> Any:
     opt_state = optax.tree.map_params(
         trainer.tx, placed, state.opt_state, shardings, transform_non_params=placed
     )
-    kept = params if state.params else ()
-    return TrainState(placed(state.step), kept, opt_state, placed(state.key))
+    params = params if state.params else ()
+    step, key = placed(state.step), placed(state.key)
+    return state._replace(step=step, params=params, opt_state=opt_state, key=key)
 
 
 def evaluator(
