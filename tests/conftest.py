@@ -25,3 +25,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_configure(config: pytest.Config) -> None:
     # A program that another worker is writing just now is compiled here too.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(request: pytest.FixtureRequest):
+    """Scripts are tested under the promotion rules of users, and compiled quickly, not well."""
+    if request.path.parent.name not in ("benchmarks", "examples"):
+        yield
+        return
+    option = "jax_disable_most_optimizations"
+    before = jax.config.read(option)
+    jax.config.update(option, True)
+    os.environ[option.upper()] = "1"  # for the processes that the tests start
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+    del os.environ[option.upper()]
+    jax.config.update(option, before)
+    jax.clear_caches()  # other tests compare the bits of what is compiled well
