@@ -102,11 +102,6 @@ def run(seeds: int, epochs: int) -> tuple[Data, Scores]:
     return jax.device_get((data, scores))
 
 
-def class_sensitivity(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """Sensitivity of each class: that to a group of examples is the sum over its members."""
-    return jax.ops.segment_sum(scores, labels, NUM_CLASSES)
-
-
 def main(options: Options) -> None:
     """Trains, prints the table and writes the figure."""
     data, scores = run(options.seeds, options.epochs)
@@ -124,36 +119,18 @@ def main(options: Options) -> None:
 
 
 def draw(data: Data, scores: Scores) -> Figure:
-    """Most and least sensitive images of one seed, classes, and sensitivity beside the loss."""
-    figure = Figure(figsize=(13, 6.4), layout="constrained")
-    halves: Any = figure.subfigures(2, 1, height_ratios=(1.2, 1))
-    above, below = halves
+    """The most and the least sensitive images of one seed."""
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
     order = np.argsort(-scores.sensitivity)
     pictures = {"Most": order[:PICTURES], "Least": order[-PICTURES:]}
-    wrong = data.labels != data.true_labels
-    for group, (name, rows) in zip(above.subfigures(2, 1), pictures.items(), strict=True):
+    for group, (name, rows) in zip(figure.subfigures(2, 1), pictures.items(), strict=True):
         group.suptitle(f"{name} sensitive: “label”, sensitivity (red: wrong label)", fontsize=11)
         for ax, row in zip(group.subplots(1, PICTURES), rows, strict=True):
             ax.imshow(data.images[row, ..., 0], cmap="gray_r")
-            color = COLORS["unfamiliar"] if wrong[row] else "black"
+            wrong = data.labels[row] != data.true_labels[row]
             title = f"“{data.labels[row]}”, {scores.sensitivity[row]:.2g}"
-            ax.set_title(title, fontsize=10, color=color)
+            ax.set_title(title, fontsize=10, color=COLORS["unfamiliar"] if wrong else "black")
             ax.set_axis_off()
-    bars, points = below.subplots(1, 2)
-    digits, bottom = np.arange(NUM_CLASSES), np.zeros(NUM_CLASSES)
-    for name, chosen, color in (
-        ("right labels", ~wrong, COLORS["IVON"]),
-        ("wrong labels", wrong, COLORS["unfamiliar"]),
-    ):
-        heights = class_sensitivity(scores.sensitivity[chosen], data.labels[chosen])
-        bars.bar(digits, heights, bottom=bottom, color=color, label=name)
-        bottom += heights
-        x, y = scores.loss[chosen], scores.sensitivity[chosen]
-        points.scatter(x, y, s=14, color=color, alpha=0.6, linewidth=0, label=name)
-    bars.set(xlabel="label", xticks=digits, ylabel="sensitivity, summed", title="Classes")
-    points.set(xscale="log", yscale="log", xlabel="training loss", ylabel="sensitivity")
-    points.set_title("Training images")
-    points.legend(frameon=False)
     return figure
 
 
