@@ -62,7 +62,7 @@ def turn(images: np.ndarray, degrees: float) -> np.ndarray:
     return 2 * np.clip(turned, 0.0, 1.0).reshape(len(images), -1) - 1
 
 
-def make_data(seeds: int, first_seed: int = 0) -> Data:
+def make_data(seeds: int) -> Data:
     """The data of every seed; seeds differ in the split as well."""
     digits = load_small_digits()
 
@@ -77,7 +77,7 @@ def make_data(seeds: int, first_seed: int = 0) -> Data:
         train = turned(images, labels, own.reshape(3, -1))
         return Data(train, turned(valid[0], valid[1]), turned(*digits[2:4]))
 
-    stacked = map(of_seed, range(first_seed, first_seed + seeds))
+    stacked = map(of_seed, range(seeds))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
 
 
@@ -103,10 +103,10 @@ class Models(NamedTuple):
     joint: Posterior  # of all turned images, under the posterior of the base
 
 
-def train_models(data: Data, epochs: int, first_seed: int = 0) -> Models:
+def train_models(data: Data, epochs: int) -> Models:
     """Trains the networks, each for all seeds at the same time."""
     images, labels = data.train
-    seeds = jnp.arange(first_seed, first_seed + len(labels))
+    seeds = jnp.arange(len(labels))
     keys = jax.vmap(jax.random.split, (0, None))(jax.vmap(jax.random.key)(seeds), 5)
     start = jax.vmap(NETWORK.init)(keys[:, 0], images[:, 0, :1])
     decay = NUM_TRAIN * ESS_PER_EXAMPLE * WEIGHT_DECAY  # λδ, the precision of the first prior

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples._shared.reporting import COLORS, cell, format_table, save_figure
@@ -177,20 +176,15 @@ def draw(methods: dict[str, Moments], problems: Problem) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     first = Problem(*(x[0] for x in problems))
     for ax, (method, moments) in zip(axes, methods.items(), strict=True):
-        draw_band(ax, Moments(*(x[0] for x in moments)), first, COLORS[method])
+        mean, half, color = moments.mean[0], BAND * np.sqrt(moments.variance[0]), COLORS[method]
+        band: Any = {"color": color, "alpha": 0.3, "linewidth": 0, "label": "95 % band"}
+        ax.fill_between(first.test_x, mean - half, mean + half, **band)
+        ax.plot(first.test_x, mean, color=color, linewidth=2, label="mean")
+        ax.plot(first.test_x, first.test_f, color="black", lw=1, ls=":", label="true function")
+        ax.plot(first.x, first.y, "o", color="black", markersize=3, label="data")
         ax.set(xlabel="x", ylabel="y", title=method)
         ax.legend(fontsize=8, frameon=False)
     return figure
-
-
-def draw_band(ax: Axes, moments: Moments, problem: Problem, color: str) -> None:
-    """The mean, the 95 % band of new points, the data and the truth."""
-    half = BAND * np.sqrt(moments.variance)
-    band: Any = {"color": color, "alpha": 0.3, "linewidth": 0, "label": "95 % band"}
-    ax.fill_between(problem.test_x, moments.mean - half, moments.mean + half, **band)
-    ax.plot(problem.test_x, moments.mean, color=color, linewidth=2, label="mean")
-    ax.plot(problem.test_x, problem.test_f, color="black", lw=1, ls=":", label="true function")
-    ax.plot(problem.x, problem.y, "o", color="black", markersize=3, label="data")
 
 
 if __name__ == "__main__":

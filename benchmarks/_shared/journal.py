@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +34,7 @@ class Journal:
         self.environments: list[str] = []
         self._results: dict[str, dict] = {}
         self._runs: dict[str, dict] = {}
-        self._asked = self._computed = 0
-        self._start = time.monotonic()
+        self._asked, self._begun = 0, False
         self._read()
 
     def compute(self, run: Run, work: Callable[[], Result]) -> Result:
@@ -50,14 +48,14 @@ class Journal:
         missing = [run for run in runs if _identity(run) not in self._results]
         if missing:
             results = work(missing)
-            if not self._computed:
+            if not self._begun:
+                self._begun = True
                 self.environments.append(environment())
                 self._write({"environment": self.environments[-1]})
             for run, result in zip(missing, results, strict=True):
                 self._write({"run": run, "result": result})
                 self._runs[_identity(run)] = dict(run)
                 self._results[_identity(run)] = dict(result)
-        self._computed += len(missing)
         self._asked += len(runs)
         self._report(runs[-1])
         return [self._results[_identity(run)] for run in runs]
@@ -96,22 +94,13 @@ class Journal:
             file.write(json.dumps(record, default=float) + "\n")
 
     def _report(self, run: Run) -> None:
-        elapsed = time.monotonic() - self._start
-        left = ""
-        if self._computed and self.total > self._asked:
-            left = f", at most {_clock(elapsed / self._computed * (self.total - self._asked))} left"
         what = ", ".join(f"{k} {v}" for k, v in run.items() if isinstance(v, str | int))
         place = f"{self._asked}/{self.total}" if self.total else f"{self._asked}"
-        print(f"[{place}, {_clock(elapsed)}{left}] {what}", file=sys.stderr, flush=True)
+        print(f"[{place}] {what}", file=sys.stderr, flush=True)
 
 
 def _identity(run: Run) -> str:
     return json.dumps(run, sort_keys=True, default=float)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"
 
 
 @dataclass(frozen=True)
