@@ -43,9 +43,8 @@ __all__ += ["diagnostics", "learning_status", "load", "load_metadata", "save"]
 __all__ += ["LeaveOneOut", "Linearized", "Moments", "Sensitivity", "Status"]
 __all__ += ["metrics", "recipes"]
 
-_REMOVED = dict.fromkeys(
-    ("Selection", "select_by_leave_one_out"), "the rule of examples/leave_one_out.py"
-)
+_RULE = "the rule of examples/leave_one_out.py"
+_REMOVED = {"Selection": _RULE, "select_by_leave_one_out": _RULE}
 _REMOVED["group_sensitivity"] = "jax.ops.segment_sum(scores, groups, num_groups)"
 
 
