@@ -14,6 +14,9 @@ import pytest
 from ivon_jax import auto_sample, ivon, sample_params
 from ivon_jax._core import noise, optimizer, sampling
 
+# Compilers before that split and print their kernels differently.
+pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="counts of jax >= 0.10")
+
 BIG = [(512, 512)]
 MANY = [(300, 300)] * 12
 

@@ -15,6 +15,9 @@ import pytest
 import ivon_jax
 from ivon_jax import metrics, recipes
 
+pytest.importorskip("flax", reason='the code blocks need: pip install -e ".[test]"')
+pytest.importorskip("sklearn", reason='the code blocks need: pip install -e ".[test]"')
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
