@@ -14,9 +14,6 @@ import pytest
 from ivon_jax import auto_sample, ivon, sample_params
 from ivon_jax._core import noise, optimizer, sampling
 
-# Compilers before that split and print their kernels differently.
-pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="counts of jax >= 0.10")
-
 BIG = [(512, 512)]
 MANY = [(300, 300)] * 12
 
@@ -75,6 +72,8 @@ def distinct_draws(compiled):
     return len({re.sub(names, "", kernel) for kernel in kernels})
 
 
+# With jax 0.9 the printed kernels of equal leaves differ (12 of 12) although the sums are used.
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="jax 0.9 prints its kernels otherwise")
 def test_running_sums_let_equal_leaves_share_a_kernel(monkeypatch):
     assert distinct_draws(drop_in(MANY)) <= 2
 
