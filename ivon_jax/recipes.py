@@ -226,10 +226,10 @@ def hess_init_for(params: PyTree, ess: float, *, noise: float = 0.25) -> float:
       0.16
     """
     ess, noise = _positive(ess=ess, noise=noise)
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(params)]
-    if not is_concrete(*leaves):
-        raise TypeError("params are traced: call hess_init_for before jit, on the initial values.")
-    leaves = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+    leaves = jax.tree.leaves(params)
+    if not is_concrete(*leaves) or any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+        raise TypeError("params are traced or abstract: the initial values are needed, before jit.")
+    leaves = [x for x in map(jnp.asarray, leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
     leaves = [x for x in leaves if x.ndim >= 2] or leaves
     size = sum(x.size for x in leaves)
     square = float(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves)) / max(size, 1)

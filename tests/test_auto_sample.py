@@ -335,3 +335,9 @@ def test_in_an_even_window_the_noise_of_a_linear_gradient_cancels():
     mean = posterior_mean(history[1][1])
     averaged = history[3][1].inner_state.momentum
     chex.assert_trees_all_close(averaged, gradient(mean), rtol=1e-5, atol=1e-6)
+
+
+def test_another_state_is_refused_by_name():
+    state = ivon(0.1, 10).init(PARAMS)
+    with pytest.raises(TypeError, match="expected the state of auto_sample; got IVONState"):
+        auto_sample(ivon(0.1, 10), 0).update(PARAMS, state, PARAMS)

@@ -110,6 +110,11 @@ def test_start_gives_settings_that_train_and_their_closed_forms():
     assert ivon(**settings).init(params).ess == 10_000
 
 
+def test_start_needs_values():
+    with pytest.raises(TypeError, match="traced or abstract: the initial values are needed"):
+        recipes.start(jax.eval_shape(lambda: jnp.ones((2, 2))), num_examples=10, num_steps=10)
+
+
 @pytest.mark.parametrize("name", ["num_examples", "num_steps", "learning_rate", "temperature"])
 def test_start_refuses_bad_numbers_by_name(name):
     given = {"num_examples": 10, "num_steps": 10, name: 0}

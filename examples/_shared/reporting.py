@@ -68,5 +68,9 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Writes the figure without the upper and right spines, and says where it is."""
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise SystemExit(f"error: cannot write {path}: {error.strerror}") from None
     print(f"Figure written to {path}")

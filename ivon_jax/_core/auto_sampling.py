@@ -119,9 +119,9 @@ def auto_sample(
         if params is None:
             raise ValueError("auto_sample needs the sample: call tx.update(grads, state, params).")
         if {"noise", "hess"} & extra_args.keys():
-            raise ValueError(
-                "auto_sample draws its own noise: leave noise= and hess= out, or auto_sample."
-            )
+            raise ValueError("auto_sample draws its own noise: leave noise= and hess= out.")
+        if not is_auto_sample_state(state):
+            raise TypeError(f"expected the state of auto_sample; got {type(state).__name__}.")
         own = owned_leaves(state.inner_state)
         owned = own.checked("params", params)
         if not store_mean:
