@@ -9,12 +9,10 @@ level, and both are far from training on all tasks at once.
     python examples/continual_learning.py
 """
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,24 +22,14 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from examples._shared.datasets import load_small_digits
+from examples._shared.networks import NETWORK, accuracies
 from examples._shared.reporting import COLORS, cell, format_table, mean_and_error, save_figure
 from examples._shared.training import classification_loss, train, warmup_cosine
 from ivon_jax import Posterior, auto_sample, ivon, posterior
 
 NUM_TASKS = 5
 BATCH_SIZE = 50
-# One head for all tasks: nothing tells the network which task an image belongs to.
-NETWORK = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(64), nn.relu, nn.Dense(10)])
 TASK_COLORS = ("#332288", "#0072B2", "#00785A", "#E69F00", "#CC3311")
-
-
-@dataclass(frozen=True)
-class Options:
-    """Continual learning."""
-
-    seeds: int = 5
-    steps: int = 600  # of each task
-    figure: Path = Path("continual_learning.png")
 
 
 class Tasks(NamedTuple):
@@ -58,9 +46,8 @@ def permuted(images: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndar
     return np.stack([images[:, order] for order in orders]), np.tile(labels, (NUM_TASKS, 1))
 
 
-def split(images: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split(images: np.ndarray, labels: np.ndarray, _: int) -> tuple[np.ndarray, np.ndarray]:
     """Digits 0 and 1, then 2 and 3, ..., as even (0) or odd (1); equally many of each pair."""
-    del seed
     members = [np.flatnonzero(labels // 2 == task) for task in range(NUM_TASKS)]
     rows = np.stack([each[: min(map(len, members))] for each in members])
     return images[rows], labels[rows] % 2
@@ -140,35 +127,27 @@ def learn_in_turn(setting: Setting, tasks: Tasks, steps: int, bar: tqdm) -> np.n
     return np.stack(found, axis=1)
 
 
-@jax.jit
-@jax.vmap
-def accuracies(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Accuracy in % on every task, (seeds, tasks)."""
-    logits: Any = jax.vmap(NETWORK.apply, (None, 0))(params, images)
-    return 100 * jnp.mean(logits.argmax(-1) == labels, axis=-1)
-
-
-def main(options: Options) -> None:
-    """Learns the tasks, prints the table and writes the figure."""
+def main(seeds: int = 5, steps: int = 600, figure: Path = Path("continual_learning.png")) -> None:
+    """Learns every task for `steps` steps, prints the table and writes the figure."""
     rows = [["test accuracy, %", "all tasks at the end", "each when new", "forgotten"]]
     found = {}
     with tqdm(total=len(SETTINGS) * (2 * NUM_TASKS + 1), unit="task") as bar:
         for (title, make), settings in SETTINGS.items():
-            tasks = make_tasks(make, options.seeds)
+            tasks = make_tasks(make, seeds)
             for name, setting in settings.items():
                 joint = name not in ("AdamW", "IVON")
                 if joint:  # the tasks become one, for as many steps
                     together = (x.reshape(len(x), 1, -1, *x.shape[3:]) for x in tasks.train)
                     tasks = tasks._replace(train=tuple(together))
-                steps = options.steps * (NUM_TASKS if joint else 1)
-                matrix = found[title, name] = learn_in_turn(setting, tasks, steps, bar)
+                length = steps * (NUM_TASKS if joint else 1)
+                matrix = found[title, name] = learn_in_turn(setting, tasks, length, bar)
                 row = [f"{title}: {name}", cell(matrix[:, -1].mean(axis=1), 1)]
                 new = np.diagonal(matrix, axis1=1, axis2=2)
                 lost = (new - matrix[:, -1])[:, :-1].mean(axis=1)
                 row += ["-", "-"] if joint else [cell(new.mean(axis=1), 1), cell(lost, 1)]
                 rows.append(row)
     print("\n" + format_table(rows))
-    save_figure(draw(found), options.figure)
+    save_figure(draw(found), figure)
 
 
 def draw(found: dict[tuple[str, str], np.ndarray]) -> Figure:
@@ -195,4 +174,4 @@ def draw(found: dict[tuple[str, str], np.ndarray]) -> Figure:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    tyro.cli(main)

@@ -10,7 +10,7 @@ epoch that it keeps with that of a held-out fifth, which leaves fewer images to 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,22 +36,8 @@ EVERY = 5  # epochs between two looks
 PATIENCE = 8  # looks
 
 Pair = tuple[jax.Array, jax.Array]  # images and labels
+Network = partial(MLP, width=16)
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-
-
-@dataclass(frozen=True)
-class Options:
-    """Early stopping by the leave-one-out loss."""
-
-    seeds: int = 8
-    epochs: int = 200
-    figure: Path = Path("leave_one_out.png")
-
-
-class Network(MLP):
-    """Two hidden layers of 16 units."""
-
-    width: int = 16
 
 
 def draw_data(key: jax.Array, held_out: int) -> tuple[Pair, Pair, Pair]:
@@ -59,10 +45,8 @@ def draw_data(key: jax.Array, held_out: int) -> tuple[Pair, Pair, Pair]:
     images, labels, test_images, test_labels = map(jnp.asarray, load_small_digits()[:4])
     rows_key, train_key, test_key = jax.random.split(key, 3)
     rows = jax.random.permutation(rows_key, len(labels))[:NUM_TRAIN]
-    images, labels = (
-        images[rows],
-        with_wrong_labels(jax.random.split(train_key), labels[rows], WRONG),
-    )
+    images = images[rows]
+    labels = with_wrong_labels(jax.random.split(train_key), labels[rows], WRONG)
     cut = NUM_TRAIN - held_out
     test = test_images, with_wrong_labels(jax.random.split(test_key), test_labels, WRONG)
     return (images[:cut], labels[:cut]), (images[cut:], labels[cut:]), test
@@ -88,7 +72,7 @@ def measure(apply: Callable[..., Any], state: Any, train: Pair, valid: Pair, tes
     return Losses(nll(*train), estimates.loss.mean(), nll(*valid), nll(*test))
 
 
-def train_and_measure(key: jax.Array, held_out: int, looks: int, on_look: Callable) -> Losses:
+def train_and_measure(held_out: int, looks: int, key: jax.Array) -> Losses:
     """Trains by IVON and measures after every `EVERY` epochs; arrays (looks,)."""
     data_key, init_key, noise_key, shuffle_key = jax.random.split(key, 4)
     train, valid, test = draw_data(data_key, held_out)
@@ -107,7 +91,6 @@ def train_and_measure(key: jax.Array, held_out: int, looks: int, on_look: Callab
     def look(carry, keys):
         rows = jax.vmap(lambda key: shuffled_rows(key, train, BATCH_SIZE))(keys)
         carry, _ = jax.lax.scan(step, carry, jnp.concatenate(rows))
-        jax.debug.callback(on_look)
         return carry, measure(network.apply, carry[1], train, valid, test)
 
     keys = jax.random.split(shuffle_key, (looks, EVERY))
@@ -117,37 +100,24 @@ def train_and_measure(key: jax.Array, held_out: int, looks: int, on_look: Callab
 def run(seeds: int, epochs: int, held_out: int) -> Losses:
     """Losses of all seeds (seeds, looks)."""
     keys = jax.random.split(jax.random.key(0), seeds)
-    looks = epochs // EVERY
-    with tqdm(total=looks, unit="look", desc=f"{NUM_TRAIN - held_out} images") as bar:
-
-        def count():
-            bar.update()
-
-        follow = jax.jit(jax.vmap(lambda key: train_and_measure(key, held_out, looks, count)))
-        losses = jax.device_get(follow(keys))
-        jax.effects_barrier()
-    return losses
+    follow = jax.jit(jax.vmap(partial(train_and_measure, held_out, epochs // EVERY)))
+    return jax.device_get(follow(keys))
 
 
 def kept(losses: np.ndarray) -> np.ndarray:
     """The best look of each seed, which stops after `PATIENCE` looks without an improvement."""
-
-    def best_look(losses):
-        best = 0
-        for look, loss in enumerate(losses):
-            best = look if loss < losses[best] else best
-            if look - best == PATIENCE:
-                break
-        return best
-
-    return np.array([best_look(seed) for seed in losses])
+    best = np.zeros(len(losses), int)
+    for look in range(losses.shape[1]):
+        better = losses[:, look] < losses[np.arange(len(best)), best]
+        best = np.where(better & (look - best <= PATIENCE), look, best)
+    return best
 
 
-def main(options: Options) -> None:
+def main(seeds: int = 8, epochs: int = 200, figure: Path = Path("leave_one_out.png")) -> None:
     """Trains, prints the table and writes the figure."""
-    whole, part = (run(options.seeds, options.epochs, held_out) for held_out in (0, HELD_OUT))
+    whole, part = (run(seeds, epochs, held_out) for held_out in tqdm((0, HELD_OUT), unit="run"))
     best = whole.test.min(axis=1)
-    last = np.full(options.seeds, whole.test.shape[1] - 1)
+    last = np.full(seeds, whole.test.shape[1] - 1)
     rows = [["", "epoch kept", "test NLL", "above the best"]]
     for name, looks, test in (
         ("best epoch by the test set", whole.test.argmin(axis=1), whole.test),
@@ -159,7 +129,7 @@ def main(options: Options) -> None:
         rows.append([name, cell((looks + 1) * EVERY, 0), cell(nlls, 3), cell(nlls - best, 3)])
     print(f"\nWhich epoch to keep: {NUM_TRAIN} digits, {100 * WRONG:.0f} % of the labels wrong\n")
     print(format_table(rows))
-    save_figure(draw(whole), options.figure)
+    save_figure(draw(whole), figure)
 
 
 def draw(losses: Losses) -> Figure:
@@ -183,4 +153,4 @@ def draw(losses: Losses) -> Figure:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    tyro.cli(main)

@@ -12,7 +12,6 @@ import itertools
 import os
 import pydoc_data.topics
 import random
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,16 +35,6 @@ WINDOW = CONTEXT + 1  # characters: each of the first ones predicts the next one
 NUM_TRAIN = 20_000  # characters; settings were chosen on those between these and the test
 TEST = slice(NUM_TRAIN + 256 * WINDOW, NUM_TRAIN + 768 * WINDOW)
 COVERAGES = np.linspace(0.05, 1.0, 20)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Adapters trained by IVON and by AdamW."""
-
-    seeds: int = 3
-    pretrain_steps: int = 800
-    steps: int = 300
-    figure: Path = Path("lora_finetune.png")
 
 
 GROUPS = {"lora_a": "adapters", "lora_b": "adapters", "scale": "vectors", "bias": "vectors"}
@@ -164,32 +153,36 @@ def risk(predicted: np.ndarray, labels: jax.Array) -> np.ndarray:
     return 100 * np.cumsum(wrong)[kept - 1] / kept
 
 
-def main(options: Options) -> None:
+def main(
+    seeds: int = 3,
+    pretrain_steps: int = 800,
+    steps: int = 300,
+    figure: Path = Path("lora_finetune.png"),
+) -> None:
     """Pre-trains, adapts, prints the table and writes the figure."""
     source, manual, inputs, labels = texts()
-    with tqdm(total=2 * options.seeds, unit="adaptation") as bar:
-        base = pretrain(source, jax.random.key(0), options.pretrain_steps)
+    with tqdm(total=2 * seeds, unit="adaptation") as bar:
+        base = pretrain(source, jax.random.key(0), pretrain_steps)
         found = {"base": [np.asarray(predict(BASE, base, inputs))], "AdamW": [], "IVON": []}
-        for seed, method in itertools.product(range(options.seeds), ("AdamW", "IVON")):
-            tuned = finetune(method, base, manual, jax.random.key(seed), options.steps)
+        for seed, method in itertools.product(range(seeds), ("AdamW", "IVON")):
+            tuned = finetune(method, base, manual, jax.random.key(seed), steps)
             params, state = tuned if method == "IVON" else (tuned[0], None)
             found[method].append(np.asarray(predict(ADAPTED, params, inputs, state)))
             bar.update()
     rows = [["", "loss, nats", "ECE, %", "error, %", "at 90 % coverage", "at 50 %"]]
-    risks = {name: np.array([risk(x, labels) for x in seeds]) for name, seeds in found.items()}
-    for name, seeds in found.items():
-        loss = cell([float(metrics.nll(x, labels)) for x in seeds], 4)
-        ece = cell([100 * float(metrics.ece(x, labels)) for x in seeds], 2)
-        rows.append([name, loss, ece, *(cell(risks[name][:, at], 2) for at in (-1, -3, -11))])
+    drawn = Figure(figsize=(7, 4.6), layout="constrained")
+    ax = drawn.subplots()
+    for name, predicted in found.items():
+        loss = cell([float(metrics.nll(x, labels)) for x in predicted], 4)
+        ece = cell([100 * float(metrics.ece(x, labels)) for x in predicted], 2)
+        risks = np.array([risk(x, labels) for x in predicted])
+        rows.append([name, loss, ece, *(cell(risks[:, at], 2) for at in (-1, -3, -11))])
+        ax.plot(100 * COVERAGES, risks.mean(axis=0), color=COLORS.get(name, "0.3"), label=name)
     print("\n" + format_table(rows))
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    ax = figure.subplots()
-    for name, seeds in risks.items():
-        ax.plot(100 * COVERAGES, seeds.mean(axis=0), color=COLORS.get(name, "0.3"), label=name)
     ax.set(xlabel="most confident predictions kept, %", ylabel="error, %")
     ax.legend(frameon=False)
-    save_figure(figure, options.figure)
+    save_figure(drawn, figure)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    tyro.cli(main)

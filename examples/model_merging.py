@@ -10,12 +10,10 @@ equally sure, at its best weight. Joint training on all digits remains far bette
     python examples/model_merging.py
 """
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +21,10 @@ import optax
 import tyro
 from matplotlib.figure import Figure
 from scipy.ndimage import rotate
+from tqdm import tqdm
 
 from examples._shared.datasets import load_small_digits, stratified_split
+from examples._shared.networks import NETWORK, accuracies
 from examples._shared.reporting import COLORS, cell, draw_band, format_table, save_figure
 from examples._shared.training import classification_loss, train, warmup_cosine
 from ivon_jax import Posterior, auto_sample, ivon, merge, posterior, task_arithmetic
@@ -35,17 +35,6 @@ BATCH_SIZE = 50
 ESS_PER_EXAMPLE = 1 / 0.03  # a temperature of 0.03
 WEIGHT_DECAY = 1e-4
 WEIGHTS = np.array([0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8])
-
-NETWORK = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(64), nn.relu, nn.Dense(10)])
-
-
-@dataclass(frozen=True)
-class Options:
-    """Merging of fine-tuned networks."""
-
-    seeds: int = 10
-    epochs: int = 120
-    figure: Path = Path("model_merging.png")
 
 
 class Data(NamedTuple):
@@ -81,18 +70,22 @@ def make_data(seeds: int) -> Data:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
 
 
-def learn(epochs: int, key: jax.Array, data: tuple, start: Any, prior: Posterior) -> Posterior:
-    """Trains by IVON under a prior; returns the posterior."""
-    noise_key, data_key = jax.random.split(key)
-    num_steps = epochs * (len(data[1]) // BATCH_SIZE)
-    rate = warmup_cosine(0.02, num_steps)
-    ess = len(data[1]) * ESS_PER_EXAMPLE
-    # Without rescaling the rate is a share of a Newton step, however sharp the prior.
-    tx = ivon(rate, ess, hess_init=0.03, b2=0.997, prior=prior, rescale_lr=False)
-    tx = auto_sample(tx, noise_key)
+@partial(jax.jit, static_argnums=0)
+def learn(epochs: int, keys: jax.Array, data: tuple, start: Any, prior: Posterior) -> Posterior:
+    """Trains by IVON under a prior, every seed at the same time; returns the posteriors."""
+    how: Any = {"epochs": epochs, "batch_size": BATCH_SIZE, "progress": False}
     loss_fn = classification_loss(NETWORK.apply)
-    _, state = train(tx, loss_fn, start, data, key=data_key, epochs=epochs, batch_size=BATCH_SIZE)
-    return posterior(state)
+
+    def fit(key: jax.Array, data: tuple, start: Any, prior: Posterior) -> Posterior:
+        noise_key, data_key = jax.random.split(key)
+        rate = warmup_cosine(0.02, epochs * (len(data[1]) // BATCH_SIZE))
+        ess = len(data[1]) * ESS_PER_EXAMPLE
+        # Without rescaling the rate is a share of a Newton step, however sharp the prior.
+        tx = ivon(rate, ess, hess_init=0.03, b2=0.997, prior=prior, rescale_lr=False)
+        tx = auto_sample(tx, noise_key)
+        return posterior(train(tx, loss_fn, start, data, key=data_key, **how)[1])
+
+    return jax.vmap(fit)(keys, data, start, prior)
 
 
 class Models(NamedTuple):
@@ -112,15 +105,19 @@ def train_models(data: Data, epochs: int) -> Models:
     decay = NUM_TRAIN * ESS_PER_EXAMPLE * WEIGHT_DECAY  # λδ, the precision of the first prior
     prior = Posterior(optax.tree.zeros_like(start), optax.tree.full_like(start, decay))
 
-    def fit(index, kinds, start, prior, epochs=epochs):
-        x, y = (x[:, kinds].reshape(len(seeds), -1, *x.shape[3:]) for x in data.train)
-        each = jax.vmap(partial(learn, epochs))
-        return each(keys[:, index], (x, y), start, prior)
+    bar = tqdm(total=4, unit="network")
 
-    base = fit(1, [0], start, prior)
-    tasks = [fit(2, [1], base.mean, base), fit(3, [2], base.mean, base)]
-    joint_epochs = 3 * epochs // 2  # as many steps as the three other networks together
-    return Models(base, tasks, fit(4, [1, 2], base.mean, base, joint_epochs))
+    def fit(index, kinds, start, prior, epochs=epochs):
+        own = tuple(x[:, kinds].reshape(len(seeds), -1, *x.shape[3:]) for x in data.train)
+        found = jax.block_until_ready(learn(epochs, keys[:, index], own, start, prior))
+        bar.update()
+        return found
+
+    with bar:
+        base = fit(1, [0], start, prior)
+        tasks = [fit(2, [1], base.mean, base), fit(3, [2], base.mean, base)]
+        joint_epochs = 3 * epochs // 2  # as many steps as the three other networks together
+        return Models(base, tasks, fit(4, [1, 2], base.mean, base, joint_epochs))
 
 
 @jax.jit
@@ -136,21 +133,10 @@ def by_precision(models: Models, weight: float) -> Any:
     return merge(models.tasks, base=models.base, weights=[weight, weight]).mean
 
 
-RULES = {"task arithmetic": by_arithmetic, "IVON's merge": by_precision}
-
-
-@jax.jit
-@jax.vmap
-def accuracies(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Accuracy in % on every kind of image, (seeds, kinds)."""
-    logits: Any = jax.vmap(NETWORK.apply, (None, 0))(params, images)
-    return 100 * jnp.mean(logits.argmax(-1) == labels, axis=-1)
-
-
-def main(options: Options) -> None:
+def main(seeds: int = 10, epochs: int = 120, figure: Path = Path("model_merging.png")) -> None:
     """Trains, merges, prints the table and writes the figure."""
-    data = make_data(options.seeds)
-    models = train_models(data, options.epochs)
+    data = make_data(seeds)
+    models = train_models(data, epochs)
     rows = [["test accuracy, %", "weight", *ANGLES, "mean"]]
 
     def add(name, params, weight="-"):
@@ -163,7 +149,7 @@ def main(options: Options) -> None:
     for name, q in zip(("left", "right"), models.tasks, strict=True):
         add(f"fine-tuned on {name}", q.mean)
     curves, levels = {}, {"average": add("average", by_arithmetic(models, 0.5), "0.5")}
-    for name, rule in RULES.items():
+    for name, rule in (("task arithmetic", by_arithmetic), ("IVON's merge", by_precision)):
         merged = [rule(models, weight) for weight in WEIGHTS]
         valid, test = (
             np.stack([accuracies(params, *part).mean(axis=1) for params in merged], axis=1)
@@ -175,7 +161,7 @@ def main(options: Options) -> None:
     add("IVON's merge", by_precision(models, 1.0), "1")
     levels["joint training"] = add("joint training", models.joint.mean)
     print("\n" + format_table(rows))
-    save_figure(draw(curves, levels), options.figure)
+    save_figure(draw(curves, levels), figure)
 
 
 def draw(curves: dict[str, tuple[np.ndarray, int]], levels: dict[str, Any]) -> Figure:
@@ -195,4 +181,4 @@ def draw(curves: dict[str, tuple[np.ndarray, int]], levels: dict[str, Any]) -> F
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    tyro.cli(main)

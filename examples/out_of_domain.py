@@ -9,7 +9,6 @@ On these data IVON has the lower NLL on digits and AdamW is the better detector.
 were chosen on held-out digits alone.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +22,9 @@ from matplotlib.figure import Figure
 
 from examples._shared.datasets import load_small_digits
 from examples._shared.networks import MLP
-from examples._shared.reporting import (
-    COLORS,
-    cell,
-    draw_band,
-    draw_entropies,
-    format_table,
-    save_figure,
-)
+from examples._shared.reporting import COLORS, cell, draw_band, format_table, save_figure
 from examples._shared.training import classification_loss, train, warmup_cosine
-from examples._shared.unfamiliar import LETTERS, letters, photo_patches
+from examples._shared.unfamiliar import LETTERS, draw_entropies, letters, photo_patches
 from ivon_jax import auto_sample, ivon, metrics, predict_samples
 
 BATCH_SIZE = 50
@@ -44,29 +36,20 @@ Array = jax.Array
 PyTree = Any
 
 
-@dataclass(frozen=True)
-class Options:
-    """Tells digits from letters and photographs by the uncertainty of predictions."""
-
-    seeds: int = 5
-    epochs: int = 100
-    figure: Path = Path("out_of_domain.png")
-
-
 class Predictions(NamedTuple):
     """Of one method on one set of images, with the seeds on axis 0."""
 
     log_probs: Array
     entropy: Array
-    information: Array  # mutual information of class and weights
+    information: Array | None  # mutual information of class and weights, of several samples
 
 
 Results = dict[str, dict[str, Predictions]]  # by method and set
 
 
-def main(options: Options) -> None:
+def main(seeds: int = 5, epochs: int = 100, figure: Path = Path("out_of_domain.png")) -> None:
     """Trains, predicts, prints the table and writes the figure."""
-    labels, results = compare(options.seeds, options.epochs)
+    labels, results = compare(seeds, epochs)
     print(f"\n{table(results, labels)}\n")
     print(
         "Mean ± standard error over seeds. Entropy and mutual information (MI): means in nats.\n"
@@ -74,89 +57,83 @@ def main(options: Options) -> None:
         "the unfamiliar that passes as digits where 95 % of the digits do, and lower is better.\n"
         f"Last row: of the digits with the least entropy. Letters: {LETTERS}, unlike digits."
     )
-    save_figure(draw(results, labels), options.figure)
+    save_figure(draw(results, labels), figure)
 
 
 def compare(seeds: int, epochs: int) -> tuple[Array, Results]:
     """Trains both methods from every seed; returns the digits' labels and all predictions."""
-    data = load_small_digits()
-    shape = data.train_images.shape[1:]
-    sets = [data.test_images, letters(shape), photo_patches(shape)]
+    x, y, test_x, test_y, _ = load_small_digits()
+    sets = [test_x, letters(x.shape[1:]), photo_patches(x.shape[1:])]
     images, ends = jnp.concatenate(sets), np.cumsum([len(each) for each in sets])[:-1]
-    train_data = (jnp.asarray(data.train_images), jnp.asarray(data.train_labels))
-    num_steps = epochs * (len(data.train_labels) // BATCH_SIZE)
+    num_steps = epochs * (len(y) // BATCH_SIZE)
     model = MLP()
     keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.arange(seeds))
     params = jax.vmap(lambda key: model.init(key, images[:1]))(keys[:, 0])
 
-    def fit(label: str, make_optimizer: Any, params: PyTree, key: Array) -> tuple[PyTree, PyTree]:
+    def fit(method: str, params: PyTree, key: Array) -> tuple[PyTree, PyTree]:
         noise_key, key = jax.random.split(key)
-        run = partial(train, key=key, epochs=epochs, batch_size=BATCH_SIZE, label=label)
-        return run(make_optimizer(noise_key), classification_loss(model.apply), params, train_data)
+        tx = optax.adamw(warmup_cosine(0.05, num_steps), weight_decay=0.3)
+        if method == "IVON":
+            settings: Any = {"ess": 1000, "hess_init": 0.5, "weight_decay": 1e-5, "b2": 0.999}
+            tx = auto_sample(ivon(warmup_cosine(0.7, num_steps), **settings), noise_key)
+        run = partial(train, key=key, epochs=epochs, batch_size=BATCH_SIZE, label=method)
+        loss_fn = classification_loss(model.apply)
+        return run(tx, loss_fn, params, (jnp.asarray(x), jnp.asarray(y)))
 
     def log_probs(params: PyTree, images: Array) -> Array:
         return jax.nn.log_softmax(jnp.asarray(model.apply(params, images)))
 
-    adamw = optax.adamw(warmup_cosine(0.05, num_steps), weight_decay=0.3)
-    rate = warmup_cosine(0.7, num_steps)
-    variational = ivon(rate, ess=1000, hess_init=0.5, weight_decay=1e-5, b2=0.999)
-    weights, _ = jax.vmap(partial(fit, "AdamW", lambda _: adamw))(params, keys[:, 1])
-    fit_ivon = partial(fit, "IVON", partial(auto_sample, variational))
-    _, states = jax.vmap(fit_ivon)(params, keys[:, 1])
+    weights, _ = jax.vmap(partial(fit, "AdamW"))(params, keys[:, 1])
+    _, states = jax.vmap(partial(fit, "IVON"))(params, keys[:, 1])
     at_samples = predict_samples(log_probs, NUM_SAMPLES)
     samples = {
         "AdamW": jax.vmap(lambda params: log_probs(params, images)[None])(weights),
         "IVON": jax.lax.map(lambda x: at_samples(*x, images), (keys[:, 2], states)),
     }
-    return jnp.asarray(data.test_labels), {
+    return jnp.asarray(test_y), {
         method: dict(zip(SETS, map(summarised, jnp.split(x, ends, axis=2)), strict=True))
         for method, x in samples.items()
     }
 
 
+@jax.jit
 def summarised(samples: Array) -> Predictions:
     """Averages the probabilities of samples on axis 1."""
-    log_probs = jax.nn.logsumexp(samples, axis=1) - jnp.log(samples.shape[1])
-    information = jax.vmap(metrics.mutual_information)(samples)
+    count = samples.shape[1]
+    log_probs = jax.nn.logsumexp(samples, axis=1) - jnp.log(count)
+    information = jax.vmap(metrics.mutual_information)(samples) if count > 1 else None
     return Predictions(log_probs, metrics.predictive_entropy(log_probs), information)
-
-
-# --- Table and figure -----------------------------------------------------------------------------
 
 
 def table(results: Results, labels: Array) -> str:
     """Measures as rows, methods as columns."""
+    found = {method: measures(sets, labels) for method, sets in results.items()}
     rows = [["", *results]]
-
-    def add(label: str, decimals: int, measure: Any, of: Any = tuple(results)) -> None:
-        values = [measure(sets) if method in of else None for method, sets in results.items()]
-        rows.append([label, *("-" if x is None else cell(x, decimals) for x in values)])
-
-    def per_seed(metric: Any) -> Any:
-        return lambda sets: [float(metric(seed, labels)) for seed in sets["digits"].log_probs]
-
-    def detected(score: str, field: str, name: str) -> Any:
-        def measure(sets: dict[str, Predictions]) -> list[float]:
-            pairs = zip(getattr(sets["digits"], score), getattr(sets[name], score), strict=True)
-            return [100 * getattr(metrics.detection(*pair), field) for pair in pairs]
-
-        return measure
-
-    add("accuracy", 4, per_seed(metrics.accuracy))
-    add("NLL", 4, per_seed(metrics.nll))
-    for score, label, of in (("entropy", "entropy", results), ("information", "MI", ["IVON"])):
-        for name in SETS:
-            add(f"{label}, {name}", 3, lambda x, s=score, n=name: getattr(x[n], s).mean(1), of)
-        for name in SETS[1:]:
-            add(f"AUROC of {label}, {name}, %", 1, detected(score, "auroc", name), of)
-            add(f"FPR95 of {label}, {name}, %", 1, detected(score, "fpr95", name), of)
-
-    def remaining(sets: dict[str, Predictions]) -> np.ndarray:
-        errors = errors_by_certainty(sets["digits"], labels)
-        return 100 * errors[:, : round(COVERAGE * errors.shape[1])].mean(axis=1)
-
-    add(f"errors at {COVERAGE:.0%} coverage, %", 2, remaining)
+    for name in found["IVON"]:
+        cells = (cell(*each[name]) if name in each else "-" for each in found.values())
+        rows.append([name, *cells])
     return format_table(rows)
+
+
+def measures(sets: dict[str, Predictions], labels: Array) -> dict[str, tuple[Any, int]]:
+    """Values of one method by seed, and with how many decimals they are shown."""
+    digits = sets["digits"]
+    found = {
+        name: ([float(metric(seed, labels)) for seed in digits.log_probs], 4)
+        for name, metric in (("accuracy", metrics.accuracy), ("NLL", metrics.nll))
+    }
+    for label, field in (("entropy", "entropy"), ("MI", "information")):
+        scores = {name: getattr(predictions, field) for name, predictions in sets.items()}
+        if scores["digits"] is None:
+            continue
+        found |= {f"{label}, {name}": (score.mean(axis=1), 3) for name, score in scores.items()}
+        for name in SETS[1:]:
+            detected = list(map(metrics.detection, scores["digits"], scores[name]))
+            found[f"AUROC of {label}, {name}, %"] = [100 * each.auroc for each in detected], 1
+            found[f"FPR95 of {label}, {name}, %"] = [100 * each.fpr95 for each in detected], 1
+    errors = errors_by_certainty(digits, labels)
+    answered = errors[:, : round(COVERAGE * errors.shape[1])]
+    return found | {f"errors at {COVERAGE:.0%} coverage, %": (100 * answered.mean(axis=1), 2)}
 
 
 def errors_by_certainty(digits: Predictions, labels: Array) -> np.ndarray:
@@ -184,4 +161,4 @@ def draw(results: Results, labels: Array) -> Figure:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    tyro.cli(main)

@@ -10,7 +10,6 @@ and outside its diagonal Gaussian is too narrow.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from matplotlib.figure import Figure
 
 from examples._shared.reporting import COLORS, cell, format_table, save_figure
 from examples._shared.training import train
+from examples._shared.training import warmup_cosine as schedule
 from ivon_jax import Moments, auto_sample, ivon, metrics, predict_moments
 
 WIDTH = 16
@@ -32,15 +32,6 @@ NUM_TRAIN = 40
 BAND = 1.96  # standard deviations on either side hold 95 % of a Gaussian
 
 Array = jax.Array
-
-
-@dataclass(frozen=True)
-class Options:
-    """Uncertainty in the gap between two clusters of data."""
-
-    seeds: int = 10
-    steps: int = 20_000
-    figure: Path = Path("regression_1d.png")
 
 
 class Problem(NamedTuple):
@@ -53,26 +44,21 @@ class Problem(NamedTuple):
     test_y: Array  # with noise
 
 
-def main(options: Options) -> None:
+def main(seeds: int = 10, steps: int = 20_000, figure: Path = Path("regression_1d.png")) -> None:
     """Fits every data set by both methods, prints the table and writes the figure."""
-    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(
-        jnp.arange(options.seeds)
-    )
+    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.arange(seeds))
     problems = jax.vmap(draw_problem)(keys[:, 0])
     starts = jax.vmap(draw_weights)(keys[:, 1])
     methods = {
-        name: jax.vmap(partial(fit, options.steps))(problems, starts, keys[:, 2])
+        name: jax.vmap(partial(fit, steps))(problems, starts, keys[:, 2])
         for name, fit in {"AdamW": fit_adamw, "IVON": fit_ivon}.items()
     }
     print(f"\n{table(methods, problems)}\n")
     print(
-        f"Mean ± standard error over {options.seeds} data sets. std of f: of the function, without "
+        f"Mean ± standard error over {seeds} data sets. std of f: of the function, without "
         "noise.\nNLL and band: of noisy test points; the NLL is better if lower."
     )
-    save_figure(draw(methods, problems), options.figure)
-
-
-# --- Network and data -----------------------------------------------------------------------------
+    save_figure(draw(methods, problems), figure)
 
 
 def network(weights: Array, x: Array) -> Array:
@@ -102,18 +88,10 @@ def draw_problem(key: Array) -> Problem:
     return Problem(x, y, test_x, test_f, test_f + NOISE * jax.random.normal(test_key, test_x.shape))
 
 
-# --- AdamW and IVON -------------------------------------------------------------------------------
-
-
 def loss_fn(weights: Array, batch: tuple[Array, Array]) -> Array:
     """The mean negative log-likelihood per point, up to a constant."""
     x, y = batch
     return jnp.mean((network(weights, x) - y) ** 2) / (2 * NOISE**2)
-
-
-def schedule(peak: float, steps: int) -> optax.Schedule:
-    """Linear warmup and cosine decay to zero."""
-    return optax.warmup_cosine_decay_schedule(0.0, peak, round(0.05 * steps), steps)
 
 
 def fit_adamw(steps: int, problem: Problem, start: Array, key: Array) -> Moments:
@@ -137,28 +115,19 @@ def fit_ivon(steps: int, problem: Problem, start: Array, key: Array) -> Moments:
     return predict(predict_key, state, problem.test_x)
 
 
-# --- Table and figure -----------------------------------------------------------------------------
-
-
 def table(methods: dict[str, Moments], problems: Problem) -> str:
     """Measures as rows, methods as columns; every array has the data sets on axis 0."""
     distance = np.abs(problems.test_x[0])
     inside = (distance >= 1) & (distance <= 2)
     regions = {"clusters": inside, "gap": distance < 1, "outside": distance > 2}
 
-    def std(moments: Moments, _: Array) -> Array:
-        return jnp.sqrt(moments.model_variance).mean(axis=1)
-
-    def nll(moments: Moments, y: Array) -> Array:
-        return jax.vmap(metrics.gaussian_nll)(moments.mean, moments.variance, y)
-
     def covered(moments: Moments, y: Array) -> Array:
         inside = jnp.abs(y - moments.mean) <= BAND * jnp.sqrt(moments.variance)
         return 100 * inside.mean(axis=1)
 
     measures: dict[str, tuple[Callable, int]] = {
-        "std of f": (std, 3),
-        "NLL": (nll, 2),
+        "std of f": (lambda q, _: jnp.sqrt(q.model_variance).mean(axis=1), 3),
+        "NLL": (lambda q, y: jax.vmap(metrics.gaussian_nll)(q.mean, q.variance, y), 2),
         "% in 95 % band,": (covered, 0),
     }
     rows = [["", *methods]]
@@ -188,4 +157,4 @@ def draw(methods: dict[str, Moments], problems: Problem) -> Figure:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    tyro.cli(main)

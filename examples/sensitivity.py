@@ -10,7 +10,7 @@ the better score.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import optax
 import tyro
 from matplotlib.figure import Figure
 
-from examples._shared.datasets import load_small_digits, with_wrong_labels
+from examples._shared.datasets import NUM_CLASSES, load_small_digits, with_wrong_labels
 from examples._shared.networks import MLP
 from examples._shared.reporting import COLORS, cell, format_table, save_figure
 from examples._shared.training import classification_loss, train, warmup_cosine
@@ -31,27 +31,11 @@ from ivon_jax.metrics import detection
 
 NUM_TRAIN = 500
 BATCH_SIZE = 50
-NUM_CLASSES = 10
 WRONG = 0.1  # share of the labels
 PICTURES = 12  # in a row of the figure
 
+Network = partial(MLP, activation=nn.tanh)
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-
-
-@dataclass(frozen=True)
-class Options:
-    """Sensitivity to training examples, some of which have a wrong label."""
-
-    seeds: int = 8
-    epochs: int = 60
-    figure: Path = Path("sensitivity.png")
-
-
-class Network(MLP):
-    """Two hidden layers of tanh."""
-
-    width: int = 16
-    activation: Callable = nn.tanh
 
 
 class Data(NamedTuple):
@@ -77,8 +61,9 @@ class Scores(NamedTuple):
     loss: Any
 
 
-def train_and_score(network: Network, data: Data, key: jax.Array, epochs: int) -> Scores:
+def train_and_score(epochs: int, data: Data, key: jax.Array) -> Scores:
     """Trains by IVON; scores every training example under the posterior."""
+    network = Network(16)
     apply: Callable[..., Any] = network.apply
     init_key, noise_key, shuffle_key = jax.random.split(key, 3)
     params = network.init(init_key, data.images[:1])
@@ -97,19 +82,12 @@ def run(seeds: int, epochs: int) -> tuple[Data, Scores]:
     """Data and scores of all seeds, which train at the same time."""
     data_keys, keys = jax.random.split(jax.random.key(0), (2, seeds))
     data = jax.vmap(draw_data)(data_keys)
-    network = Network()
-    scores = jax.vmap(lambda data, key: train_and_score(network, data, key, epochs))(data, keys)
-    return jax.device_get((data, scores))
+    return jax.device_get((data, jax.vmap(partial(train_and_score, epochs))(data, keys)))
 
 
-def class_sensitivity(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """Sensitivity of each class: that to a group of examples is the sum over its members."""
-    return jax.ops.segment_sum(scores, labels, NUM_CLASSES)
-
-
-def main(options: Options) -> None:
+def main(seeds: int = 8, epochs: int = 60, figure: Path = Path("sensitivity.png")) -> None:
     """Trains, prints the table and writes the figure."""
-    data, scores = run(options.seeds, options.epochs)
+    data, scores = run(seeds, epochs)
     wrong = data.labels != data.true_labels
     rows = [["", "AUROC", "wrong labels in the top tenth, %"]]
     for name, score in (("sensitivity", scores.sensitivity), ("training loss", scores.loss)):
@@ -120,7 +98,7 @@ def main(options: Options) -> None:
     print(f"\nFinding wrong labels ({100 * WRONG:.0f} %) among {NUM_TRAIN} digits\n")
     print(format_table(rows))
     first = jax.tree.map(lambda x: x[0], (data, scores))
-    save_figure(draw(*first), options.figure)
+    save_figure(draw(*first), figure)
 
 
 def draw(data: Data, scores: Scores) -> Figure:
@@ -145,10 +123,11 @@ def draw(data: Data, scores: Scores) -> Figure:
         ("right labels", ~wrong, COLORS["IVON"]),
         ("wrong labels", wrong, COLORS["unfamiliar"]),
     ):
-        heights = class_sensitivity(scores.sensitivity[chosen], data.labels[chosen])
+        x, y = scores.loss[chosen], scores.sensitivity[chosen]
+        # The sensitivity to a group of examples is the sum over its members.
+        heights = np.bincount(data.labels[chosen], weights=y, minlength=NUM_CLASSES)
         bars.bar(digits, heights, bottom=bottom, color=color, label=name)
         bottom += heights
-        x, y = scores.loss[chosen], scores.sensitivity[chosen]
         points.scatter(x, y, s=14, color=color, alpha=0.6, linewidth=0, label=name)
     bars.set(xlabel="label", xticks=digits, ylabel="sensitivity, summed", title="Classes")
     points.set(xscale="log", yscale="log", xlabel="training loss", ylabel="sensitivity")
@@ -158,4 +137,4 @@ def draw(data: Data, scores: Scores) -> Figure:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    tyro.cli(main)

@@ -1,6 +1,6 @@
 """What the examples share: means over seeds, tables and figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 # A palette that is told apart under colour blindness (Okabe and Ito).
 COLORS = {
     "IVON": "#00785A",
-    "IVON, mean": "#7FBFA4",
+    "IVON at the mean": "#7FBFA4",
     "AdamW": "#E69F00",
     "SGD": "#0072B2",
     "reference": "#444444",
@@ -50,18 +50,6 @@ def draw_band(ax: Axes, x: Any, values: Any, color: str, line: str = "-", **styl
     mean, error = mean_and_error(values)
     ax.plot(x, mean, line, color=color, **style)
     ax.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
-
-
-def draw_entropies(ax: Axes, title: str, entropies: Mapping[str, Any]) -> None:
-    """Histograms of predictive entropies by set of images; the first is that of familiar ones."""
-    bins = np.linspace(0.0, np.log(10), 31)
-    for name, values in entropies.items():
-        share = np.histogram(np.maximum(values, 0.0), bins)[0] / values.size  # 0: rounding
-        known = name not in COLORS
-        style: Any = {"fill": True, "alpha": 0.35} if known else {"linewidth": 1.6}
-        ax.stairs(share, bins, color=COLORS.get(name, "#666666"), label=name, **style)
-    ax.set(xlabel="predictive entropy, nats", ylabel="share of images", ylim=(0, 1), title=title)
-    ax.legend(frameon=False)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -37,14 +37,6 @@ def train(
     last batch is left out. Returns parameters and optimizer state. After `auto_sample` the
     parameters are one posterior sample: predict with the state.
     """
-
-    def step(carry, rows, data):
-        params, state = carry
-        batch = jax.tree.map(lambda x: x[rows], data)
-        grads = jax.grad(loss_fn)(params, batch)
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
     bar = tqdm(total=epochs, unit="epoch", desc=label, disable=not progress)
 
     def count() -> None:
@@ -52,9 +44,15 @@ def train(
 
     @jax.jit
     def run(params, data, key):
+        def step(carry, rows):
+            params, state = carry
+            batch = jax.tree.map(lambda x: x[rows], data)
+            grads = jax.grad(loss_fn)(params, batch)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
         def epoch(carry, key):
-            rows = shuffled_rows(key, data, batch_size)
-            carry, _ = jax.lax.scan(lambda carry, rows: step(carry, rows, data), carry, rows)
+            carry, _ = jax.lax.scan(step, carry, shuffled_rows(key, data, batch_size))
             jax.debug.callback(count)  # once per epoch, also under vmap
             return carry, None
 

@@ -76,7 +76,15 @@ class Checkpoints:
         step = self._newest_intact()
         if step is None:
             return None
-        self._check_the_run(step, self._read(step, about=ocp.args.JsonRestore()), arrays(like))
+        about, here = self._read(step, about=ocp.args.JsonRestore()), arrays(like)
+        # Of arrays a few say enough: in another model all may differ.
+        unlike = differences(about["run"], self.run) or differences(about["arrays"], here)[:4]
+        if unlike:
+            raise ValueError(
+                f"{self.directory / str(step)} is a checkpoint of another model, optimizer or "
+                f"data set: {'; '.join(unlike)}. Continue it with the options that it was "
+                "written with, or choose another folder."
+            )
         state = self._read(step, state=ocp.args.StandardRestore(like))
         self._current = step
         return step, state
@@ -163,16 +171,6 @@ class Checkpoints:
             damaged[step] = reason
         # None is set aside, lest the next start finds an empty folder and begins at zero.
         return ALL_DAMAGED if damaged else NOTHING
-
-    def _check_the_run(self, step: int, about: dict[str, Any], here: dict[str, str]) -> None:
-        # Of arrays a few say enough: in another model all may differ.
-        unlike = differences(about["run"], self.run) or differences(about["arrays"], here)[:4]
-        if unlike:
-            raise ValueError(
-                f"{self.directory / str(step)} is a checkpoint of another model, optimizer or "
-                f"data set: {'; '.join(unlike)}. Continue it with the options that it was "
-                "written with, or choose another folder."
-            )
 
 
 def arrays(tree: PyTree) -> dict[str, str]:

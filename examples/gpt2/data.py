@@ -50,13 +50,11 @@ def load_corpus(path: Path | None, vocabulary: int | None = None) -> Corpus:
         train, validation = (_token_file(path / part) for part in ("train.bin", "val.bin"))
         return Corpus(path.resolve().name, train, validation, vocabulary or 50304)
     elif path.is_file():
-        name = path.name
-        tokens = _token_file(path) if path.suffix == ".bin" else np.memmap(path, np.uint8, "r")
+        name, tokens = path.name, np.memmap(path, np.uint8, "r")
     else:
         raise FileNotFoundError(f"{path} is neither a text file nor a folder with train.bin")
     train = len(tokens) * 9 // 10
-    default = 256 if tokens.dtype == np.uint8 else 50304
-    return Corpus(name, tokens[:train], tokens[train:], vocabulary or default)
+    return Corpus(name, tokens[:train], tokens[train:], vocabulary or 256)
 
 
 def _token_file(path: Path) -> np.ndarray:
@@ -85,7 +83,7 @@ def training_batch(
     """Windows at random places: (micro-batches, sequences, context + 1), over all processes."""
     last = len(corpus.train) - shape[2]
     starts = np.random.default_rng((seed, step)).integers(0, last + 1, shape[:2])
-    return _windows(corpus, corpus.train, starts, shape, sharding)
+    return _windows(corpus, corpus.train, starts, shape[2], sharding)
 
 
 def validation_batches(
@@ -94,18 +92,12 @@ def validation_batches(
     """Batches of windows, evenly spread over the validation part."""
     last = len(corpus.validation) - shape[1]
     starts = np.linspace(0, last, count * shape[0]).astype(int).reshape(count, shape[0])
-    return [_windows(corpus, corpus.validation, row, shape, sharding) for row in starts]
+    return [_windows(corpus, corpus.validation, row, shape[1], sharding) for row in starts]
 
 
-def _windows(
-    corpus: Corpus,
-    tokens: np.ndarray,
-    starts: np.ndarray,
-    shape: tuple[int, ...],
-    sharding: NamedSharding,
-) -> jax.Array:
+def _windows(corpus: Corpus, tokens: Any, starts: Any, length: int, sharding: Any) -> jax.Array:
     def rows(index: Any) -> np.ndarray:  # that one device holds
-        windows = tokens[starts[index[:-1]][..., None] + np.arange(shape[-1])].astype(np.int32)
+        windows = tokens[starts[index[:-1]][..., None] + np.arange(length)].astype(np.int32)
         if windows.max() >= corpus.vocabulary:
             raise ValueError(
                 f"{corpus.name} holds token {windows.max()}, but the vocabulary has "
@@ -113,4 +105,4 @@ def _windows(
             )
         return windows[..., index[-1]]
 
-    return jax.make_array_from_callback(shape, sharding, rows)
+    return jax.make_array_from_callback((*starts.shape, length), sharding, rows)

@@ -1,12 +1,6 @@
-r"""GPT-2 with AdamW and IVON, on one core or on a mesh of many devices and processes.
+"""GPT-2 with AdamW and IVON, on one core or on a mesh of many devices and processes.
 
     python examples/gpt2/main.py                                  # tiny, both optimizers, two cores
-    python examples/gpt2/main.py --preset small --optimizer ivon --data openwebtext --steps 100000 \
-        --warmup 2000 --batch 480 --micro-batches 3 --samples 8 --mesh data=8
-
-IVON's settings are those published for GPT-2 (`ivon_jax.recipes`). Every micro-batch has posterior
-samples of its own (24 in a step above); the gradient of each is clipped to norm 1 before the
-product with its noise; weight decay acts on matrices only.
 
 The same command goes on from the newest checkpoint in `--output`, on the same mesh or another.
 examples/gpt2/README.md tells how to start several processes, and what happens when something
@@ -20,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -67,25 +60,18 @@ class Run:
     layout: Layout
     settings: Settings
     corpus: Corpus
-    peak: float  # FLOP/s of all devices
 
     def __post_init__(self) -> None:
         skip, layout = self.options.skip_bad_steps, self.layout
         self.name = type(self.settings).__name__.lower()
         self.folder = self.options.output / self.name
-        self.init_key, self.run_key, self.evaluation_key = jax.random.split(
-            jax.random.key(self.options.seed), 3
-        )
+        keys = jax.random.split(jax.random.key(self.options.seed), 3)
+        self.init_key, self.run_key, self.evaluation_key = keys
         self.trainer = gpt2_training.make_trainer(self.config, layout, self.settings, skip)
         params = gpt2_model.abstract_params(self.config, layout)
         self.abstract = gpt2_training.abstract_state(self.trainer, params, layout)
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
         self.is_finite = jax.jit(gpt2_training.is_finite, out_shardings=layout.sharding())
-
-    def fresh_state(self) -> TrainState:
-        """The state before the first step, each device filling its own shards."""
-        params = gpt2_model.init_params(self.config, self.layout, self.init_key)
-        return jax.jit(self.trainer.init, out_shardings=self.shardings)(params, self.run_key)
 
     def batch(self, step: int) -> jax.Array:
         """The training batch of a step."""
@@ -108,22 +94,26 @@ class Run:
         run = gpt2_options.run_description(self.options, self.config, self.settings, self.corpus)
         with Checkpoints(self.folder / "checkpoints", run, self.options.keep) as checkpoints:
             found = checkpoints.restore(self.abstract)
-            start, state = found or (0, self.fresh_state())
-            if found is not None:
+            if found is None:  # each device fills its own shards
+                params = gpt2_model.init_params(self.config, self.layout, self.init_key)
+                init = jax.jit(self.trainer.init, out_shardings=self.shardings)
+                start, state = 0, init(params, self.run_key)
+            else:
+                start, state = found
                 say(f"{self.name}: goes on from the checkpoint of step {start}")
             if start < self.options.steps:
                 self._steps(start, state, checkpoints)
 
     def _steps(self, start: int, state: TrainState, checkpoints: Checkpoints) -> None:
-        options, first = self.options, jax.process_index() == 0
+        options = self.options
         evaluate = self._evaluator()
         step_fn, megabytes = self.compiled_step()
         write = gpt2_report.metrics_writer(self.folder / "metrics.jsonl", start)
         write(step=start, step_memory_mb=megabytes)
         tokens = options.batch * self.config.context  # per step
         seconds, since = 0.0, time.perf_counter()  # without compilation, evaluation and saving
-        title = gpt2_report.NAMES[self.name]
-        bar = tqdm(total=options.steps, initial=start, desc=title, disable=None if first else True)
+        hidden = jax.process_index() > 0 or None  # None: where it is no terminal
+        bar = tqdm(total=options.steps, initial=start, desc=self.name, disable=hidden)
         not_finite = 0  # losses in a row
         with bar:
             for step in range(start + 1, options.steps + 1):
@@ -138,26 +128,22 @@ class Run:
                 loss = float(loss)
                 seconds += time.perf_counter() - since
                 rate = (step - start) * tokens / seconds
-                utilisation = 100 * rate * self.config.flops_per_token() / self.peak
-                write(step=step, loss=loss, tokens_per_second=rate, mfu_percent=utilisation)
+                write(step=step, loss=loss, tokens_per_second=rate)
                 bar.set_postfix(loss=f"{loss:.3f}")
                 not_finite = 0 if math.isfinite(loss) else not_finite + 1
-                if saves or not_finite:  # no bad state takes a good one's place
-                    self._check_finite(step, state, not_finite)
+                bad = not_finite >= MAX_NOT_FINITE
+                if bad or ((saves or not_finite) and not self.is_finite(state)):
+                    raise FloatingPointError(  # so that no bad state takes a good one's place
+                        f"loss or state is not finite at step {step}. Earlier checkpoints are "
+                        "kept: the same command with --skip-bad-steps goes on from the newest and "
+                        "leaves single bad batches out. If the loss had been rising, begin again "
+                        "in a new --output with a smaller --learning-rate."
+                    )
                 if evaluates:
                     write(step=step, **evaluate(state))
                 if saves:
                     checkpoints.save(step, state)
                 since = time.perf_counter()
-
-    def _check_finite(self, step: int, state: TrainState, not_finite: int) -> None:
-        if not self.is_finite(state) or not_finite >= MAX_NOT_FINITE:
-            raise FloatingPointError(
-                f"loss or state is not finite at step {step}. Earlier checkpoints are kept: the "
-                "same command with --skip-bad-steps goes on from the newest and leaves single bad "
-                "batches out. If the loss had been rising, begin again in a new --output with a "
-                "smaller --learning-rate."
-            )
 
     def _evaluator(self) -> Callable[[TrainState], dict[str, float]]:
         options, key = self.options, self.evaluation_key
@@ -173,26 +159,11 @@ class Run:
         def evaluate(state: TrainState) -> dict[str, float]:
             parts = [nll(jax.random.fold_in(key, i), state, x) for i, x in enumerate(batches)]
             means = jax.tree.map(lambda *xs: sum(map(float, xs)) / len(xs), *parts)
-            losses = ", ".join(f"{value:.4f} ({name})" for name, value in means.items())
-            say(f"  step {int(state.step)}, validation loss {losses}")
-            return {f"validation_{name}": value for name, value in means.items()} | {
-                f"perplexity_{name}": math.exp(min(value, 50.0)) for name, value in means.items()
-            }
+            losses = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+            say(f"  step {int(state.step)}, {losses}")
+            return means
 
         return evaluate
-
-
-def describe(options: Options, config: Config, layout: Layout, corpus: Corpus) -> str:
-    """What is trained on which devices and data."""
-    params = jax.tree.leaves(gpt2_model.abstract_params(config, layout))
-    axes = ", ".join(f"{name}={size}" for name, size in layout.mesh.shape.items())
-    windows = options.eval_batches * options.batch // options.micro_batches
-    return (
-        f"GPT-2 {options.preset}, {sum(x.size for x in params):,} parameters, {config.dtype}, on "
-        f"{jax.device_count()} {jax.devices()[0].device_kind} ({axes})\n{corpus.name}, "
-        f"{len(corpus.train):,} tokens for training; {windows * config.context:,} others for "
-        "validation, in fixed windows"
-    )
 
 
 def prepare(options: Options) -> list[Run]:
@@ -209,21 +180,16 @@ def prepare(options: Options) -> list[Run]:
     gpt2_options.check_divisible(options, config, dict(layout.mesh.shape))
     chosen = [gpt2_options.optimizer_settings(options, name) for name in options.optimizer]
     corpus.check_length(config.context + 1)
-    say(describe(options, config, layout, corpus))
-    peak, source = gpt2_report.peak_flops(options.peak_tflops, config.dtype)
-    say(f"Utilisation is relative to {peak / 1e12:.3g} TFLOP/s ({source})")
+    count = sum(x.size for x in jax.tree.leaves(gpt2_model.abstract_params(config, layout)))
+    axes = ", ".join(f"{name}={size}" for name, size in layout.mesh.shape.items())
+    say(
+        f"GPT-2 {options.preset}, {count:,} parameters, {config.dtype}, on {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} ({axes})\n{corpus.name}, {len(corpus.train):,} tokens"
+    )
     with jax.set_mesh(layout.mesh):
-        runs = [Run(options, config, layout, settings, corpus, peak) for settings in chosen]
+        runs = [Run(options, config, layout, settings, corpus) for settings in chosen]
     options.output.mkdir(parents=True, exist_ok=True)
     return runs
-
-
-def report(folder: Path) -> None:
-    """Prints the table and draws the figure of all runs in the folder."""
-    files = {name: folder / name / "metrics.jsonl" for name in gpt2_report.NAMES}
-    runs = {name: gpt2_report.read_metrics(path) for name, path in files.items() if path.exists()}
-    print("\n" + gpt2_report.results_table(runs))
-    gpt2_report.save_loss_figure(folder / "gpt2.png", runs)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -246,7 +212,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"main.py: {error}", file=sys.stderr)
         sys.exit(2)
     if jax.process_index() == 0:
-        report(options.output)
+        gpt2_report.report(options.output)
         print(f"Wall-clock time {time.perf_counter() - start:.0f} s, compilation included.")
 
 

@@ -6,6 +6,7 @@ the compute dtype and gathered over `fsdp`. Gradients are summed in the compute 
 """
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Array = jax.Array
@@ -33,12 +35,6 @@ class Config:
     vocabulary: int = 50304  # GPT-2's 50257, rounded up to a multiple of 128
     dtype: str = "bfloat16"  # of activations and of the weights where they are used
     remat: bool = True  # recompute each layer in the backward pass instead of keeping it
-    unroll: int = 1  # layers per round of the compiled loop
-
-    def flops_per_token(self) -> int:
-        """Matrix-multiplication FLOPs of one training step per token (without recomputation)."""
-        matrices = 12 * self.depth * self.width**2 + self.vocabulary * self.width
-        return 6 * matrices + 6 * self.depth * self.width * self.context  # causal half of attention
 
 
 PRESETS = {
@@ -145,7 +141,6 @@ class GPT2(_Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=c.depth,
-            unroll=c.unroll,
             metadata_params={nn.PARTITION_NAME: None},
         )
         x, _ = layers(c, place, name="layers")(x, None)
@@ -170,13 +165,9 @@ def token_log_likelihoods(config: Config, layout: Layout) -> Callable[[Params, A
 def abstract_params(config: Config, layout: Layout) -> Params:
     """Shapes, dtypes and shardings of the parameters."""
     boxed = jax.eval_shape(lambda: _boxed(config, layout, jax.random.key(0)))
-    specs = nn.get_partition_spec(boxed)
+    shardings = nn.get_sharding(boxed, layout.mesh)
     return jax.tree.map(
-        lambda x, spec: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(layout.mesh, spec)
-        ),
-        _values(boxed),
-        specs,
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), _values(boxed), shardings
     )
 
 
@@ -194,11 +185,7 @@ def _boxed(config: Config, layout: Layout, key: Array) -> Params:
 
 
 def _values(boxed: Params) -> Params:
-    return jax.tree.map(
-        lambda x: x.value if isinstance(x, nn.Partitioned) else x,
-        boxed,
-        is_leaf=lambda x: isinstance(x, nn.Partitioned),
-    )
+    return meta.map_axis_meta(operator.attrgetter("value"), boxed)
 
 
 def is_matrix(params: Params) -> Params:

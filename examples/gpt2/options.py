@@ -12,9 +12,9 @@ from jax.sharding import AxisType
 
 from examples.gpt2.data import Corpus
 from examples.gpt2.model import MESH_AXES, PRESETS, Config, Layout
-from examples.gpt2.training import ADAMW_RATES, IVON_RECIPES, TINY_IVON_RATE, AdamW, Ivon, Settings
+from examples.gpt2.training import ADAMW_RATES, IVON_SETTINGS, AdamW, Ivon, Settings
 
-TUNED = ("learning_rate", "weight_decay", "ess", "hess_init", "b2", "clip_radius", "samples")
+TUNED = ("learning_rate", "ess", "hess_init", "b2", "samples")
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,9 @@ class Options:
 
     # of the optimizer, if --optimizer names one; None: the preset's
     learning_rate: float | None = None
-    weight_decay: float | None = None  # None: the preset's, here and below
     ess: float | None = None  # IVON's effective sample size
     hess_init: float | None = None  # IVON's
     b2: float | None = None  # IVON's β₂
-    clip_radius: float | None = None  # IVON's
     # posterior samples of every micro-batch, each on its own part of it: a multiple of the mesh's
     # `data`, so that each index of it evaluates others; None: 1 for all
     samples: int | None = None
@@ -51,15 +49,11 @@ class Options:
     # sizes of the mesh's axes, as in data=4,fsdp=2,model=2; empty: all devices on `data`
     mesh: str = ""
     axis_types: Literal["auto", "explicit"] = "auto"  # of the mesh
-    # of the computation (the posterior is always float32); None: float32 on a CPU, else bfloat16
-    dtype: Literal["bfloat16", "float32"] | None = None
     remat: bool = True  # recompute layers in the backward pass (the tiny preset never does)
     distributed: bool = False  # several processes, found by themselves (TPU pods, Slurm, MPI)
     coordinator: str | None = None  # host:port of process 0, where they cannot be found
     num_processes: int | None = None
     process_id: int | None = None
-    # of one device, for the utilisation; None: known devices' data sheet, else measured
-    peak_tflops: float | None = None
 
     eval_every: int = 50  # steps
     eval_batches: int = 8  # of a micro-batch each
@@ -70,7 +64,7 @@ class Options:
 
     def check(self) -> None:
         """Refuses values that no run can have."""
-        free = ("seed", "process_id", "weight_decay", "b2")
+        free = ("seed", "process_id")
         for name, value in vars(self).items():
             if type(value) in (int, float) and name not in free and not 0 < value < math.inf:
                 raise ValueError(f"{flag(name)} must be positive and finite, but is {value}.")
@@ -111,12 +105,11 @@ def mesh_sizes(text: str) -> dict[str, int]:
 def model_config(options: Options, corpus: Corpus) -> Config:
     """The preset with what the options change."""
     preset = PRESETS[options.preset]
-    on_cpu = jax.default_backend() == "cpu"
     return dataclasses.replace(
         preset,
         vocabulary=corpus.vocabulary,
         context=options.context or preset.context,
-        dtype=options.dtype or ("float32" if on_cpu else "bfloat16"),
+        dtype="float32" if jax.default_backend() == "cpu" else "bfloat16",
         remat=preset.remat and options.remat,
     )
 
@@ -138,10 +131,8 @@ def optimizer_settings(options: Options, optimizer: str) -> Settings:
     if kind is AdamW:
         chosen: dict[str, Any] = {"learning_rate": ADAMW_RATES[options.preset]}
     else:
-        published = IVON_RECIPES[options.preset].settings
+        published = IVON_SETTINGS[options.preset]
         chosen = {name: value for name, value in published.items() if name in own}
-        if options.preset == "tiny":
-            chosen["learning_rate"] = TINY_IVON_RATE
     return kind(**{"steps": options.steps, "warmup": warmup} | chosen | given)
 
 
@@ -172,7 +163,7 @@ def run_description(
     """What must agree for a checkpoint to be continued: everything but the devices."""
     data = {name: getattr(options, name) for name in ("batch", "micro_batches", "seed")}
     model = dataclasses.asdict(config)
-    for free in ("dtype", "remat", "unroll"):
+    for free in ("dtype", "remat"):
         del model[free]
     return {
         "model": model,

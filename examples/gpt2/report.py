@@ -1,47 +1,18 @@
-"""What a run reports: its file of metrics, utilisation, table and figure."""
+"""What a run reports: its file of metrics, table and figure."""
 
 import json
 import math
-import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from matplotlib.figure import Figure
 
 from examples._shared.reporting import COLORS, format_table, save_figure
 
-# Dense bfloat16 matrix products of one device, FLOP/s, from the vendors' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 NAMES = {"adamw": "AdamW", "ivon": "IVON"}
-
-
-def peak_flops(tflops: float | None, dtype: str) -> tuple[float, str]:
-    """FLOP/s of all devices (unknown ones are measured), and where the number is from."""
-    device, count = jax.local_devices()[0], jax.device_count()
-    if tflops is not None:
-        return tflops * 1e12 * count, "as given"
-    if device.device_kind in PEAK_FLOPS:
-        return PEAK_FLOPS[device.device_kind] * count, f"data sheet of {device.device_kind}"
-    x = jax.device_put(np.ones((2048, 2048), jnp.dtype(dtype)), device)
-    product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
-    seconds = min(timeit.repeat(lambda: product(x).block_until_ready(), number=1, repeat=5))
-    # The devices of a CPU share its cores.
-    units = jax.process_count() if device.platform == "cpu" else count
-    return 2 * 2048**3 / seconds * units, f"measured with {dtype} products of 2048 x 2048 matrices"
+Runs = dict[str, list[dict[str, Any]]]  # records by optimizer
 
 
 def metrics_writer(path: Path, restored_step: int) -> Callable[..., None]:
@@ -77,7 +48,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-Runs = dict[str, list[dict[str, Any]]]  # records by optimizer
+def report(folder: Path) -> None:
+    """Prints the table and draws the figure of all runs in the folder."""
+    files = {name: folder / name / "metrics.jsonl" for name in NAMES}
+    runs = {name: read_metrics(path) for name, path in files.items() if path.exists()}
+    print("\n" + results_table(runs))
+    save_loss_figure(folder / "gpt2.png", runs)
 
 
 def _series(records: list[dict[str, Any]], key: str) -> list[tuple[int, Any]]:
@@ -92,10 +68,7 @@ def results_table(runs: Runs) -> str:
         ("training loss, nats per token", "loss", ".4f"),
         ("validation loss at the mean", "validation_mean", ".4f"),
         ("validation loss, averaged", "validation_averaged", ".4f"),
-        ("perplexity at the mean", "perplexity_mean", ".3f"),
-        ("perplexity, averaged", "perplexity_averaged", ".3f"),
         ("tokens per second", "tokens_per_second", ",.0f"),
-        ("model FLOP utilisation, %", "mfu_percent", ".1f"),
         ("memory of a step, MB per device", "step_memory_mb", ",.1f"),
     ):
         found = [_series(records, key) for records in runs.values()]

@@ -23,12 +23,11 @@ PyTree = Any
 # each optimizer, by the loss on the validation windows that the script reports as well: AdamW 5e-4,
 # 1e-3, 3e-3, 1e-2; IVON 250, 500, 1000, 3000.
 ADAMW_RATES = {"tiny": 1e-3, "small": 6e-4, "medium": 3e-4, "large": 2.5e-4}
-TINY_IVON_RATE = 500.0
-IVON_RECIPES = {
-    "tiny": recipes.GPT2_125M,
-    "small": recipes.GPT2_125M,
-    "medium": recipes.GPT2_355M,
-    "large": recipes.GPT2_773M,
+IVON_SETTINGS = {
+    "tiny": {**recipes.GPT2_125M.settings, "learning_rate": 500.0},
+    "small": recipes.GPT2_125M.settings,
+    "medium": recipes.GPT2_355M.settings,
+    "large": recipes.GPT2_773M.settings,
 }
 
 
@@ -109,7 +108,7 @@ def _adamw(config: Config, layout: Layout, settings: Any) -> tuple[Any, Any]:
             lambda windows, _: value_and_grad(state.params, windows),
             (jnp.zeros([]), jax.tree.map(jnp.zeros_like, state.params)),
             batch,
-            _step_key(state),
+            state,
         )
         grads = clip_by_norm(grads, settings.clip_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -147,7 +146,7 @@ def _ivon(config: Config, layout: Layout, settings: Any) -> tuple[Any, Any]:
             lambda windows, key: estimate(key, state.opt_state, windows),
             (jnp.zeros([]), zeros, zeros),
             batch,
-            _step_key(state),
+            state,
         )
         _, opt_state = tx.update(grads, state.opt_state, hess=hess)
         return TrainState(state.step + 1, (), opt_state, state.key), loss
@@ -177,15 +176,12 @@ def clip_by_norm(grads: PyTree, bound: float) -> PyTree:
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
 
 
-def _step_key(state: TrainState) -> Array:
-    return jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-
-
 def _mean_over_micro_batches(
-    estimate: Callable[[Array, Array], PyTree], zeros: PyTree, batch: Array, key: Array
+    estimate: Callable[[Array, Array], PyTree], zeros: PyTree, batch: Array, state: TrainState
 ) -> PyTree:
     """The mean of `estimate(windows, key)` over axis 0 of the batch, each with its own key."""
     count = batch.shape[0]
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     if count == 1:
         return estimate(batch[0], key)
 
@@ -198,8 +194,7 @@ def _mean_over_micro_batches(
 
 def is_finite(state: TrainState) -> Array:
     """Whether all of the state is."""
-    floating = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floating]))
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state)]))
 
 
 def abstract_state(trainer: Trainer, params: PyTree, layout: Layout) -> Any:
@@ -227,11 +222,10 @@ def evaluator(
 
     def evaluate(key: Array, state: TrainState, windows: Array) -> dict[str, Array]:
         if isinstance(settings, AdamW):
-            return {"mean": -jnp.mean(log_likelihoods(state.params, windows))}
-        mean = posterior_mean(state.opt_state)
+            return {"validation_mean": -jnp.mean(log_likelihoods(state.params, windows))}
         draws = at_samples(key, state.opt_state, windows)
         averaged = jax.nn.logsumexp(draws, axis=0) - jnp.log(float(samples))
-        at_mean = log_likelihoods(mean, windows)
-        return {"mean": -jnp.mean(at_mean), "averaged": -jnp.mean(averaged)}
+        at_mean = log_likelihoods(posterior_mean(state.opt_state), windows)
+        return {"validation_mean": -jnp.mean(at_mean), "validation_averaged": -jnp.mean(averaged)}
 
     return evaluate

@@ -37,7 +37,7 @@ from examples.gpt2.model import Config, Layout
 from examples.gpt2.training import AdamW, Ivon
 
 ROOT = Path(__file__).parents[2]
-SMALL = Config(width=16, depth=2, heads=2, context=8, vocabulary=32, dtype="float32")
+SMALL = Config(width=16, depth=2, heads=2, context=8, vocabulary=32, dtype="float32", remat=False)
 CORPUS = gpt2_data.Corpus("numbers", np.arange(1000) % 32, np.arange(100) % 32, 32)
 ADAMW = AdamW(1e-3, steps=100, warmup=1)
 IVON = Ivon(1000.0, steps=100, warmup=1)
@@ -99,17 +99,6 @@ def test_a_token_does_not_see_those_after_it():
     assert np.all(changed[0, :4] == 0.0) and np.all(changed[0, 4:] != 0.0)
 
 
-def test_the_flops_are_those_of_the_matrix_products_of_a_step():
-    config = dataclasses.replace(SMALL, width=128, vocabulary=512, context=64, remat=False)
-    config = dataclasses.replace(config, unroll=config.depth)
-    params = gpt2_model.abstract_params(config, ONE)
-    f = gpt2_model.token_log_likelihoods(config, ONE)
-    grad = jax.jit(jax.grad(lambda p, x: f(p, x).sum()))
-    cost = grad.lower(params, jax.ShapeDtypeStruct((2, 65), jnp.int32)).compile().cost_analysis()
-    # Beside the products there are softmax, norms and embeddings, and attention's masked half.
-    assert 1.0 < cost["flops"] / (2 * 64 * config.flops_per_token()) < 1.15
-
-
 def test_a_batch_depends_on_seed_and_step_only_and_not_on_the_mesh():
     def batch(place, step=5):
         sharding = place.sharding(None, "batch", None)
@@ -142,9 +131,10 @@ def test_what_is_not_data_is_refused_with_a_reason(tmp_path, monkeypatch):
 
 
 @functools.cache
-def prepared(place, chosen, skip_bad_steps=False):
+def prepared(place, chosen, skip_bad_steps=False, remat=False):
     """The step, to be compiled, and a state to begin with."""
-    trainer = gpt2_training.make_trainer(SMALL, place, chosen, skip_bad_steps)
+    config = dataclasses.replace(SMALL, remat=remat)
+    trainer = gpt2_training.make_trainer(config, place, chosen, skip_bad_steps)
     params = gpt2_model.abstract_params(SMALL, place)
     abstract = gpt2_training.abstract_state(trainer, params, place)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
@@ -154,8 +144,8 @@ def prepared(place, chosen, skip_bad_steps=False):
     return jax.jit(trainer.step, out_shardings=(shardings, place.sharding())), state
 
 
-def losses(place, chosen):
-    step, state = prepared(place, chosen)
+def losses(place, chosen, remat=False):
+    step, state = prepared(place, chosen, remat=remat)
     found, sharding = [], place.sharding(None, "batch", None)
     with jax.set_mesh(place.mesh):
         for i in range(3):
@@ -166,14 +156,15 @@ def losses(place, chosen):
     return found
 
 
-def test_training_is_the_same_on_any_mesh_and_with_explicit_axes():
+def test_training_is_the_same_on_any_mesh_with_explicit_axes_and_layers_recomputed():
     chosen = dataclasses.replace(IVON, samples=2)
     expected = losses(ONE, chosen)
     assert expected[-1] < expected[0]
     # A step is clipped to the sign of u, so that rounding in ĝ is not amplified: 1e-4 of a loss
     # of order one is the rounding of sums over eight devices, a thousand times.
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        chex.assert_trees_all_close(losses(layout(2, 2, 2, kind=kind), chosen), expected, rtol=1e-4)
+    for kind, remat in ((AxisType.Auto, False), (AxisType.Explicit, True)):
+        found = losses(layout(2, 2, 2, kind=kind), chosen, remat)
+        chex.assert_trees_all_close(found, expected, rtol=1e-4)
 
 
 def test_each_micro_batch_has_its_own_sample_and_is_clipped_before_the_mean():
@@ -188,10 +179,10 @@ def test_each_micro_batch_has_its_own_sample_and_is_clipped_before_the_mean():
     assert 0.1 < norms[1] / CLIPPED.clip_norm < 0.99
 
 
-@pytest.mark.parametrize(("chosen", "skip"), [(ADAMW, True), (CLIPPED, True), (CLIPPED, False)])
-def test_a_gradient_that_is_not_finite_is_skipped_on_request_and_else_visible(chosen, skip):
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_gradient_that_is_not_finite_is_skipped_on_request_and_else_visible(skip):
     batch = jnp.full((1, 8, 9), 3).at[0, 0, 4].set(999)  # no such token: its embedding is NaN
-    step, before = prepared(ONE, chosen, skip_bad_steps=skip)
+    step, before = prepared(ONE, CLIPPED, skip_bad_steps=skip)
     state, loss = step(before, batch)
     assert np.isnan(loss) and state.step == 1
     if skip:
@@ -210,7 +201,7 @@ def test_a_gradient_whose_norm_overflows_is_not_a_step_of_zero():
 
 OPTIONS = [
     *("--steps=8", "--batch=8", "--context=16", "--eval-every=2", "--checkpoint-every=1"),
-    *("--log-every=1", "--eval-batches=1", "--eval-samples=2", "--peak-tflops=1", "--samples=2"),
+    *("--log-every=1", "--eval-batches=1", "--eval-samples=2", "--samples=2"),
     *("--optimizer=ivon", "--mesh=data=2,model=2"),
 ]
 
@@ -233,12 +224,17 @@ def run_one(folder, *options):
     return printed
 
 
-def run_two(folder, *options, own=((), ())):
-    """Exit codes and errors of two processes with two devices each and options of their own."""
+def start_two(folder, *options, own=((), ())):
+    """Two processes with two devices each and options of their own."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         where = [f"--coordinator=localhost:{probe.getsockname()[1]}", "--num-processes=2", *options]
-    both = [start(folder, *where, f"--process-id={i}", *own[i], devices=2) for i in range(2)]
+    return [start(folder, *where, f"--process-id={i}", *own[i], devices=2) for i in range(2)]
+
+
+def run_two(folder, *options, own=((), ())):
+    """Exit codes and errors of two processes that run to their end."""
+    both = start_two(folder, *options, own=own)
     try:
         errors = [process.communicate(timeout=600)[1] for process in both]
     finally:
@@ -250,7 +246,7 @@ def run_two(folder, *options, own=((), ())):
 def records(folder):
     """What was measured, without times and memory."""
     found = gpt2_report.read_metrics(folder / "ivon" / "metrics.jsonl")
-    dropped = ("tokens_per_second", "mfu_percent", "step_memory_mb")
+    dropped = ("tokens_per_second", "step_memory_mb")
     kept = [{k: v for k, v in x.items() if k not in dropped} for x in found]
     return [x for x in kept if len(x) > 1]
 
@@ -275,30 +271,30 @@ def test_both_optimizers_end_in_one_table_and_figure(complete, tmp_path, capsys)
     options += ["--optimizer=adamw", "--steps=2", "--mesh=data=2,model=4"]
     gpt2.main([*options, f"--output={folder}"])
     printed = capsys.readouterr().out
-    for row in ("AdamW .* IVON", "perplexity, averaged", "tokens per second", "FLOP utilisation"):
+    for row in ("AdamW .* IVON", "validation loss, averaged", "tokens per second", "MB per device"):
         assert re.search(row, printed)
     assert (folder / "gpt2.png").stat().st_size > 10_000
     found = [x["loss"] for x in records(complete) if "loss" in x]
     assert len(found) == 8 and found[-1] < found[0]
 
 
-def test_a_killed_run_goes_on_bitwise_as_if_it_had_not_been_interrupted(complete, tmp_path):
-    process = start(tmp_path, "--output=run")
-    while newest(tmp_path / "run") < 2:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.001)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+def test_two_processes_train_bitwise_like_one_which_goes_on_when_they_are_killed(
+    complete, tmp_path
+):
+    both = start_two(tmp_path, "--output=run")
+    try:
+        while newest(tmp_path / "run") < 4:
+            assert [process.poll() for process in both] == [None, None], both[0].communicate()[1]
+            time.sleep(0.001)
+    finally:
+        for process in both:
+            process.kill()
+    for process in both:
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
     printed = run_one(tmp_path, "--output=run")
     step = re.search(r"goes on from the checkpoint of step (\d)", printed)
-    assert step is not None and 2 <= int(step[1]) < 8
-    assert records(tmp_path / "run") == records(complete)
-
-
-def test_two_processes_train_bitwise_like_one_with_the_same_mesh(complete, tmp_path):
-    codes, errors = run_two(tmp_path, "--output=run")
-    assert codes == [0, 0], errors
+    assert step is not None and 4 <= int(step[1]) < 8
     assert records(tmp_path / "run") == records(complete)
 
 
@@ -339,7 +335,7 @@ def test_a_run_killed_at_any_time_goes_on(complete, tmp_path, seed):
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     options = gpt2_options.Options(output=tmp_path, steps=4, batch=2, checkpoint_every=1)
     chosen = dataclasses.replace(ADAMW, learning_rate=1e38)
-    run = gpt2.Run(options, SMALL, ONE, chosen, CORPUS, 1e12)
+    run = gpt2.Run(options, SMALL, ONE, chosen, CORPUS)
     with jax.set_mesh(ONE.mesh), pytest.raises(FloatingPointError, match="--skip-bad-steps"):
         run.train()
     # The rate is 0 in the first step; the second makes parameters of 1e38, the third NaN.

@@ -2,12 +2,12 @@ import pytest
 
 pytest.importorskip("flax")
 
-from examples.image_classification import Options, main
+from examples.image_classification import main
 
 
 def test_the_main_job_prints_its_table_and_writes_its_figure(tmp_path, capsys):
     figure = tmp_path / "figure.png"
-    main(Options(seeds=2, epochs=1, figure=figure))
+    main(seeds=2, epochs=1, figure=figure)
     lines = capsys.readouterr().out.splitlines()
     (top,) = (i for i, line in enumerate(lines) if line.startswith("----"))
     columns = [column.strip() for column in lines[top - 1].split("  ") if column]

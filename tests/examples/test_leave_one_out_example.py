@@ -3,12 +3,12 @@ import pytest
 
 pytest.importorskip("flax")
 
-from examples.leave_one_out import EVERY, PATIENCE, Options, kept, main
+from examples.leave_one_out import EVERY, PATIENCE, kept, main
 
 
 def test_every_criterion_is_in_the_table_and_the_figure_is_written(tmp_path, capsys):
     figure = tmp_path / "figure.png"
-    main(Options(seeds=2, epochs=2 * EVERY, figure=figure))
+    main(seeds=2, epochs=2 * EVERY, figure=figure)
     output = capsys.readouterr().out
     for criterion in ("best epoch by the test", "leave-one-out", "a fifth held", "never stopping"):
         (row,) = [line for line in output.splitlines() if line.startswith(criterion)]

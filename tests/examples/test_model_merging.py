@@ -2,12 +2,12 @@ import pytest
 
 pytest.importorskip("flax")
 
-from examples.model_merging import Options, main
+from examples.model_merging import main
 
 
 def test_every_network_is_in_the_table_and_the_figure_is_written(tmp_path, capsys):
     figure = tmp_path / "figure.png"
-    main(Options(seeds=2, epochs=2, figure=figure))
+    main(seeds=2, epochs=2, figure=figure)
     output = capsys.readouterr().out
     rows = [line for line in output.splitlines() if line.count("±") == 4]
     names = ["base", "fine-tuned on left", "fine-tuned on right", "average"]

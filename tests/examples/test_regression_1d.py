@@ -2,12 +2,12 @@ import pytest
 
 pytest.importorskip("flax")
 
-from examples.regression_1d import Options, main
+from examples.regression_1d import main
 
 
 def test_the_table_has_both_methods_in_every_region(tmp_path, capsys):
     figure = tmp_path / "figure.png"
-    main(Options(seeds=2, steps=20, figure=figure))
+    main(seeds=2, steps=20, figure=figure)
     output = capsys.readouterr().out
     rows = [line for line in output.splitlines() if line.count("±") == 2]
     for measure in ("std of f", "NLL", "% in 95 % band,"):

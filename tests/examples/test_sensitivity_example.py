@@ -2,12 +2,12 @@ import pytest
 
 pytest.importorskip("flax")
 
-from examples.sensitivity import Options, main
+from examples.sensitivity import main
 
 
 def test_both_scores_are_in_the_table_and_the_figure_is_written(tmp_path, capsys):
     figure = tmp_path / "figure.png"
-    main(Options(seeds=2, epochs=2, figure=figure))
+    main(seeds=2, epochs=2, figure=figure)
     output = capsys.readouterr().out
     for score in ("sensitivity", "training loss"):
         (row,) = [line for line in output.splitlines() if line.startswith(score)]
