@@ -113,7 +113,7 @@ def learn_in_turn(setting: Setting, tasks: Tasks, steps: int, bar: tqdm) -> np.n
     """Accuracies in %, (seeds, after task, on task)."""
     images, labels = tasks.train
     keys = jax.vmap(jax.random.key)(jnp.arange(len(labels)))
-    params = jax.vmap(NETWORK.init)(keys, images[:, 0, :1])
+    params = jax.jit(jax.vmap(NETWORK.init))(keys, images[:, 0, :1])
     # N(0, 1/(λδ)), the prior of the first task.
     decay = setting.weight_decay * labels.shape[2] / (setting.temperature or 1.0)
     prior = Posterior(optax.tree.zeros_like(params), optax.tree.full_like(params, decay))

@@ -35,7 +35,6 @@ SETS: tuple[str, ...] = ("test images", "letters", "photo patches")
 AVERAGED = f"IVON, {COUNTS[-1]} samples"
 
 Array = jax.Array
-PyTree = Any
 Predictions = dict[str, dict[str, Array]]  # log-probabilities (seeds, n, 10) by column and set
 
 
@@ -65,9 +64,9 @@ def compare(data: ImageData, seeds: int, epochs: int) -> tuple[Predictions, Arra
     num_steps = epochs * (len(y) // BATCH_SIZE)
     model = MLP()
     keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.arange(seeds))
-    params = jax.vmap(lambda key: model.init(key, images[:1]))(keys[:, 0])
+    params = jax.jit(jax.vmap(lambda key: model.init(key, images[:1])))(keys[:, 0])
 
-    def fit(method: str, params: PyTree, key: Array) -> tuple[PyTree, PyTree]:
+    def fit(method: str, params: Any, key: Array) -> tuple[Any, Any]:
         noise_key, key = jax.random.split(key)
         if method == "SGD":
             tx = optax.sgd(warmup_cosine(0.2, num_steps), momentum=0.9)
@@ -79,10 +78,9 @@ def compare(data: ImageData, seeds: int, epochs: int) -> tuple[Predictions, Arra
             tx = ivon(rate, ess, hess_init=0.03, weight_decay=1e-4, b2=0.999)
             tx = auto_sample(tx, noise_key)
         run = partial(train, key=key, epochs=epochs, batch_size=BATCH_SIZE, label=method)
-        loss_fn = classification_loss(model.apply)
-        return run(tx, loss_fn, params, (jnp.asarray(x), jnp.asarray(y)))
+        return run(tx, classification_loss(model.apply), params, (jnp.asarray(x), jnp.asarray(y)))
 
-    def log_probs(params: PyTree, images: Array) -> Array:
+    def log_probs(params: Any, images: Array) -> Array:
         return jax.nn.log_softmax(jnp.asarray(model.apply(params, images)))
 
     outputs = {}
@@ -94,8 +92,8 @@ def compare(data: ImageData, seeds: int, epochs: int) -> tuple[Predictions, Arra
     outputs["IVON at the mean"] = jax.lax.map(lambda state: at_mean(state, images), states)
     at_samples = predict_samples(log_probs, COUNTS[-1], data_batch_size=500)
     samples = jax.lax.map(lambda x: at_samples(*x, images), (keys[:, 2], states))
-    sums = [jax.nn.logsumexp(samples[:, :count], axis=1) for count in COUNTS]
-    averages = jnp.stack(sums) - jnp.log(jnp.array(COUNTS))[:, None, None, None]
+    sums = jax.lax.cumlogsumexp(samples, axis=1)[:, np.array(COUNTS) - 1].swapaxes(0, 1)
+    averages = sums - jnp.log(jnp.array(COUNTS))[:, None, None, None]
     outputs[AVERAGED] = averages[-1]
     predictions = {
         column: dict(zip(SETS, jnp.split(x, ends, axis=1), strict=True))

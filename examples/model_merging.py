@@ -101,7 +101,7 @@ def train_models(data: Data, epochs: int) -> Models:
     images, labels = data.train
     seeds = jnp.arange(len(labels))
     keys = jax.vmap(jax.random.split, (0, None))(jax.vmap(jax.random.key)(seeds), 5)
-    start = jax.vmap(NETWORK.init)(keys[:, 0], images[:, 0, :1])
+    start = jax.jit(jax.vmap(NETWORK.init))(keys[:, 0], images[:, 0, :1])
     decay = NUM_TRAIN * ESS_PER_EXAMPLE * WEIGHT_DECAY  # λδ, the precision of the first prior
     prior = Posterior(optax.tree.zeros_like(start), optax.tree.full_like(start, decay))
 

@@ -33,7 +33,6 @@ COVERAGE = 0.9  # share of the digits that are answered
 SETS: tuple[str, ...] = ("digits", "letters", "photo patches")
 
 Array = jax.Array
-PyTree = Any
 
 
 class Predictions(NamedTuple):
@@ -68,19 +67,18 @@ def compare(seeds: int, epochs: int) -> tuple[Array, Results]:
     num_steps = epochs * (len(y) // BATCH_SIZE)
     model = MLP()
     keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.arange(seeds))
-    params = jax.vmap(lambda key: model.init(key, images[:1]))(keys[:, 0])
+    params = jax.jit(jax.vmap(lambda key: model.init(key, images[:1])))(keys[:, 0])
 
-    def fit(method: str, params: PyTree, key: Array) -> tuple[PyTree, PyTree]:
+    def fit(method: str, params: Any, key: Array) -> tuple[Any, Any]:
         noise_key, key = jax.random.split(key)
         tx = optax.adamw(warmup_cosine(0.05, num_steps), weight_decay=0.3)
         if method == "IVON":
             settings: Any = {"ess": 1000, "hess_init": 0.5, "weight_decay": 1e-5, "b2": 0.999}
             tx = auto_sample(ivon(warmup_cosine(0.7, num_steps), **settings), noise_key)
         run = partial(train, key=key, epochs=epochs, batch_size=BATCH_SIZE, label=method)
-        loss_fn = classification_loss(model.apply)
-        return run(tx, loss_fn, params, (jnp.asarray(x), jnp.asarray(y)))
+        return run(tx, classification_loss(model.apply), params, (jnp.asarray(x), jnp.asarray(y)))
 
-    def log_probs(params: PyTree, images: Array) -> Array:
+    def log_probs(params: Any, images: Array) -> Array:
         return jax.nn.log_softmax(jnp.asarray(model.apply(params, images)))
 
     weights, _ = jax.vmap(partial(fit, "AdamW"))(params, keys[:, 1])

@@ -81,7 +81,7 @@ def train_and_score(epochs: int, data: Data, key: jax.Array) -> Scores:
 def run(seeds: int, epochs: int) -> tuple[Data, Scores]:
     """Data and scores of all seeds, which train at the same time."""
     data_keys, keys = jax.random.split(jax.random.key(0), (2, seeds))
-    data = jax.vmap(draw_data)(data_keys)
+    data = jax.jit(jax.vmap(draw_data))(data_keys)
     return jax.device_get((data, jax.vmap(partial(train_and_score, epochs))(data, keys)))
 
 

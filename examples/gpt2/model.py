@@ -5,6 +5,7 @@ The mesh has three axes: `data` (batch only), `fsdp` (batch, and weights stored 
 the compute dtype and gathered over `fsdp`. Gradients are summed in the compute dtype.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -162,6 +163,7 @@ def token_log_likelihoods(config: Config, layout: Layout) -> Callable[[Params, A
     return log_likelihoods
 
 
+@functools.cache
 def abstract_params(config: Config, layout: Layout) -> Params:
     """Shapes, dtypes and shardings of the parameters."""
     boxed = jax.eval_shape(lambda: _boxed(config, layout, jax.random.key(0)))

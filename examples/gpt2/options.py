@@ -162,11 +162,9 @@ def run_description(
 ) -> dict[str, Any]:
     """What must agree for a checkpoint to be continued: everything but the devices."""
     data = {name: getattr(options, name) for name in ("batch", "micro_batches", "seed")}
-    model = dataclasses.asdict(config)
-    for free in ("dtype", "remat"):
-        del model[free]
+    free = {"dtype", "remat"}
     return {
-        "model": model,
+        "model": {k: v for k, v in dataclasses.asdict(config).items() if k not in free},
         "optimizer": {"name": type(settings).__name__, **dataclasses.asdict(settings)},
         "data": {"corpus": corpus.name, "fingerprint": corpus.fingerprint(), **data},
     }

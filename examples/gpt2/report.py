@@ -50,8 +50,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def report(folder: Path) -> None:
     """Prints the table and draws the figure of all runs in the folder."""
-    files = {name: folder / name / "metrics.jsonl" for name in NAMES}
-    runs = {name: read_metrics(path) for name, path in files.items() if path.exists()}
+    runs = {name: read_metrics(folder / name / "metrics.jsonl") for name in NAMES}
+    runs = {name: records for name, records in runs.items() if records}
     print("\n" + results_table(runs))
     save_loss_figure(folder / "gpt2.png", runs)
 

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
 pytest.importorskip("flax", reason='the examples need: pip install -e ".[examples]"')
@@ -52,22 +51,11 @@ def promotion():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compile_once(tmp_path_factory):
-    """A program is compiled once, here and in the processes that are started."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
+def compile_once():
+    """A program is compiled once by the processes that are started: they share a folder."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in options.items():
-            patch.setenv(name.upper(), str(value))
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def layout(*shape, kind=AxisType.Auto):
@@ -138,9 +126,11 @@ def prepared(place, chosen, skip_bad_steps=False, remat=False):
     params = gpt2_model.abstract_params(SMALL, place)
     abstract = gpt2_training.abstract_state(trainer, params, place)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    with jax.set_mesh(place.mesh):
+    if place == ONE:
         params = gpt2_model.init_params(SMALL, place, jax.random.key(0))
         state = jax.jit(trainer.init, out_shardings=shardings)(params, jax.random.key(1))
+    else:
+        state = jax.device_put(prepared(ONE, chosen)[1], shardings)
     return jax.jit(trainer.step, out_shardings=(shardings, place.sharding())), state
 
 
@@ -200,7 +190,7 @@ def test_a_gradient_whose_norm_overflows_is_not_a_step_of_zero():
 # --- The program ----------------------------------------------------------------------------------
 
 OPTIONS = [
-    *("--steps=8", "--batch=8", "--context=16", "--eval-every=2", "--checkpoint-every=1"),
+    *("--steps=8", "--batch=8", "--context=16", "--eval-every=8", "--checkpoint-every=1"),
     *("--log-every=1", "--eval-batches=1", "--eval-samples=2", "--samples=2"),
     *("--optimizer=ivon", "--mesh=data=2,model=2"),
 ]
