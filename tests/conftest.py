@@ -16,6 +16,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 
 import jax
+from jax._src import compiler as jax_compiler
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -27,18 +28,40 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache")
 
 
+SCRIPTS = ("benchmarks", "examples")
+# These compare bits or count instructions of the programs that users get.
+COMPILED_WELL = ("distributed", "exact", "test_compiler", "test_noise", "test_sampling", "test_tpu")
+QUICK = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_backend_optimization_level": 0,
+}
+QUICK_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items())
+
+_options = jax_compiler.get_compile_options
+
+
+def _quick_options(*args, env_options_overrides=None, **kwargs):
+    return _options(*args, env_options_overrides={**QUICK, **(env_options_overrides or {})}, **kwargs)
+
+
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation(request: pytest.FixtureRequest):
-    """Scripts are tested under the promotion rules of users, and compiled quickly, not well."""
-    if request.path.parent.name not in ("benchmarks", "examples"):
+def compilation(request: pytest.FixtureRequest):
+    """Most tests spend their time in the compiler: what they run is compiled quickly, not well."""
+    well = request.path.stem in COMPILED_WELL or request.path.parent.name in COMPILED_WELL
+    wanted = _options if well else _quick_options
+    if jax_compiler.get_compile_options is not wanted:
+        jax.clear_caches()
+        jax_compiler.get_compile_options = wanted
+
+
+@pytest.fixture(autouse=True, scope="module")
+def script_rules(request: pytest.FixtureRequest):
+    """Scripts run under the promotion rules of users, in processes of their own as well."""
+    if request.path.parent.name not in SCRIPTS:
         yield
         return
-    option = "jax_disable_most_optimizations"
-    before = jax.config.read(option)
-    jax.config.update(option, True)
-    os.environ[option.upper()] = "1"  # for the processes that the tests start
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-    del os.environ[option.upper()]
-    jax.config.update(option, before)
-    jax.clear_caches()  # other tests compare the bits of what is compiled well
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {QUICK_FLAGS}")
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            yield
