@@ -35,7 +35,7 @@ class Perceptron(nn.Module):
     @nn.compact
     def __call__(self, images: Array, rate: Any = None) -> Array:
         """Maps images (n, height, width, channels) in [0, 1] to logits (n, 10)."""
-        x = (2.0 * images - 1.0).reshape(len(images), -1)
+        x = (2.0 * images - 1.0).reshape(len(images), math.prod(images.shape[1:]))
         for _ in range(self.depth):
             x = dropout(self, nn.relu(nn.Dense(self.width)(x)), rate)
         return nn.Dense(NUM_CLASSES)(x)

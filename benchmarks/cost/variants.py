@@ -35,6 +35,7 @@ from ivon_jax import auto_sample, ivon, metrics, posterior, predict_log_probs
 
 PyTree = Any
 
+RATES = (0.1, 0.5)  # on the quadratic
 # Options of auto_sample and ivon; `samples` gradients for each step of the mean.
 VARIANTS: dict[str, dict[str, Any]] = {
     "one sample": {},
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = [[name, *measure(variant)] for name, variant in chosen.items()]
         print("\n" + format_table([header, *rows]), flush=True)
 
-    for rate in (0.1, 0.5):
+    for rate in RATES:
         header = [f"quadratic, rate {rate:g}", "h", "1000 Var h", "1000 Var momentum"]
         show(header, lambda v, rate=rate: quadratic(v, rate, gradients * 2 // 5))
     header = [f"logistic regression, {4 * seeds} seeds", "KL at the end", "gradients until close"]

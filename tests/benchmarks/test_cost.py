@@ -1,10 +1,13 @@
 """Each script of what a step costs, once and as small as it gets: its tables have their rows."""
 
+from functools import partial
+
 import jax
 import pytest
 
 pytest.importorskip("flax", reason='the benchmarks need: pip install -e ".[examples]"')
 
+from benchmarks._shared.networks import Perceptron
 from benchmarks.cost import (
     compile_time,
     counted_cost,
@@ -18,11 +21,8 @@ from benchmarks.cost.contenders import BASELINE, CONTENDERS
 
 
 @pytest.fixture(autouse=True)
-def as_a_script(monkeypatch):
-    """The benchmarks are users' code: broadcasting and promotion as jax does them by default."""
+def kept_caches(monkeypatch):
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # other tests want them
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 SMALL = {
@@ -37,8 +37,10 @@ TABLES = {optimizer_step: 1, train_step: 1, compile_time: 2, counted_cost: 1, me
 
 @pytest.mark.parametrize("script", SMALL, ids=lambda script: script.__name__.split(".")[-1])
 def test_a_script_prints_a_row_for_each_contender(script, monkeypatch, capsys):
-    # A small tree in place of the one of 500 leaves.
+    # A small tree in place of the one of 500 leaves, and a network without hidden layers.
     monkeypatch.setitem(compile_time.TREES, "500 leaves of 64", lambda: models.many(3, 4))
+    network = models.classifier(Perceptron(depth=0), (8, 8, 1))
+    monkeypatch.setitem(models.MODELS, "mlp", network)
     names = ["auto_sample", "explicit"]
     script.main([*SMALL[script], "--methods", *names])
     lines = capsys.readouterr().out.splitlines()
@@ -58,13 +60,15 @@ def test_what_ivon_keeps_is_counted_in_arrays_of_the_parameters_size():
     assert list(kept.values()) == ["12.0", "16.0", "12.0", "10.0"]
 
 
-def test_variants_are_compared_on_three_problems(capsys):
+def test_variants_are_compared_on_three_problems(monkeypatch, capsys):
+    monkeypatch.setattr(variants, "RATES", (0.5,))
+    monkeypatch.setattr(variants, "Perceptron", partial(Perceptron, depth=0))  # compiles faster
     names = ["one sample, lean", "a pair, in mc_value_and_grad"]
     variants.main(["--variants", *names, "--seeds", "1", "--gradients", "200"])
     out = capsys.readouterr().out
     assert "nan" not in out.replace("± nan", "")
     for name in names:
-        assert sum(line.startswith(name) for line in out.splitlines()) == 4
+        assert sum(line.startswith(name) for line in out.splitlines()) == 3
     for title in ("quadratic, rate 0.5", "logistic regression, 4 seeds", "digits, 1 seeds"):
         assert title in out
 

@@ -4,7 +4,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 pytest.importorskip("flax", reason='the benchmarks need: pip install -e ".[examples]"')
@@ -16,13 +15,6 @@ from benchmarks.evidence.implementations import task
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "implementations.jsonl"
 PYTORCH = all(importlib.util.find_spec(name) for name in ("torch", "ivon"))
 ROWS = ("IVON, cosine: NLL, samples", "AdamW, constant rate: NLL", "PyTorch AdamW")
-
-
-@pytest.fixture(autouse=True)
-def as_a_script():
-    """The benchmarks are users' code: broadcasting and promotion as jax does them by default."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def test_without_pytorch_it_says_what_to_install(tmp_path, monkeypatch):

@@ -9,8 +9,6 @@ from benchmarks._shared.journal import Journal
 from benchmarks._shared.networks import GPT
 from benchmarks.evidence.language import main, training
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def text_file(tmp_path):
