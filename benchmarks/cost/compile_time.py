@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,12 +19,11 @@ from benchmarks.cost.contenders import (
     USUAL,
     Program,
     build,
-    known,
-    models,
+    chosen,
     optimizer_program,
     training_program,
 )
-from benchmarks.cost.models import gpt2, many, one_leaf
+from benchmarks.cost.models import MODELS, gpt2, many, one_leaf
 from examples._shared.reporting import format_table
 
 TREES = {
@@ -43,8 +41,6 @@ class Options:
     trees: tuple[str, ...] = tuple(TREES)
     models: tuple[str, ...] = ("mlp", "resnet20", "gpt10m")
     methods: tuple[str, ...] = USUAL
-    peer: Path | None = None
-    """ivon.py of the authors' JAX implementation."""
     repetitions: int = 3
     """Turns of each contender."""
 
@@ -53,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints a table for each tree and model."""
     options = parse(Options, __doc__, argv)
     print(environment())  # starts the backend
-    contenders = build(options.methods, options.peer)
-    for tree in known(options.trees, TREES):
-        shapes = TREES[tree]()
+    contenders = build(options.methods)
+    for tree, make in chosen(options.trees, TREES).items():
+        shapes = make()
         programs = {n: partial(optimizer_program, c, shapes) for n, c in contenders.items()}
         print(f"\nOptimizer alone, {tree}\n")
         print(format_table([HEADER, *rows(programs, options.repetitions)]), flush=True)
-    for name, model in models(options.models).items():
+    for name, model in chosen(options.models, MODELS).items():
         programs = {n: partial(training_program, c, model, 8) for n, c in contenders.items()}
         print(f"\nWhole training step, {name}, {model.describe()[1]} leaves\n")
         print(format_table([HEADER, *rows(programs, options.repetitions)]), flush=True)

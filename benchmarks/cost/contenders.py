@@ -3,10 +3,9 @@
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.cost.models import MODELS, Model, PyTree, Shapes, abstract
+from benchmarks.cost.models import Model, PyTree, Shapes, abstract
 from ivon_jax import auto_sample, ivon, mc_value_and_grad, sample_params
 
 # The cost does not depend on the values, as long as all of them stay finite.
@@ -32,6 +31,7 @@ class Differentiated:
         return jax.value_and_grad(self.loss)(params)
 
 
+T = TypeVar("T")
 ValueAndGrad = Callable[[PyTree], tuple[jax.Array, PyTree]]
 Step = Callable[[PyTree, Any], tuple[PyTree, jax.Array]]
 
@@ -90,27 +90,6 @@ def explicit() -> Contender:
     return with_init(tx, step, partial(jax.random.key, 0))
 
 
-def peer(path: Path) -> Contender:
-    """The authors' JAX implementation, a file that is not on the package index, as it documents."""
-    spec = importlib.util.spec_from_file_location("peer_ivon", path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    tx = module.ivon(IVON["learning_rate"], IVON["ess"], 1.0, 0.9, 0.99999, 1e-4)
-
-    def step(carry: PyTree, value_and_grad: ValueAndGrad) -> tuple[PyTree, jax.Array]:
-        params, state, key = carry
-        key, draw_key = jax.random.split(key)
-        sample, noise = tx.sampled_params(draw_key, params, state)
-        loss, grads = value_and_grad(sample)
-        state = tx.accumulate(grads, state, noise)
-        updates, state = tx.step(state, params)
-        return (optax.apply_updates(params, updates), state, key), loss
-
-    return with_init(tx, step, partial(jax.random.key, 0))
-
-
 def monte_carlo(num_samples: int) -> Contender:
     """`mc_value_and_grad`, one sample after another, with the state alone carried."""
     tx = ivon(**IVON)
@@ -146,25 +125,17 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
 USUAL = (BASELINE, "auto_sample", "auto_sample, lean", "explicit")
 
 
-def build(names: Iterable[str], peer_path: Path | None = None) -> dict[str, Contender]:
-    """The named contenders, AdamW first, and the peer if there is one."""
-    chosen = [BASELINE, *(name for name in known(names, CONTENDERS) if name != BASELINE)]
-    built = {name: CONTENDERS[name]() for name in chosen}
-    return built if peer_path is None else {**built, "JAX peer": peer(peer_path)}
+def build(names: Iterable[str]) -> dict[str, Contender]:
+    """The named contenders, AdamW first."""
+    return {name: make() for name, make in chosen([BASELINE, *names], CONTENDERS).items()}
 
 
-def known(names: Iterable[str], options: Iterable[str]) -> list[str]:
-    """The names, if they are among those that can be given on the command line."""
-    names, options = list(names), list(options)
+def chosen(names: Iterable[str], options: Mapping[str, T]) -> dict[str, T]:
+    """The named ones of those that can be given on the command line."""
     for name in names:
         if name not in options:
             raise SystemExit(f"{name!r} is none of: {', '.join(options)}")
-    return names
-
-
-def models(names: Iterable[str]) -> dict[str, Model]:
-    """The named networks."""
-    return {name: MODELS[name] for name in known(names, MODELS)}
+    return {name: options[name] for name in names}
 
 
 # --- Programs -------------------------------------------------------------------------------------

@@ -11,13 +11,12 @@ explicit loop also writes the sample, which a loss would need.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from benchmarks._shared.journal import parse
 from benchmarks._shared.measuring import environment, interleaved, jax_loop, ratio_cell
-from benchmarks.cost.contenders import BASELINE, CONTENDERS, Contender, build, known, make_step
+from benchmarks.cost.contenders import BASELINE, CONTENDERS, Contender, build, chosen, make_step
 from benchmarks.cost.models import Shapes, count, filled, gpt2, many, one_leaf
 from examples._shared.reporting import format_table
 
@@ -37,8 +36,6 @@ class Options:
     """Parameters of `one leaf`; the last also of `gpt2`."""
     trees: tuple[str, ...] = tuple(TREES)
     methods: tuple[str, ...] = tuple(CONTENDERS)
-    peer: Path | None = None
-    """ivon.py of the authors' JAX implementation."""
     torch: bool = False
     """PyTorch's ivon-opt and AdamW as well."""
     repetitions: int = 15
@@ -49,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints a table for each tree and size."""
     options = parse(Options, __doc__, argv)
     print(environment())
-    contenders = build(options.methods, options.peer)
+    contenders = build(options.methods)
     header = ["", "µs per step", "ns per parameter", f"ratio to {BASELINE} [quartiles]"]
-    for tree in known(options.trees, TREES):
+    for tree, make in chosen(options.trees, TREES).items():
         for size in options.size if tree == "one leaf" else options.size[-1:]:
-            shapes = TREES[tree](int(size))
+            shapes = make(int(size))
             rows = measure(shapes, contenders, options)
             print(f"\n{tree}: {count(shapes):,} parameters in {len(shapes)} leaves\n")
             print(format_table([header, *rows]), flush=True)

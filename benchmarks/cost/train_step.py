@@ -9,7 +9,6 @@ Times are ratios to AdamW's in the same turn of one process: medians over the tu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,10 +20,10 @@ from benchmarks.cost.contenders import (
     USUAL,
     Contender,
     build,
-    models,
+    chosen,
     training_program,
 )
-from benchmarks.cost.models import Model
+from benchmarks.cost.models import MODELS, Model
 from examples._shared.reporting import format_table
 
 
@@ -36,8 +35,6 @@ class Options:
     methods: tuple[str, ...] = USUAL
     batch_size: int | None = None
     """64 images or 4 windows of text without it."""
-    peer: Path | None = None
-    """ivon.py of the authors' JAX implementation."""
     repetitions: int = 15
     """Turns of each contender."""
 
@@ -46,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints a table for each network."""
     options = parse(Options, __doc__, argv)
     print(environment())
-    contenders = build(options.methods, options.peer)
+    contenders = build(options.methods)
     header = ["", "FLOPs, ratio", "bytes, ratio", "temporaries, MB", "ms per step"]
-    for name, model in models(options.models).items():
+    for name, model in chosen(options.models, MODELS).items():
         size, (number, leaves) = options.batch_size or model.batch_size, model.describe()
         print(f"\n{name}: {number:,} parameters in {leaves} leaves, batch {size}\n")
         rows = measure(model, contenders, size, options.repetitions)

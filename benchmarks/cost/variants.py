@@ -28,7 +28,7 @@ from benchmarks._shared.journal import parse
 from benchmarks._shared.measuring import environment
 from benchmarks._shared.methods import Array, cross_entropy, estimator_step, warmup_cosine
 from benchmarks._shared.networks import Perceptron
-from benchmarks.cost.contenders import known
+from benchmarks.cost.contenders import chosen
 from examples._shared.datasets import load_small_digits
 from examples._shared.reporting import cell, format_table
 from ivon_jax import auto_sample, ivon, metrics, posterior, predict_log_probs
@@ -63,11 +63,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints one table for each problem."""
     options = parse(Options, __doc__, argv)
     print(environment())
-    chosen = {name: VARIANTS[name] for name in known(options.variants, VARIANTS)}
+    variants = chosen(options.variants, VARIANTS)
     seeds, gradients = options.seeds, options.gradients
 
     def show(header: list[str], measure: Callable[[dict[str, Any]], list[str]]) -> None:
-        rows = [[name, *measure(variant)] for name, variant in chosen.items()]
+        rows = [[name, *measure(variant)] for name, variant in variants.items()]
         print("\n" + format_table([header, *rows]), flush=True)
 
     for rate in RATES:

@@ -11,7 +11,6 @@ from benchmarks._shared.journal import Journal
 from benchmarks._shared.networks import Perceptron
 from benchmarks.evidence.divergence import main as divergence
 from benchmarks.evidence.robustness import main as robustness
-from benchmarks.evidence.robustness import training
 
 GUARD = "precision_floor 0.1"
 
@@ -54,7 +53,6 @@ def test_robustness_makes_tables_and_heat_maps(tmp_path, monkeypatch, capsys):
         "RULE_WIDTHS": (16,),  # the grid's: one program for both
         "Perceptron": partial(Perceptron, depth=0),  # compiles faster
     }
-    monkeypatch.setattr(training, "Perceptron", small["Perceptron"])
     for name, value in small.items():
         monkeypatch.setattr(robustness, name, value)
     robustness.main(["--seeds", "1", "--results", str(path)])

@@ -125,17 +125,14 @@ def swag_of(snapshots: Tree) -> Swag:
 def draw_swag(key: Array, q: Swag) -> Tree:
     """Weights m + √(v/2) ε₁ + D ε₂/√(2(K−1)), with one ε₂ of length K for all leaves."""
     common, own = jax.random.split(key)
-    leaves, treedef = jax.tree.flatten(q.mean)
     rank = len(jax.tree.leaves(q.deviations)[0])
     weights = jax.random.normal(common, (rank,)) / jnp.sqrt(2.0 * max(1, rank - 1))
 
-    def draw(key: Array, mean: Array, variance: Array, deviations: Array) -> Array:
-        noise = jnp.sqrt(variance / 2.0) * jax.random.normal(key, mean.shape)
+    def draw(noise: Array, mean: Array, variance: Array, deviations: Array) -> Array:
+        noise = jnp.sqrt(variance / 2.0) * noise
         return mean + noise + jnp.tensordot(weights, deviations, axes=1)
 
-    keys = list(jax.random.split(own, len(leaves)))
-    parts = (leaves, jax.tree.leaves(q.variance), jax.tree.leaves(q.deviations))
-    return treedef.unflatten(map(draw, keys, *parts))
+    return jax.tree.map(draw, optax.tree.random_like(own, q.mean), *q)
 
 
 # --- Optimizers and steps -------------------------------------------------------------------------
@@ -146,9 +143,8 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Weight decay falls on every parameter."""
     if method == "backprop":
-        return optax.with_extra_args_support(
-            optax.adam(warmup_cosine(values["learning_rate"], steps))
-        )
+        adam = optax.adam(warmup_cosine(values["learning_rate"], steps))
+        return optax.with_extra_args_support(adam)
     if method == "swag":
         shape, end = warmup_cosine(1.0, steps - collecting_steps(steps)), values["swag_rate"]
         rise = values["learning_rate"] - end
@@ -181,8 +177,8 @@ def make_step(network: nn.Module, method: str, values: Values, steps: int, num_t
         q, ess = gaussian_of(params), num_train / values["temperature"]
         noise = optax.tree.random_like(key, q.mean, jax.random.normal)
         sample = jax.tree.map(lambda m, p, e: m + e * p**-0.5, q.mean, q.precision, noise)
-        flat = jax.tree.map(lambda m: jnp.full_like(m, ess * values["weight_decay"]), q.mean)
-        prior = Posterior(jax.tree.map(jnp.zeros_like, q.mean), flat)
+        flat = optax.tree.full_like(q.mean, ess * values["weight_decay"])
+        prior = Posterior(optax.tree.zeros_like(q.mean), flat)
         return loss_fn(sample, batch) + kl_divergence(q, prior) / ess
 
     if method in VARIATIONAL:
@@ -214,13 +210,12 @@ class Trainer:
             params: Tree = network.init(key, data[0][:1])
             if method == "backprop":
                 rho = jnp.log(jnp.expm1(values["init_std"]))
-                params = (params, jax.tree.map(lambda m: jnp.full_like(m, rho), params))
+                params = params, optax.tree.full_like(params, rho)
             return params, make_optimizer(method, values, steps, num_train).init(params)
 
         def one(values: Values, data: Data, carry: Carry, inputs: Any) -> tuple[Carry, Array]:
-            return step_on_rows(
-                make_step(network, method, values, steps, num_train), data, carry, inputs
-            )
+            step = make_step(network, method, values, steps, num_train)
+            return step_on_rows(step, data, carry, inputs)
 
         def scan(values: Values, data: Data, carry: Carry, inputs: Any) -> Carry:
             return jax.lax.scan(partial(one, values, data), carry, inputs)[0]

@@ -19,14 +19,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from benchmarks._shared.journal import Evidence, Journal, command, write_tables
 from benchmarks._shared.measuring import interleaved, jax_loop, ratio_cell
+from benchmarks._shared.methods import Array, Batch, step_of
 from benchmarks._shared.tuning import described
 from benchmarks.evidence.implementations import task as common
-from benchmarks.evidence.implementations.task import SETTINGS, Task
+from benchmarks.evidence.implementations.task import SETTINGS, Setting, Task
 from examples._shared.reporting import cell, mean_and_error
-from ivon_jax import metrics
+from ivon_jax import ivon, metrics, posterior, predict_log_probs
 
 REPETITIONS = 40  # of the timing
 SIDES = ("jax", "torch")
@@ -45,6 +47,7 @@ METRICS = {  # label, factor, decimals
 }
 Rows = list[Sequence[str]]
 Pairs = list[tuple[dict, dict]]  # results of both sides with the same seed
+Carry = tuple[Any, Any, Array]  # parameters, optimizer state, key
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,64 @@ class Options(Evidence):
     seeds: int = 30
 
 
+# --- Our side: ivon_jax, and optax's AdamW --------------------------------------------------------
+
+
+@jax.jit
+def log_probs(params: list, images: Array) -> Array:
+    """Log-probabilities of the perceptron."""
+    *hidden, (last, last_bias) = params
+    for weight, bias in hidden:
+        images = jax.nn.relu(images @ weight + bias[None])
+    return jax.nn.log_softmax(images @ last + last_bias[None])
+
+
+def mean_loss(params: list, batch: Batch) -> Array:
+    """Mean cross-entropy per example."""
+    return -jnp.take_along_axis(log_probs(params, batch[0]), batch[1][:, None], axis=1).mean()
+
+
+class Trainer:
+    """A setting, compiled once for all seeds."""
+
+    as_array = staticmethod(jnp.asarray)
+
+    def __init__(self, setting: Setting, task: Task):
+        self.task, self.variational = task, setting.optimizer == "ivon"
+        values: dict[str, Any] = {**setting.values, "learning_rate": setting.schedule(task)}
+        tx = ivon(ess=task.num_train, **values) if self.variational else optax.adamw(**values)
+        self.tx = optax.with_extra_args_support(tx)
+        self.update = step_of(setting.optimizer, mean_loss, self.tx)
+
+    def start(self, seed: int) -> Carry:
+        """Before the first step."""
+        params = jax.tree.map(jnp.asarray, self.task.weights(seed))
+        return params, self.tx.init(params), jax.random.key(seed)
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def step(self, carry: Carry, images: Array, labels: Array) -> Carry:
+        """One training step."""
+        params, state, key = carry
+        key, draw_key = jax.random.split(key)
+        params, state, _ = self.update(draw_key, params, state, (images, labels))
+        return params, state, key
+
+    def predict(self, carry: Carry, images: Array) -> list[Array]:
+        """Log-probabilities by the weights or mean and, for IVON, averaged over samples."""
+        params, state, key = carry
+        point = log_probs(params, images)
+        if not self.variational:
+            return [point]
+        return [point, predict_log_probs(log_probs, common.SAMPLES)(key, posterior(state), images)]
+
+
 # --- Runs -----------------------------------------------------------------------------------------
 
 
 def compute(options: Options) -> None:
     """All runs of both sides, in turn, and the timing."""
     try:
-        from benchmarks.evidence.implementations import jax_side, torch_side
+        from benchmarks.evidence.implementations import torch_side
     except ModuleNotFoundError as error:
         package = "ivon-opt" if error.name == "ivon" else error.name
         message = f'error: {package} is not installed; run: pip install -e ".[examples,oracle]"'
@@ -69,9 +123,9 @@ def compute(options: Options) -> None:
     task = Task()
     journal = Journal(options.results, 1 + options.seeds * len(SETTINGS) * len(SIDES))
     trainers = {
-        (name, side): module.Trainer(setting, task)
+        (name, side): trainer(setting, task)
         for name, setting in SETTINGS.items()
-        for side, module in zip(SIDES, (jax_side, torch_side), strict=True)
+        for side, trainer in zip(SIDES, (Trainer, torch_side.Trainer), strict=True)
     }
 
     def timing() -> dict[str, Any]:

@@ -13,6 +13,7 @@ loss at the mean is worse than that of guessing evenly, or not a number.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +23,26 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks._shared.journal import Evidence, Journal, Runs, command, grouped, write_tables
-from benchmarks._shared.methods import WARMUP_SHARE
+from benchmarks._shared.methods import (
+    WARMUP_SHARE,
+    Array,
+    Values,
+    cross_entropy,
+    ivon_settings,
+    optimizer,
+    scan_epoch,
+    seed_keys,
+    step_of,
+)
 from benchmarks._shared.networks import Perceptron
 from benchmarks._shared.tuning import settings
-from benchmarks.evidence.robustness.training import train_lanes
 from examples._shared.datasets import load_small_digits
 from examples._shared.reporting import cell, save_figure
-from ivon_jax import recipes
+from ivon_jax import diagnostics, metrics, posterior, predict_log_probs, recipes
 
 EPOCHS = 100
+BATCH = 50
+SAMPLES = 32  # of the posterior
 NUM_TRAIN = 1000
 LEARNING_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 HESS_INITS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -107,6 +119,47 @@ def measure(runs: list[Any], data: Any, test: Any) -> list[dict[str, Any]]:
     lanes = train_lanes(method, first["epochs"], first["width"], values, seeds, data, test)
     lanes = jax.tree.map(np.asarray, lanes)
     return [summary({name: x[index] for name, x in lanes.items()}) for index in range(len(runs))]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def train_lanes(
+    method: str, epochs: int, width: int, values: Values, seeds: Array, data: Any, test: Any
+) -> dict[str, Array]:
+    """Test results, and what was seen on the way after each epoch.
+
+    Each lane has a setting and a seed of its own, along axis 0.
+    """
+    model: Any = Perceptron(width)
+    variational = method == "ivon"
+    num_steps, num_train = epochs * (len(data[1]) // BATCH), len(data[1])
+
+    def loss(params: Any, batch: Any) -> Array:
+        return cross_entropy(model.apply(params, batch[0]), batch[1])
+
+    def train(values: Values, seed: Array) -> dict[str, Array]:
+        tx = optimizer(method, values, num_steps, num_train)
+        settings = ivon_settings(values, num_steps, num_train)
+
+        def epoch(carry: Any, key: Array) -> tuple:
+            params, state = scan_epoch(step_of(method, loss, tx), BATCH, data, carry, key)
+            seen = {"loss": loss(params, data)}
+            if variational:
+                seen["risk"] = diagnostics(state, settings)["update/risk"]
+            return (params, state), seen
+
+        keys = seed_keys(seed)
+        params = model.init(keys.init, data[0][:1])
+        carry = start = (params, tx.init(params))
+        (params, state), seen = jax.lax.scan(epoch, carry, jax.random.split(keys.epochs, epochs))
+        if variational:
+            seen["start"] = diagnostics(start[1], settings)["signal_to_noise/p50"]
+            predict = predict_log_probs(model.apply, SAMPLES)
+            log_probs = predict(keys.predict, posterior(state), test[0])
+        else:
+            log_probs = jax.nn.log_softmax(model.apply(params, test[0]))
+        return seen | {"nll": metrics.nll(log_probs, test[1])}
+
+    return jax.vmap(train)(values, seeds)
 
 
 def summary(lane: dict[str, Any]) -> dict[str, Any]:
