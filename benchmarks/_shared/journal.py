@@ -32,8 +32,7 @@ class Journal:
     def __init__(self, path: Path, total: int = 0):
         self.path, self.total = path, total
         self.environments: list[str] = []
-        self._results: dict[str, dict] = {}
-        self._runs: dict[str, dict] = {}
+        self._finished: dict[str, tuple[dict, dict]] = {}  # run and result
         self._asked, self._begun = 0, False
         self._read()
 
@@ -45,7 +44,7 @@ class Journal:
         self, runs: Sequence[Run], work: Callable[[list[Run]], Sequence[Result]]
     ) -> list[Result]:
         """The results of runs that are computed together; `work` gets those that are missing."""
-        missing = [run for run in runs if _identity(run) not in self._results]
+        missing = [run for run in runs if _identity(run) not in self._finished]
         if missing:
             results = work(missing)
             if not self._begun:
@@ -54,17 +53,16 @@ class Journal:
                 self._write({"environment": self.environments[-1]})
             for run, result in zip(missing, results, strict=True):
                 self._write({"run": run, "result": result})
-                self._runs[_identity(run)] = dict(run)
-                self._results[_identity(run)] = dict(result)
+                self._finished[_identity(run)] = dict(run), dict(result)
         self._asked += len(runs)
         self._report(runs[-1])
-        return [self._results[_identity(run)] for run in runs]
+        return [self._finished[_identity(run)][1] for run in runs]
 
     def select(self, **fields: Any) -> Runs:
         """All (run, result) whose run has these values, in the order of the file."""
         return [
-            (run, self._results[name])
-            for name, run in self._runs.items()
+            (run, result)
+            for run, result in self._finished.values()
             if all(run.get(field) == value for field, value in fields.items())
         ]
 
@@ -77,8 +75,7 @@ class Journal:
             try:
                 record = json.loads(line)
                 if "run" in record:
-                    self._runs[_identity(record["run"])] = record["run"]
-                    self._results[_identity(record["run"])] = record["result"]
+                    self._finished[_identity(record["run"])] = record["run"], record["result"]
                 else:
                     self.environments.append(record["environment"])
             except (ValueError, KeyError, TypeError):

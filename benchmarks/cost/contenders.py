@@ -13,7 +13,7 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.cost.models import Model, PyTree, Shapes, abstract
+from benchmarks.cost.models import Model, PyTree
 from ivon_jax import auto_sample, ivon, mc_value_and_grad, sample_params
 
 # The cost does not depend on the values, as long as all of them stay finite.
@@ -162,9 +162,9 @@ def make_step(contender: Contender) -> Any:
     return step
 
 
-def optimizer_program(contender: Contender, shapes: Shapes, where: Any = None) -> Program:
+def optimizer_program(contender: Contender, shapes: PyTree, where: Any = None) -> Program:
     """The optimizer's step alone, from given gradients."""
-    params = abstract(shapes, where)
+    params = placed(shapes, where)
     carry = placed(jax.eval_shape(contender.init, params), where)
     return make_step(contender), ((carry, () if len(carry) == 2 else params), params)
 

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from benchmarks._shared.journal import parse
 from benchmarks._shared.measuring import environment
 from benchmarks.cost.contenders import (
@@ -31,11 +34,11 @@ from benchmarks.cost.contenders import (
     target,
     training_program,
 )
-from benchmarks.cost.models import MODELS, Model, Shapes, count, gpt2
+from benchmarks.cost.models import MODELS, Model, PyTree, count, gpt2
 from examples._shared.reporting import format_table
 
 TREES = {
-    "one leaf of 32768 x 2048": lambda: {"w": (32768, 2048)},
+    "one leaf of 32768 x 2048": lambda: jax.ShapeDtypeStruct((32768, 2048), jnp.float32),
     "gpt2 of 1e7, 148 leaves": partial(gpt2, 10_000_000),
 }
 
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(format_table([header, *rows]), flush=True)
 
 
-def counted(contender: Contender, shapes: Shapes, where: Any) -> list[str]:
+def counted(contender: Contender, shapes: PyTree, where: Any) -> list[str]:
     """The figures of the optimizer alone."""
     step, arguments = optimizer_program(contender, shapes, where)
     compiled, number = step.lower(*arguments).compile(), count(shapes)

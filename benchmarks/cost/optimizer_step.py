@@ -11,17 +11,20 @@ explicit loop also writes the sample, which a loss would need.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import jax
 import numpy as np
+import optax
 
 from benchmarks._shared.journal import parse
 from benchmarks._shared.measuring import environment, interleaved, jax_loop, ratio_cell
 from benchmarks.cost.contenders import BASELINE, CONTENDERS, Contender, build, chosen, make_step
-from benchmarks.cost.models import Shapes, count, filled, gpt2, many, one_leaf
+from benchmarks.cost.models import PyTree, count, gpt2, many
 from examples._shared.reporting import format_table
 
-TREES: dict[str, Callable[[int], Shapes]] = {
-    "one leaf": one_leaf,
+TREES: dict[str, Callable[[int], PyTree]] = {
+    "one leaf": partial(many, 1),
     "gpt2": gpt2,
     "500 small leaves": lambda size: many(500, 64),
     "100 scalars": lambda size: many(100, 1),
@@ -52,22 +55,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         for size in options.size if tree == "one leaf" else options.size[-1:]:
             shapes = make(int(size))
             rows = measure(shapes, contenders, options)
-            print(f"\n{tree}: {count(shapes):,} parameters in {len(shapes)} leaves\n")
+            print(
+                f"\n{tree}: {count(shapes):,} parameters in {len(jax.tree.leaves(shapes))} leaves\n"
+            )
             print(format_table([header, *rows]), flush=True)
 
 
-def measure(shapes: Shapes, contenders: dict[str, Contender], options: Options) -> list[list[str]]:
+def measure(shapes: PyTree, contenders: dict[str, Contender], options: Options) -> list[list[str]]:
     """Rows of time and ratio for one tree."""
-    grads = filled(shapes, 1e-3)
+    grads = optax.tree.full_like(shapes, 1e-3)
     functions = {}
     for name, contender in contenders.items():
-        carry = contender.init(filled(shapes, 1.0))
-        point = () if len(carry) == 2 else filled(shapes, 0.0)
+        carry = contender.init(optax.tree.full_like(shapes, 1.0))
+        point = () if len(carry) == 2 else optax.tree.zeros_like(shapes)
         functions[name] = jax_loop(make_step(contender), (carry, point), grads)
     if options.torch:
         from benchmarks.cost import torch_contenders
 
-        functions |= torch_contenders.steps(list(shapes.values()))
+        functions |= torch_contenders.steps([x.shape for x in jax.tree.leaves(shapes)])
     timings = interleaved(functions, options.repetitions)
     return [
         [

@@ -49,7 +49,7 @@ def test_a_script_prints_a_row_for_each_contender(script, monkeypatch, capsys):
 
 
 def test_what_ivon_keeps_is_counted_in_arrays_of_the_parameters_size():
-    shapes = models.one_leaf(1000)
+    shapes = models.many(1, 1000)
     kept = {
         name: counted_cost.counted(CONTENDERS[name](), shapes, None)[0]
         for name in (BASELINE, "auto_sample", "auto_sample, lean", "lean, bfloat16 momentum")

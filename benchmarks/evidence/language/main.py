@@ -10,7 +10,7 @@ optimizer) takes 25 minutes on two cores.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._shared.journal import Evidence, Journal, parse, read_journal
+from benchmarks._shared.journal import Evidence, Journal, command
 from benchmarks._shared.measuring import interleaved, jax_loop, ratios
 from benchmarks._shared.networks import GPT
 from benchmarks.evidence.language.report import write_report
@@ -53,33 +53,23 @@ class Options(Evidence):
     steps: int = 2000
     seeds: int = 3
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.text is None and not self.report:
-            raise SystemExit("give the text to learn: --text FILE, such as Tiny Shakespeare")
+
+# --- Runs -----------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Computes what is missing, and reports."""
-    options = parse(Options, __doc__, argv)
-    if options.text is not None and not options.report:
-        journal = Journal(options.results, 2 * options.seeds + 1)
-        compare(read_text(options.text), options.steps, options.seeds, journal)
-    write_report(read_journal(options.results))
-
-
-def compare(text: Text, steps: int, seeds: int, journal: Journal) -> None:
+def compute(options: Options) -> None:
     """Times a step of both optimizers, and trains with several seeds."""
+    if options.text is None:
+        raise SystemExit("give the text to learn: --text FILE, such as Tiny Shakespeare")
+    text, steps = read_text(options.text), options.steps
+    journal = Journal(options.results, 2 * options.seeds + 1)
     named = {"text": text.name, "digest": text.digest, "steps": steps}
     both = " against ".join(map(repr, CHOSEN.values()))
     run = {"part": "timing", **named, "seed": 0, "both": both}
     journal.compute(run, partial(timing, text, steps))
-    for seed, settings in itertools.product(range(seeds), CHOSEN.values()):
+    for seed, settings in itertools.product(range(options.seeds), CHOSEN.values()):
         run = {"part": "final", **named, "settings": repr(settings), "seed": seed}
         journal.compute(run, partial(final_run, text, settings, steps, seed))
-
-
-# --- Runs -----------------------------------------------------------------------------------------
 
 
 def final_run(text: Text, settings: Settings, steps: int, seed: int) -> dict[str, Any]:
@@ -166,6 +156,8 @@ def loss(log_probs: jax.Array, windows: jax.Array) -> float:
     """Mean cross-entropy per character."""
     return scored(log_probs, windows)["loss"]
 
+
+main = command(Options, __doc__, compute, write_report)
 
 if __name__ == "__main__":
     main()

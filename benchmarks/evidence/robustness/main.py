@@ -27,7 +27,6 @@ from benchmarks._shared.methods import (
     WARMUP_SHARE,
     Array,
     Values,
-    cross_entropy,
     ivon_settings,
     optimizer,
     scan_epoch,
@@ -38,6 +37,7 @@ from benchmarks._shared.networks import Perceptron
 from benchmarks._shared.tuning import settings
 from examples._shared.datasets import load_small_digits
 from examples._shared.reporting import cell, save_figure
+from examples._shared.training import classification_loss
 from ivon_jax import diagnostics, metrics, posterior, predict_log_probs, recipes
 
 EPOCHS = 100
@@ -132,9 +132,7 @@ def train_lanes(
     model: Any = Perceptron(width)
     variational = method == "ivon"
     num_steps, num_train = epochs * (len(data[1]) // BATCH), len(data[1])
-
-    def loss(params: Any, batch: Any) -> Array:
-        return cross_entropy(model.apply(params, batch[0]), batch[1])
+    loss = classification_loss(model.apply)
 
     def train(values: Values, seed: Array) -> dict[str, Array]:
         tx = optimizer(method, values, num_steps, num_train)

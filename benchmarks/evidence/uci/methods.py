@@ -20,6 +20,7 @@ from benchmarks._shared.methods import (
     scan_random_batches,
     step_of,
 )
+from benchmarks._shared.networks import dropout
 from benchmarks._shared.tuning import Grid
 from ivon_jax import posterior, sample_params
 
@@ -76,17 +77,10 @@ def apply(params: Params, x: Array, key: Any = None, rate: Any = None) -> Array:
 
     With a rate, inputs and hidden units are dropped, by a mask of its own for each example.
     """
-    one, two = (None, None) if rate is None else jax.random.split(key)
-    hidden = jax.nn.relu(dropped(x, one, rate) @ params["w1"] + params["b1"])
-    return dropped(hidden, two, rate) @ params["w2"] + params["b2"]
-
-
-def dropped(values: Array, key: Any, rate: Any) -> Array:
-    """Sets a share of the values to zero; a rate of `None` leaves them alone."""
-    if rate is None:
-        return values
-    kept = jax.random.bernoulli(key, 1.0 - rate, values.shape)
-    return jnp.where(kept, values / (1.0 - rate), 0.0)
+    x = dropout(lambda: jax.random.split(key)[0], x, rate)
+    hidden = jax.nn.relu(x @ params["w1"] + params["b1"])
+    hidden = dropout(lambda: jax.random.split(key)[1], hidden, rate)
+    return hidden @ params["w2"] + params["b2"]
 
 
 def half_square(predicted: Array, y: Array) -> Array:
