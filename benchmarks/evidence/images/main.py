@@ -35,6 +35,7 @@ from benchmarks.evidence.images.methods import (
 from benchmarks.evidence.images.report import CURVE, command, write_report
 from benchmarks.evidence.images.tuning import CHOSEN, GRIDS, overlong_values
 from examples._shared.datasets import DataError, ImageData, load_dataset, stratified_split
+from examples._shared.reporting import cell
 from examples._shared.unfamiliar import letters, photo_patches
 from ivon_jax import Posterior, metrics
 
@@ -294,18 +295,23 @@ def tune(study: Study) -> None:
     study.journal.total = options.splits * sum(sizes)
     tables = {}
     for method, grid in grids.items():
-        tried = []
-        for values in tuning.settings(grid):
-            found = []
+        tried, found = tuning.settings(grid), []
+        for values in tried:
             for split in range(options.splits):
                 parts = stratified_split(study.data.train_images, labels, held_out, split)
                 work = partial(trial, study, method, values, split, parts, epochs)
                 found.append(study.journal.compute(study.run("tune", method, values, split), work))
-            scores = ([x[name] for x in found] for name in ("nll", "accuracy"))
-            tried.append(tuning.Tried(values, *scores))
-        edges = tuning.at_edges(grid, tuning.best(tried).values)
-        note = f" (at the edge of the grid: {', '.join(edges)})" if edges else ""
-        tables[f"{METHODS[method]}{note}"] = tuning.rows(tried)
+        nll, accuracy = (
+            np.reshape([each[name] for each in found], (len(tried), options.splits))
+            for name in ("nll", "accuracy")
+        )
+        best = np.argmin(np.nan_to_num(nll.mean(axis=1), nan=np.inf))
+        rows = [("setting", "NLL, held out", "accuracy, %", "")]
+        for at, values in enumerate(tried):
+            cells = cell(nll[at], 4), cell(100 * accuracy[at], 2), "chosen" if at == best else ""
+            rows.append((tuning.described(values), *cells))
+        edges = ", ".join(tuning.at_edges(grid, tried[best]))
+        tables[METHODS[method] + (f" (at the edge of the grid: {edges})" if edges else "")] = rows
     title = f"Settings tried: {options.dataset}, {options.model}"
     shown = {"command": command(options.model, options.dataset), "grid": options.grid}
     notes = TUNING_NOTES.format(epochs=epochs, splits=options.splits, **shown)
