@@ -22,11 +22,7 @@ class Journal:
 
     Every line is a record `{"run": ..., "result": ...}`, or `{"environment": ...}`, written each
     time that a command starts to compute, with its hardware, versions and date. A line that was
-    cut short by a kill is dropped.
-
-    Args:
-      path: the file, made when the first run is finished.
-      total: number of runs that the command asks for, for its progress.
+    cut short by a kill is dropped. `total` is the number of runs that the command asks for.
     """
 
     def __init__(self, path: Path, total: int = 0):
@@ -121,18 +117,9 @@ Options = TypeVar("Options")
 def parse(
     options: type[Options], description: str | None, argv: Sequence[str] | None = None
 ) -> Options:
-    """The command line as a dataclass.
-
-    Checks of values belong in its `__post_init__`: `raise SystemExit("what to pass")`.
-
-    Args:
-      options: the dataclass, of `Evidence` where there is a journal.
-      description: what `--help` prints first, as a rule the script's `__doc__`.
-      argv: arguments in place of the process's, for tests.
-    """
-    return tyro.cli(
-        options, args=argv, description=description, config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    """The command line as a dataclass, which checks values in its `__post_init__`."""
+    config = (tyro.conf.FlagCreatePairsOff,)
+    return tyro.cli(options, args=argv, description=description, config=config)
 
 
 def command(

@@ -37,12 +37,8 @@ def _commit() -> str:
     """The commit of the code, where git knows it, and whether it has been changed since."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        name = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        what = [*git, "describe", "--always", "--dirty", "--exclude=*"]
+        name = subprocess.check_output(what, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
     return f", commit {name}"
@@ -56,16 +52,11 @@ class Timing(NamedTuple):
 
 
 def interleaved(
-    functions: dict[str, Callable[[int], None]],
-    repetitions: int = 15,
-    block_seconds: float = 0.05,
+    functions: dict[str, Callable[[int], None]], repetitions: int = 15, block_seconds: float = 0.05
 ) -> dict[str, Timing]:
-    """Times functions in turn; the first is the baseline.
+    """Times functions, which return after so many steps, in turn; the first is the baseline.
 
-    Args:
-      functions: each runs a given number of steps and returns when they are done.
-      repetitions: rounds in which every function gets its turn.
-      block_seconds: about how long a turn is.
+    In each repetition every function gets its turn of about `block_seconds`.
     """
     calls = {}
     for name, function in functions.items():

@@ -43,12 +43,9 @@ def warmup_cosine(peak: Any, num_steps: int) -> optax.Schedule:
 def ivon_settings(values: Values, num_steps: int, num_train: int) -> dict[str, Any]:
     """Arguments of `ivon`, also for `diagnostics`.
 
-    Args:
-      values: `learning_rate`, the peak of the schedule; `temperature`, of which 1 is Bayes and
-        weighs every training example once, or its inverse `sharpness`, ess/N; `prior_precision`,
-        λδ, in place of `weight_decay`; everything else goes to `ivon` as it is.
-      num_steps: length of the run.
-      num_train: number of training examples.
+    In `values`, `learning_rate` is the peak of the schedule. A `temperature` of 1 is Bayes and
+    weighs every training example once; its inverse is `sharpness`, ess/N. `prior_precision`, λδ,
+    stands for `weight_decay`. Everything else goes to `ivon` as it is.
     """
     settings = dict(values)
     settings["learning_rate"] = warmup_cosine(values["learning_rate"], num_steps)
@@ -107,10 +104,7 @@ def estimator_step(
 ) -> Step:
     """The step of IVON with several samples, clipped gradients or another estimate of h.
 
-    Args:
-      loss_fn: of the parameters and a batch.
-      tx: `ivon`.
-      **options: of `mc_value_and_grad`.
+    The options are those of `mc_value_and_grad`.
     """
     estimate = mc_value_and_grad(loss_fn, **options)
 

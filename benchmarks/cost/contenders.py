@@ -20,11 +20,10 @@ from ivon_jax import auto_sample, ivon, mc_value_and_grad, sample_params
 IVON: dict[str, Any] = {"learning_rate": 1e-3, "ess": 1e6}
 
 
-class Differentiated:
+class Differentiated(NamedTuple):
     """Value and gradient of a loss that can still be had by itself."""
 
-    def __init__(self, loss: Callable[[PyTree], jax.Array]):
-        self.loss = loss
+    loss: Callable[[PyTree], jax.Array]
 
     def __call__(self, params: PyTree) -> tuple[jax.Array, PyTree]:
         """The loss and its gradient."""
@@ -37,16 +36,10 @@ Step = Callable[[PyTree, Any], tuple[PyTree, jax.Array]]
 
 
 class Contender(NamedTuple):
-    """An optimizer in a training loop.
+    """An optimizer in a training loop."""
 
-    Attributes:
-      init: from parameters to everything that the loop carries, in buffers of its own.
-      step: from what is carried, and the loss and its gradient as a function of the parameters, to
-        what is carried next and the loss.
-    """
-
-    init: Callable[[PyTree], PyTree]
-    step: Step
+    init: Callable[[PyTree], PyTree]  # from parameters to all that is carried, in own buffers
+    step: Step  # from what is carried, and value_and_grad, to what is carried next and the loss
 
 
 # --- The contenders -------------------------------------------------------------------------------

@@ -22,18 +22,8 @@ import jax.numpy as jnp
 
 from benchmarks._shared.journal import parse
 from benchmarks._shared.measuring import environment
-from benchmarks.cost.contenders import (
-    BASELINE,
-    CONTENDERS,
-    Contender,
-    build,
-    chosen,
-    kept,
-    monte_carlo,
-    optimizer_program,
-    target,
-    training_program,
-)
+from benchmarks.cost import contenders
+from benchmarks.cost.contenders import BASELINE, CONTENDERS, Contender, chosen, kept
 from benchmarks.cost.models import MODELS, Model, PyTree, count, gpt2
 from examples._shared.reporting import format_table
 
@@ -57,19 +47,19 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints a table for each tree and each network."""
     options = parse(Options, __doc__, argv)
-    where = target(options.tpu)
+    where = contenders.target(options.tpu)
     print(environment())
-    contenders = build(options.methods)
+    compared = contenders.build(options.methods)
     header = ["bytes per parameter:", "kept", "accessed", "FLOPs", "temporaries"]
     for tree, make in chosen(options.trees, TREES).items():
         shapes = make()
-        rows = [[name, *counted(c, shapes, where)] for name, c in contenders.items()]
+        rows = [[name, *counted(c, shapes, where)] for name, c in compared.items()]
         print(f"\nOptimizer alone, {tree}\n\n{format_table([header, *rows])}", flush=True)
-    contenders |= {f"mc_value_and_grad, {n} samples": monte_carlo(n) for n in (1, 4)}
+    compared |= {f"mc_value_and_grad, {n} samples": contenders.monte_carlo(n) for n in (1, 4)}
     header = ["bytes per parameter:", "kept", "peak", "peak, ratio"]
     for name, model in chosen(options.models, MODELS).items():
         size, (number, _) = model.batch_size, model.describe()
-        memory = {n: kept_and_peak(c, model, where) for n, c in contenders.items()}
+        memory = {n: kept_and_peak(c, model, where) for n, c in compared.items()}
         base = memory[BASELINE][1]
         rows = [
             [method, f"{between / number:.1f}", f"{peak / number:.1f}", f"{peak / base:.3f}"]
@@ -81,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def counted(contender: Contender, shapes: PyTree, where: Any) -> list[str]:
     """The figures of the optimizer alone."""
-    step, arguments = optimizer_program(contender, shapes, where)
+    step, arguments = contenders.optimizer_program(contender, shapes, where)
     compiled, number = step.lower(*arguments).compile(), count(shapes)
     costs = compiled.cost_analysis()
     return [
@@ -94,7 +84,7 @@ def counted(contender: Contender, shapes: PyTree, where: Any) -> list[str]:
 
 def kept_and_peak(contender: Contender, model: Model, where: Any) -> tuple[int, int]:
     """Bytes between two training steps, and at the peak of one."""
-    step, arguments = training_program(contender, model, model.batch_size, where)
+    step, arguments = contenders.training_program(contender, model, model.batch_size, where)
     memory = step.lower(*arguments).compile().memory_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return kept(arguments[0]), peak - memory.alias_size_in_bytes

@@ -18,19 +18,12 @@ PyTree = Any
 
 
 class Model(NamedTuple):
-    """A network, its loss and data of the shape it takes.
-
-    Attributes:
-      init: from a key to parameters.
-      loss: of parameters and a batch, the mean per example or token.
-      batch: from a key and a number of examples to random data.
-      batch_size: the usual number.
-    """
+    """A network, its loss and data of the shape it takes."""
 
     init: Callable[[Array], PyTree]
-    loss: Callable[[PyTree, PyTree], Array]
-    batch: Callable[[Array, int], PyTree]
-    batch_size: int
+    loss: Callable[[PyTree, PyTree], Array]  # the mean per example or token
+    batch: Callable[[Array, int], PyTree]  # so many random examples
+    batch_size: int  # the usual number
 
     def describe(self) -> tuple[int, int]:
         """Numbers of parameters and of leaves."""

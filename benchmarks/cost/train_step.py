@@ -15,14 +15,8 @@ import numpy as np
 
 from benchmarks._shared.journal import parse
 from benchmarks._shared.measuring import environment, interleaved, jax_loop, ratio_cell
-from benchmarks.cost.contenders import (
-    BASELINE,
-    USUAL,
-    Contender,
-    build,
-    chosen,
-    training_program,
-)
+from benchmarks.cost import contenders
+from benchmarks.cost.contenders import BASELINE, Contender, chosen
 from benchmarks.cost.models import MODELS, Model
 from examples._shared.reporting import format_table
 
@@ -32,7 +26,7 @@ class Options:
     """The command line."""
 
     models: tuple[str, ...] = ("mlp", "mlp1m", "resnet20", "gpt10m")
-    methods: tuple[str, ...] = USUAL
+    methods: tuple[str, ...] = contenders.USUAL
     batch_size: int | None = None
     """64 images or 4 windows of text without it."""
     repetitions: int = 15
@@ -43,24 +37,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints a table for each network."""
     options = parse(Options, __doc__, argv)
     print(environment())
-    contenders = build(options.methods)
+    compared = contenders.build(options.methods)
     header = ["", "FLOPs, ratio", "bytes, ratio", "temporaries, MB", "ms per step"]
     for name, model in chosen(options.models, MODELS).items():
         size, (number, leaves) = options.batch_size or model.batch_size, model.describe()
         print(f"\n{name}: {number:,} parameters in {leaves} leaves, batch {size}\n")
-        rows = measure(model, contenders, size, options.repetitions)
+        rows = measure(model, compared, size, options.repetitions)
         print(format_table([[*header, f"ratio to {BASELINE} [quartiles]"], *rows]), flush=True)
 
 
 def measure(
-    model: Model, contenders: dict[str, Contender], batch_size: int, repetitions: int
+    model: Model, compared: dict[str, Contender], batch_size: int, repetitions: int
 ) -> list[list[str]]:
     """Rows of counts and times for one network."""
     key = jax.random.key(0)
     batch = model.batch(key, batch_size)
     counts, functions = {}, {}
-    for name, contender in contenders.items():
-        step, arguments = training_program(contender, model, batch_size)
+    for name, contender in compared.items():
+        step, arguments = contenders.training_program(contender, model, batch_size)
         compiled = step.lower(*arguments).compile()
         costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
         counts[name] = (costs["flops"], costs["bytes accessed"], memory.temp_size_in_bytes)

@@ -24,6 +24,7 @@ import optax
 from matplotlib.figure import Figure
 from sklearn.datasets import load_diabetes
 
+from benchmarks._shared import methods
 from benchmarks._shared.journal import (
     Evidence,
     Journal,
@@ -33,16 +34,7 @@ from benchmarks._shared.journal import (
     table,
     write_tables,
 )
-from benchmarks._shared.methods import (
-    Array,
-    Carry,
-    Step,
-    Values,
-    ivon_settings,
-    ivon_step,
-    scan_random_batches,
-    warmup_steps,
-)
+from benchmarks._shared.methods import Array, Carry, Values
 from benchmarks._shared.tuning import settings
 from benchmarks.evidence.uci.data import load_splits, standardise
 from benchmarks.evidence.uci.methods import BATCH, Data, apply, half_square, init
@@ -123,7 +115,7 @@ def measure(runs: list[Any], data: Any) -> list[dict[str, Any]]:
     seeds = jnp.array([run["seed"] for run in runs])
     lanes = jax.tree.map(np.asarray, train_lanes(steps, arguments(runs), seeds, *data))
     bad = ~(lanes["loss"] < WORSE)  # also where it is not a number
-    bad[:, : -(-warmup_steps(steps) // CHECK)] = False
+    bad[:, : -(-methods.warmup_steps(steps) // CHECK)] = False
     warned = ~(lanes["risk"] <= 1)
     return [
         {
@@ -145,7 +137,7 @@ def anatomy(run: Any, diverged: int, data: Any) -> dict[str, Any]:
     values = {name: x[0] for name, x in arguments([run]).items()}
     seen = jax.tree.map(np.asarray, trace(run["steps"], values, jnp.array(run["seed"]), data))
     bad = ~(seen["loss"] < WORSE)
-    bad[: warmup_steps(run["steps"])] = False
+    bad[: methods.warmup_steps(run["steps"])] = False
     last = int(np.argmax(bad))
     window = slice(max(0, last - SHOWN + 1), last + 3)
     course = seen["loss"][: diverged + 20 * CHECK : EVERY]
@@ -167,7 +159,7 @@ def loss_at(params: Any, data: Data) -> Array:
     return half_square(apply(params, data[0]), data[1])
 
 
-def begin(steps: int, settings: Any, seed: Array, data: Data) -> tuple[Step, Carry, Array]:
+def begin(steps: int, settings: Any, seed: Array, data: Data) -> tuple[methods.Step, Carry, Array]:
     """The step, parameters and state, and the keys of all steps.
 
     The state keeps the norm of the last gradient.
@@ -175,7 +167,8 @@ def begin(steps: int, settings: Any, seed: Array, data: Data) -> tuple[Step, Car
     tx = optax.chain(optax.snapshot("gradient", optax.tree.norm), ivon(**settings))
     init_key, steps_key = jax.random.split(jax.random.key(seed))
     params = init(init_key, data[0].shape[1])
-    return ivon_step(loss_at, tx), (params, tx.init(params)), jax.random.split(steps_key, steps)
+    keys = jax.random.split(steps_key, steps)
+    return methods.ivon_step(loss_at, tx), (params, tx.init(params)), keys
 
 
 @partial(jax.jit, static_argnums=0)
@@ -188,11 +181,11 @@ def train_lanes(
     """
 
     def watched(values: Values, seed: Array) -> dict[str, Array]:
-        settings = ivon_settings(values, steps, len(data[1]))
+        settings = methods.ivon_settings(values, steps, len(data[1]))
         step, carry, keys = begin(steps, settings, seed, data)
 
         def check(carry: Carry, keys: Array) -> tuple:
-            carry, _ = scan_random_batches(step, BATCH, data, carry, keys)
+            carry, _ = methods.scan_random_batches(step, BATCH, data, carry, keys)
             risk = diagnostics(carry[1], settings)["update/risk"]
             return carry, {"risk": risk, "loss": loss_at(carry[0], data)}
 
@@ -209,14 +202,14 @@ def trace(steps: int, values: Values, seed: Array, data: Data) -> dict[str, Arra
     `move` and `sigma` are of that weight, `gain` is (h₀+δ)/(h+δ) there, `active` the share of the
     training rows in which the unit of that weight is active, before the step.
     """
-    settings = ivon_settings(values, steps, len(data[1]))
+    settings = methods.ivon_settings(values, steps, len(data[1]))
     step, carry, keys = begin(steps, settings, seed, data)
     delta, h0 = settings["weight_decay"], settings["hess_init"]
 
     def watched(carry: Carry, key: Array) -> tuple:
         before = carry[0]
         active = jnp.mean(data[0] @ before["w1"] + before["b1"] > 0, axis=0)
-        carry, _ = scan_random_batches(step, BATCH, data, carry, key[None])
+        carry, _ = methods.scan_random_batches(step, BATCH, data, carry, key[None])
         moves = by_unit(optax.tree.sub(carry[0], before))
         place = jnp.argmax(jnp.abs(moves))
         here = by_unit(carry[1][1].hess).ravel()[place] + delta

@@ -71,21 +71,17 @@ class Options(Evidence):
     """Length of the over-long runs in usual ones; 0: none, -1: by data and network."""
     tune: bool = False
     """Search hyperparameters instead of comparing."""
-    grid: str = ""
-    """Of --tune: digits, example, mnist or resnet."""
+    grid: Literal["digits", "example", "mnist", "resnet"] | None = None
+    """Of --tune; without it, by data and network."""
     splits: int = 1
     """Splits of the training images for --tune."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dataset == "mnist" and self.data_dir is None and not self.report:
-            raise SystemExit("--dataset mnist needs --data-dir, the folder with its IDX files")
         if (self.model, self.dataset) not in LENGTHS:
             raise SystemExit(f"no settings of the {self.model} on {self.dataset}: pass mnist")
         epochs, overlong = LENGTHS[self.model, self.dataset]
         grid = self.grid or ("resnet" if self.model == "resnet" else self.dataset)
-        if grid not in GRIDS:
-            raise SystemExit(f"--grid must be one of {', '.join(GRIDS)}")
         object.__setattr__(self, "grid", grid)
         object.__setattr__(self, "epochs", self.epochs or epochs)
         object.__setattr__(self, "overlong", overlong if self.overlong < 0 else self.overlong)
@@ -290,7 +286,7 @@ def tune(study: Study) -> None:
     options, labels = study.options, study.data.train_labels
     held_out = len(labels) // 5
     epochs = round(options.epochs * len(labels) / (len(labels) - held_out))
-    grids = GRIDS[options.grid]
+    grids = GRIDS[str(options.grid)]
     sizes = (len(tuning.settings(grid)) for grid in grids.values())
     study.journal.total = options.splits * sum(sizes)
     tables = {}

@@ -13,20 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks._shared.methods import (
-    Array,
-    Carry,
-    Step,
-    Values,
-    cross_entropy,
-    ivon_step,
-    optimizer,
-    plain_step,
-    seed_keys,
-    shuffled_batches,
-    step_on_rows,
-    warmup_cosine,
-)
+from benchmarks._shared import methods as shared
+from benchmarks._shared.methods import Array, Carry, Step, Values
 from benchmarks._shared.networks import Perceptron, ResNet
 from ivon_jax import Posterior, kl_divergence, posterior, predict_samples
 
@@ -143,16 +131,16 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Weight decay falls on every parameter."""
     if method == "backprop":
-        adam = optax.adam(warmup_cosine(values["learning_rate"], steps))
+        adam = optax.adam(shared.warmup_cosine(values["learning_rate"], steps))
         return optax.with_extra_args_support(adam)
     if method == "swag":
-        shape, end = warmup_cosine(1.0, steps - collecting_steps(steps)), values["swag_rate"]
+        shape, end = shared.warmup_cosine(1.0, steps - collecting_steps(steps)), values["swag_rate"]
         rise = values["learning_rate"] - end
         decay = optax.add_decayed_weights(values["weight_decay"])
         sgd = optax.sgd(lambda count: end + rise * shape(count), momentum=0.9)
         return optax.with_extra_args_support(optax.chain(decay, sgd))
     plain = method if method == "adamw" else "sgd"
-    return optimizer("ivon" if method in VARIATIONAL else plain, values, steps, num_train)
+    return shared.optimizer("ivon" if method in VARIATIONAL else plain, values, steps, num_train)
 
 
 def collecting_steps(steps: int) -> int:
@@ -166,7 +154,7 @@ def make_step(network: nn.Module, method: str, values: Values, steps: int, num_t
 
     def loss_fn(params: Tree, batch: Data, *rate: Any, **rngs: Any) -> Array:
         logits: Any = network.apply(params, batch[0], *rate, **rngs)
-        return cross_entropy(logits, batch[1])
+        return shared.cross_entropy(logits, batch[1])
 
     def masked(key: Array, params: Tree, batch: Data) -> Array:
         """MC-dropout (Gal & Ghahramani 2016)."""
@@ -182,11 +170,11 @@ def make_step(network: nn.Module, method: str, values: Values, steps: int, num_t
         return loss_fn(sample, batch) + kl_divergence(q, prior) / ess
 
     if method in VARIATIONAL:
-        return ivon_step(loss_fn, tx)
+        return shared.ivon_step(loss_fn, tx)
     if method not in ("dropout", "backprop"):
-        return plain_step(loss_fn, tx)
+        return shared.plain_step(loss_fn, tx)
     objective = masked if method == "dropout" else variational
-    return lambda key, *rest: plain_step(partial(objective, key), tx)(key, *rest)
+    return lambda key, *rest: shared.plain_step(partial(objective, key), tx)(key, *rest)
 
 
 def gaussian_of(variational: tuple[Tree, Tree]) -> Posterior:
@@ -215,7 +203,7 @@ class Trainer:
 
         def one(values: Values, data: Data, carry: Carry, inputs: Any) -> tuple[Carry, Array]:
             step = make_step(network, method, values, steps, num_train)
-            return step_on_rows(step, data, carry, inputs)
+            return shared.step_on_rows(step, data, carry, inputs)
 
         def scan(values: Values, data: Data, carry: Carry, inputs: Any) -> Carry:
             return jax.lax.scan(partial(one, values, data), carry, inputs)[0]
@@ -234,9 +222,11 @@ class Trainer:
 
     def stops(self, values: Values, data: Data, seed: int, at: Sequence[int]) -> Iterator[Carry]:
         """Trains from one seed; yields copies of parameters and state after so many steps each."""
-        keys = seed_keys(seed)
+        keys = shared.seed_keys(seed)
         carry = self._start(keys.init, values)
-        batches = partial(shuffled_batches, num_examples=len(data[1]), batch_size=self.batch_size)
+        batches = partial(
+            shared.shuffled_batches, num_examples=len(data[1]), batch_size=self.batch_size
+        )
         passes = jax.vmap(batches)(jax.random.split(keys.epochs, self.epochs))
         inputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), passes)
         for begin, end in zip([0, *at[:-1]], at, strict=True):

@@ -22,17 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks._shared import methods
 from benchmarks._shared.journal import Evidence, Journal, Runs, command, grouped, write_tables
-from benchmarks._shared.methods import (
-    WARMUP_SHARE,
-    Array,
-    Values,
-    ivon_settings,
-    optimizer,
-    scan_epoch,
-    seed_keys,
-    step_of,
-)
+from benchmarks._shared.methods import Array, Values
 from benchmarks._shared.networks import Perceptron
 from benchmarks._shared.tuning import settings
 from examples._shared.datasets import load_small_digits
@@ -135,17 +127,18 @@ def train_lanes(
     loss = classification_loss(model.apply)
 
     def train(values: Values, seed: Array) -> dict[str, Array]:
-        tx = optimizer(method, values, num_steps, num_train)
-        settings = ivon_settings(values, num_steps, num_train)
+        tx = methods.optimizer(method, values, num_steps, num_train)
+        step = methods.step_of(method, loss, tx)
+        settings = methods.ivon_settings(values, num_steps, num_train)
 
         def epoch(carry: Any, key: Array) -> tuple:
-            params, state = scan_epoch(step_of(method, loss, tx), BATCH, data, carry, key)
+            params, state = methods.scan_epoch(step, BATCH, data, carry, key)
             seen = {"loss": loss(params, data)}
             if variational:
                 seen["risk"] = diagnostics(state, settings)["update/risk"]
             return (params, state), seen
 
-        keys = seed_keys(seed)
+        keys = methods.seed_keys(seed)
         params = model.init(keys.init, data[0][:1])
         carry = start = (params, tx.init(params))
         (params, state), seen = jax.lax.scan(epoch, carry, jax.random.split(keys.epochs, epochs))
@@ -163,7 +156,7 @@ def train_lanes(
 def summary(lane: dict[str, Any]) -> dict[str, Any]:
     """Test NLL; the epoch of divergence and, for IVON, of the first warning, or None."""
     bad = ~(lane["loss"] < math.log(10.0))  # also where it is not a number
-    bad[: math.ceil(WARMUP_SHARE * len(bad))] = False
+    bad[: math.ceil(methods.WARMUP_SHARE * len(bad))] = False
     nll = float(lane["nll"]) if np.isfinite(lane["nll"]) else None
     result = {"nll": nll, "diverged": first_epoch(bad)}
     if "risk" in lane:

@@ -27,22 +27,17 @@ from scipy.stats import spearmanr
 from benchmarks._shared.journal import parse
 from benchmarks._shared.methods import ivon_step, optimizer, scan_epoch
 from benchmarks._shared.networks import Perceptron
+from examples import sensitivity as example
 from examples._shared.reporting import cell, format_table
-from examples.sensitivity import (
-    BATCH_SIZE,
-    NUM_TRAIN,
-    Network,
-    cross_entropy,
-    draw_data,
-)
+from examples.sensitivity import BATCH_SIZE, NUM_TRAIN, cross_entropy
 from ivon_jax import Posterior, posterior, posterior_mean, sensitivity
 from ivon_jax.metrics import detection
 
 DECAY = 1e-3
 VALUES = dict(learning_rate=0.3, hess_init=0.1, b2=0.999, weight_decay=DECAY, temperature=1.0)
 SETTINGS = {
-    "λ = N": (Network(16), VALUES),
-    "λ = 10 N": (Network(64), {**VALUES, "weight_decay": 1e-4, "temperature": 0.1}),
+    "λ = N": (example.Network(16), VALUES),
+    "λ = 10 N": (example.Network(64), {**VALUES, "weight_decay": 1e-4, "temperature": 0.1}),
 }
 EPOCHS = 60
 RETRAINED_SEEDS = 3  # at most, in which examples are removed
@@ -74,7 +69,7 @@ class Weighted(NamedTuple):
 
 
 LINEAR = Perceptron(depth=0)  # softmax regression
-draw = jax.jit(draw_data)
+draw = jax.jit(example.draw_data)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
