@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -44,19 +43,12 @@ def _commit() -> str:
     return f", commit {name}"
 
 
-class Timing(NamedTuple):
-    """Seconds per call in each repetition, and the same as a ratio to the baseline's."""
-
-    seconds: np.ndarray
-    ratio: np.ndarray
-
-
 def interleaved(
     functions: dict[str, Callable[[int], None]], repetitions: int = 15, block_seconds: float = 0.05
-) -> dict[str, Timing]:
-    """Times functions, which return after so many steps, in turn; the first is the baseline.
+) -> dict[str, np.ndarray]:
+    """Seconds per step of functions, which return after so many, in each repetition.
 
-    In each repetition every function gets its turn of about `block_seconds`.
+    In a repetition every function gets its turn of about `block_seconds`.
     """
     calls = {}
     for name, function in functions.items():
@@ -71,9 +63,7 @@ def interleaved(
             start = time.perf_counter()
             function(calls[name])
             seconds[name].append((time.perf_counter() - start) / calls[name])
-    measured = {name: np.array(x) for name, x in seconds.items()}
-    base = next(iter(measured.values()))
-    return {name: Timing(x, x / base) for name, x in measured.items()}
+    return {name: np.array(x) for name, x in seconds.items()}
 
 
 def ratios(values: np.ndarray) -> tuple[float, float, float]:

@@ -106,8 +106,8 @@ def auto(options: dict[str, Any] | None = None, **auto_options: Any) -> Contende
 
 BASELINE = "optax.adamw"
 CONTENDERS: dict[str, Callable[[], Contender]] = {
-    BASELINE: lambda: plain(optax.with_extra_args_support(optax.adamw(1e-3))),
-    "optax.sgd": lambda: plain(optax.with_extra_args_support(optax.sgd(1e-3, momentum=0.9))),
+    BASELINE: lambda: plain(optax.adamw(1e-3)),
+    "optax.sgd": lambda: plain(optax.sgd(1e-3, momentum=0.9)),
     "auto_sample": auto,
     "auto_sample, lean": partial(auto, store_mean=False),
     "lean, bfloat16 momentum": partial(auto, {"momentum_dtype": jnp.bfloat16}, store_mean=False),
@@ -179,10 +179,7 @@ def training_program(
 
 def placed(tree: PyTree, where: Any) -> PyTree:
     """Abstract arrays on a device; `None` is this machine's."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=x.weak_type),
-        tree,
-    )
+    return jax.tree.map(lambda x: x.update(sharding=where), tree)
 
 
 def kept(carry: PyTree) -> int:

@@ -12,6 +12,7 @@ explicit loop also writes the sample, which a loss would need.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -70,19 +71,50 @@ def measure(shapes: PyTree, contenders: dict[str, Contender], options: Options) 
         point = () if len(carry) == 2 else optax.tree.zeros_like(shapes)
         functions[name] = jax_loop(make_step(contender), (carry, point), grads)
     if options.torch:
-        from benchmarks.cost import torch_contenders
-
-        functions |= torch_contenders.steps([x.shape for x in jax.tree.leaves(shapes)])
+        functions |= torch_steps([x.shape for x in jax.tree.leaves(shapes)])
     timings = interleaved(functions, options.repetitions)
     return [
         [
             name,
-            f"{np.median(t.seconds) * 1e6:,.0f}",
-            f"{np.median(t.seconds) / count(shapes) * 1e9:.2f}",
-            ratio_cell(t.ratio),
+            f"{np.median(seconds) * 1e6:,.0f}",
+            f"{np.median(seconds) / count(shapes) * 1e9:.2f}",
+            ratio_cell(seconds / timings[BASELINE]),
         ]
-        for name, t in timings.items()
+        for name, seconds in timings.items()
     ]
+
+
+def torch_steps(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[int], None]]:
+    """PyTorch's AdamW and the authors' IVON, with gradients given, on the device that it has."""
+    import ivon  # pyright: ignore[reportMissingImports] the package ivon-opt
+    import torch  # pyright: ignore[reportMissingImports]
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def parameters() -> list[Any]:
+        made = [torch.nn.Parameter(torch.ones(shape, device=device)) for shape in shapes]
+        for p in made:
+            p.grad = torch.full_like(p, 1e-3)
+        return made
+
+    def loop(step: Callable[[], Any]) -> Callable[[int], None]:
+        def run(calls: int) -> None:
+            for _ in range(calls):
+                step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    adamw = torch.optim.AdamW(parameters(), lr=1e-3)
+    variational = ivon.IVON(parameters(), lr=1e-3, ess=1e6, hess_init=1.0)
+
+    def ivon_step() -> None:
+        with variational.sampled_params(train=True):
+            pass  # the gradients are there
+        variational.step()
+
+    return {"PyTorch AdamW": loop(adamw.step), "PyTorch ivon-opt": loop(ivon_step)}
 
 
 if __name__ == "__main__":

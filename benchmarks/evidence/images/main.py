@@ -175,7 +175,8 @@ def evaluate(study: Study, fitted: Fitted, seed: int, count: int) -> dict[str, A
 
     def predictions(fitted: Fitted, count: int) -> dict[str, jax.Array]:
         images = np.concatenate(list(sets.values()))
-        found = study.log_probs(fitted, seed_keys(seed).predict, images, count)
+        _, _, key = seed_keys(seed)
+        found = study.log_probs(fitted, key, images, count)
         return dict(zip(sets, jnp.split(found, ends, axis=1), strict=True))
 
     drawn = predictions(fitted, count)

@@ -131,14 +131,13 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Weight decay falls on every parameter."""
     if method == "backprop":
-        adam = optax.adam(shared.warmup_cosine(values["learning_rate"], steps))
-        return optax.with_extra_args_support(adam)
+        return optax.adam(shared.warmup_cosine(values["learning_rate"], steps))
     if method == "swag":
         shape, end = shared.warmup_cosine(1.0, steps - collecting_steps(steps)), values["swag_rate"]
         rise = values["learning_rate"] - end
         decay = optax.add_decayed_weights(values["weight_decay"])
         sgd = optax.sgd(lambda count: end + rise * shape(count), momentum=0.9)
-        return optax.with_extra_args_support(optax.chain(decay, sgd))
+        return optax.chain(decay, sgd)
     plain = method if method == "adamw" else "sgd"
     return shared.optimizer("ivon" if method in VARIATIONAL else plain, values, steps, num_train)
 
@@ -154,7 +153,7 @@ def make_step(network: nn.Module, method: str, values: Values, steps: int, num_t
 
     def loss_fn(params: Tree, batch: Data, *rate: Any, **rngs: Any) -> Array:
         logits: Any = network.apply(params, batch[0], *rate, **rngs)
-        return shared.cross_entropy(logits, batch[1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
     def masked(key: Array, params: Tree, batch: Data) -> Array:
         """MC-dropout (Gal & Ghahramani 2016)."""
@@ -222,12 +221,12 @@ class Trainer:
 
     def stops(self, values: Values, data: Data, seed: int, at: Sequence[int]) -> Iterator[Carry]:
         """Trains from one seed; yields copies of parameters and state after so many steps each."""
-        keys = shared.seed_keys(seed)
-        carry = self._start(keys.init, values)
+        init_key, epochs_key, _ = shared.seed_keys(seed)
+        carry = self._start(init_key, values)
         batches = partial(
             shared.shuffled_batches, num_examples=len(data[1]), batch_size=self.batch_size
         )
-        passes = jax.vmap(batches)(jax.random.split(keys.epochs, self.epochs))
+        passes = jax.vmap(batches)(jax.random.split(epochs_key, self.epochs))
         inputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), passes)
         for begin, end in zip([0, *at[:-1]], at, strict=True):
             part = jax.tree.map(lambda x, begin=begin, end=end: x[begin:end], inputs)

@@ -83,8 +83,7 @@ class Trainer:
     def __init__(self, setting: Setting, task: Task):
         self.task, self.variational = task, setting.optimizer == "ivon"
         values: dict[str, Any] = {**setting.values, "learning_rate": setting.schedule(task)}
-        tx = ivon(ess=task.num_train, **values) if self.variational else optax.adamw(**values)
-        self.tx = optax.with_extra_args_support(tx)
+        self.tx = ivon(ess=task.num_train, **values) if self.variational else optax.adamw(**values)
         self.update = step_of(setting.optimizer, mean_loss, self.tx)
 
     def start(self, seed: int) -> Carry:
@@ -138,7 +137,7 @@ def compute(options: Options) -> None:
             if SETTINGS[name].constant
         }
         found = interleaved(loops, REPETITIONS)
-        seconds = {name: timing.seconds.tolist() for name, timing in found.items()}
+        seconds = {name: x.tolist() for name, x in found.items()}
         return {"seconds": seconds, "versions": torch_side.versions()}
 
     what = {"task": "timing", "repetitions": REPETITIONS, "batch_size": common.BATCH_SIZE}
@@ -230,15 +229,10 @@ def comparison(optimizer: str, pairs: Mapping[str, Pairs]) -> Rows:
             mean, error = mean_and_error(ours - theirs)
             ratio = float(mean / error) if mean else 0.0
             cells = cell(ours, decimals), cell(theirs, decimals), cell(ours - theirs, decimals + 1)
-            rows.append((f"{name}: {where}", *cells, f"{ratio:.1f}", verdict(ratio)))
+            verdict = "the same" if abs(ratio) <= ERRORS else "different"
+            verdict = "not known" if np.isnan(ratio) else verdict
+            rows.append((f"{name}: {where}", *cells, f"{ratio:.1f}", verdict))
     return rows
-
-
-def verdict(ratio: float) -> str:
-    """What a difference of so many standard errors says."""
-    if np.isnan(ratio):
-        return "not known"
-    return "the same" if abs(ratio) <= ERRORS else "different"
 
 
 def timing_rows(journal: Journal) -> Rows:

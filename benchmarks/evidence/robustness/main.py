@@ -138,14 +138,14 @@ def train_lanes(
                 seen["risk"] = diagnostics(state, settings)["update/risk"]
             return (params, state), seen
 
-        keys = methods.seed_keys(seed)
-        params = model.init(keys.init, data[0][:1])
+        init_key, epochs_key, predict_key = methods.seed_keys(seed)
+        params = model.init(init_key, data[0][:1])
         carry = start = (params, tx.init(params))
-        (params, state), seen = jax.lax.scan(epoch, carry, jax.random.split(keys.epochs, epochs))
+        (params, state), seen = jax.lax.scan(epoch, carry, jax.random.split(epochs_key, epochs))
         if variational:
             seen["start"] = diagnostics(start[1], settings)["signal_to_noise/p50"]
             predict = predict_log_probs(model.apply, SAMPLES)
-            log_probs = predict(keys.predict, posterior(state), test[0])
+            log_probs = predict(predict_key, posterior(state), test[0])
         else:
             log_probs = jax.nn.log_softmax(model.apply(params, test[0]))
         return seen | {"nll": metrics.nll(log_probs, test[1])}

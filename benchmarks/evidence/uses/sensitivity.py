@@ -87,12 +87,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 @partial(jax.jit, static_argnames="network")
-def begin(network: nn.Module, values: Mapping[str, float], data: Weighted, key: Array) -> Tree:
+def begin(network: nn.Module, values: Mapping[str, Any], data: Weighted, key: Array) -> Tree:
     """IVON's state before training."""
     return tx_of(values).init(network.init(key, data.images[:1]))
 
 
-def tx_of(values: Mapping[str, float]) -> Any:
+def tx_of(values: Mapping[str, Any]) -> Any:
     """IVON for a run of all epochs."""
     return optimizer("ivon", values, EPOCHS * (NUM_TRAIN // BATCH_SIZE), NUM_TRAIN)
 
