@@ -54,10 +54,10 @@ class Options:
     """The command line."""
 
     variants: tuple[str, ...] = tuple(VARIANTS)
-    seeds: int = 10  # on digits; logistic regression takes four times as many
-    gradients: int = (
-        10_000  # of logistic regression; two fifths on the quadratic, a fifth on digits
-    )
+    seeds: int = 10
+    """On digits; logistic regression takes four times as many."""
+    gradients: int = 10_000
+    """Of logistic regression; two fifths on the quadratic, a fifth on digits."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

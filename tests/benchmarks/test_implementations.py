@@ -10,7 +10,6 @@ pytest.importorskip("flax", reason='the benchmarks need: pip install -e ".[examp
 
 from benchmarks.evidence import implementations as package
 from benchmarks.evidence.implementations import main as implementations
-from benchmarks.evidence.implementations import task
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "implementations.jsonl"
 PYTORCH = all(importlib.util.find_spec(name) for name in ("torch", "ivon"))
@@ -37,7 +36,7 @@ def test_a_report_needs_the_results_alone(tmp_path, capsys):
 @pytest.mark.oracle
 @pytest.mark.skipif(not PYTORCH, reason='needs PyTorch: pip install -e ".[oracle]"')
 def test_both_sides_train_and_are_compared(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(task, "EPOCHS", 2)
+    monkeypatch.setattr(implementations, "EPOCHS", 2)
     monkeypatch.setattr(implementations, "REPETITIONS", 2)
     implementations.main(["--seeds", "2", "--results", str(tmp_path / "r.jsonl")])
     out = capsys.readouterr().out

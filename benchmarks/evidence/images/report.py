@@ -71,7 +71,8 @@ def write_report(journal: Journal, identity: Mapping[str, Any], factor: int) -> 
         tables[f"Number of posterior samples: {label}"] = sample_rows(usual[ivon])
     overlong: Results = {}
     if factor:
-        rows: Rows = [OVERLONG]
+        header = "NLL, usual", "NLL, over-long", "rise", "lowest on the way", "train NLL"
+        rows: Rows = [["", *header, "accuracy, %"]]
         for suffix in ("", ", b2 kept", ", b2 kept, guard"):
             settings = {m: overlong_values(v, factor).get(suffix) for m, v in chosen.items()}
             longer = collect(journal, settings, task="overlong", factor=factor, **identity)
@@ -176,8 +177,8 @@ def sample_rows(ivon: Runs) -> Rows:
     """IVON's metrics against the number of samples, and differences from the mean."""
     counts = next(iter(ivon.values()))["curve"]["samples"]
     reads = {str(count): partial(at_samples, count=count) for count in counts}
-    rows: Rows = [["samples", *(METRICS[name][0] for name in CURVE)]]
-    rows[0] = [*rows[0], "accuracy - mean's", "NLL - mean's"]
+    labels = (METRICS[name][0] for name in CURVE)
+    rows: Rows = [["samples", *labels, "accuracy - mean's", "NLL - mean's"]]
     for label, read in {"mean": at_mean, **reads}.items():
         found = {name: column(ivon, read(name)) for name in CURVE}
         leads = (
@@ -186,10 +187,6 @@ def sample_rows(ivon: Runs) -> Rows:
         )
         rows.append([label, *(shown(name, each) for name, each in found.items()), *leads])
     return rows
-
-
-OVERLONG = ["", "NLL, usual", "NLL, over-long", "rise"]
-OVERLONG += ["lowest on the way", "train NLL", "accuracy, %"]
 
 
 def overlong_rows(usual: Results, overlong: Results, suffix: str) -> Rows:

@@ -9,12 +9,13 @@ batches, settings and number of gradients; only IVON's noise differs. Test NLL i
 and a training step is timed in turn, in one process.
 """
 
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +24,16 @@ import optax
 
 from benchmarks._shared.journal import Evidence, Journal, command, write_tables
 from benchmarks._shared.measuring import interleaved, jax_loop, ratio_cell
-from benchmarks._shared.methods import Array, Batch, step_of
+from benchmarks._shared.methods import Array, Batch, step_of, warmup_cosine
 from benchmarks._shared.tuning import described
-from benchmarks.evidence.implementations import task as common
-from benchmarks.evidence.implementations.task import SETTINGS, Setting, Task
+from examples._shared.datasets import load_small_digits
 from examples._shared.reporting import cell, mean_and_error
 from ivon_jax import ivon, metrics, posterior, predict_log_probs
 
+SIZES = (64, 128, 128, 10)
+EPOCHS = 30
+BATCH_SIZE = 50
+SAMPLES = 64  # of the posterior
 REPETITIONS = 40  # of the timing
 SIDES = ("jax", "torch")
 NAMES = {
@@ -56,6 +60,63 @@ class Options(Evidence):
 
     results: Path = Path("implementations.jsonl")
     seeds: int = 30
+
+
+# --- What both sides are given -------------------------------------------------------------------
+
+
+class Task:
+    """The digits of scikit-learn and a perceptron, the same for all implementations."""
+
+    def __init__(self):
+        data = load_small_digits()
+        self.images, self.test_images = (
+            (2 * images - 1).reshape(len(images), -1)
+            for images in (data.train_images, data.test_images)
+        )
+        self.labels, self.test_labels = data.train_labels.astype(np.int64), data.test_labels
+        self.num_train, self.samples = len(self.labels), SAMPLES
+        self.num_steps = EPOCHS * (self.num_train // BATCH_SIZE)
+
+    def weights(self, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Initial weights (inputs, outputs) and biases of every layer."""
+        rng = np.random.default_rng(seed)
+        return [
+            ((rng.standard_normal((a, b)) / np.sqrt(a)).astype("float32"), np.zeros(b, "float32"))
+            for a, b in itertools.pairwise(SIZES)
+        ]
+
+    def batches(self, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All batches of a run, in order."""
+        rng = np.random.default_rng((seed, 1))
+        for _ in range(EPOCHS):
+            order = rng.permutation(self.num_train)
+            for rows in order.reshape(-1, BATCH_SIZE):
+                yield self.images[rows], self.labels[rows]
+
+
+class Setting(NamedTuple):
+    """An optimizer, its hyperparameters, and whether its rate is constant."""
+
+    optimizer: str
+    constant: bool
+    values: dict[str, float]
+
+    def schedule(self, task: Task) -> Callable[[Any], Any]:
+        """The rate of a step: constant, or warmup and a cosine to zero."""
+        rate = self.values["learning_rate"]
+        if self.constant:
+            return optax.constant_schedule(rate)
+        return warmup_cosine(rate, task.num_steps)
+
+
+IVON = {"hess_init": 0.5, "b2": 0.999, "weight_decay": 1e-4}
+SETTINGS = {
+    "IVON, cosine": Setting("ivon", False, {"learning_rate": 0.5, **IVON}),
+    "IVON, constant rate": Setting("ivon", True, {"learning_rate": 0.2, **IVON}),
+    "AdamW, cosine": Setting("adamw", False, {"learning_rate": 1e-2, "weight_decay": 0.1}),
+    "AdamW, constant rate": Setting("adamw", True, {"learning_rate": 2e-3, "weight_decay": 0.1}),
+}
 
 
 # --- Our side: ivon_jax, and optax's AdamW --------------------------------------------------------
@@ -105,7 +166,7 @@ class Trainer:
         point = log_probs(params, images)
         if not self.variational:
             return [point]
-        return [point, predict_log_probs(log_probs, common.SAMPLES)(key, posterior(state), images)]
+        return [point, predict_log_probs(log_probs, SAMPLES)(key, posterior(state), images)]
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -140,7 +201,7 @@ def compute(options: Options) -> None:
         seconds = {name: x.tolist() for name, x in found.items()}
         return {"seconds": seconds, "versions": torch_side.versions()}
 
-    what = {"task": "timing", "repetitions": REPETITIONS, "batch_size": common.BATCH_SIZE}
+    what = {"task": "timing", "repetitions": REPETITIONS, "batch_size": BATCH_SIZE}
     journal.compute(what, timing)
     for seed in range(options.seeds):
         for (name, side), trainer in trainers.items():
@@ -150,7 +211,7 @@ def compute(options: Options) -> None:
 
 def run_of(name: str, side: str) -> dict[str, Any]:
     """What identifies the runs of a setting on one side."""
-    sizes = {"epochs": common.EPOCHS, "batch_size": common.BATCH_SIZE, "samples": common.SAMPLES}
+    sizes = {"epochs": EPOCHS, "batch_size": BATCH_SIZE, "samples": SAMPLES}
     values = dict(SETTINGS[name].values)
     return {"task": "train", "setting": name, "side": side, "values": values, **sizes}
 
@@ -195,7 +256,7 @@ def report(journal: Journal) -> None:
     versions = ", ".join(journal.select(task="timing")[-1][1]["versions"])
     notes = (
         f"1,000 training and 797 test digits of scikit-learn, a perceptron 64-128-128-10, "
-        f"{common.EPOCHS} epochs in batches of {common.BATCH_SIZE}, ess = 1,000, {common.SAMPLES} "
+        f"{EPOCHS} epochs in batches of {BATCH_SIZE}, ess = 1,000, {SAMPLES} "
         f"posterior samples; {min(map(len, pairs.values()))} seeds, mean ± standard error. A seed "
         "has the same initial weights and batches on both sides; IVON's noise is each side's own. "
         "Differences are ours less PyTorch's, paired by seed: 'the same' is within two standard "
