@@ -22,18 +22,13 @@ class Journal:
 
     Every line is a record `{"run": ..., "result": ...}`, or `{"environment": ...}`, written each
     time that a command starts to compute, with its hardware, versions and date. A line that was
-    cut short by a kill is dropped.
-
-    Args:
-      path: the file, made when the first run is finished.
-      total: number of runs that the command asks for, for its progress.
+    cut short by a kill is dropped. `total` is the number of runs that the command asks for.
     """
 
     def __init__(self, path: Path, total: int = 0):
         self.path, self.total = path, total
         self.environments: list[str] = []
-        self._results: dict[str, dict] = {}
-        self._runs: dict[str, dict] = {}
+        self._finished: dict[str, tuple[dict, dict]] = {}  # run and result
         self._asked, self._begun = 0, False
         self._read()
 
@@ -45,7 +40,7 @@ class Journal:
         self, runs: Sequence[Run], work: Callable[[list[Run]], Sequence[Result]]
     ) -> list[Result]:
         """The results of runs that are computed together; `work` gets those that are missing."""
-        missing = [run for run in runs if _identity(run) not in self._results]
+        missing = [run for run in runs if _identity(run) not in self._finished]
         if missing:
             results = work(missing)
             if not self._begun:
@@ -54,17 +49,16 @@ class Journal:
                 self._write({"environment": self.environments[-1]})
             for run, result in zip(missing, results, strict=True):
                 self._write({"run": run, "result": result})
-                self._runs[_identity(run)] = dict(run)
-                self._results[_identity(run)] = dict(result)
+                self._finished[_identity(run)] = dict(run), dict(result)
         self._asked += len(runs)
         self._report(runs[-1])
-        return [self._results[_identity(run)] for run in runs]
+        return [self._finished[_identity(run)][1] for run in runs]
 
     def select(self, **fields: Any) -> Runs:
         """All (run, result) whose run has these values, in the order of the file."""
         return [
-            (run, self._results[name])
-            for name, run in self._runs.items()
+            (run, result)
+            for run, result in self._finished.values()
             if all(run.get(field) == value for field, value in fields.items())
         ]
 
@@ -77,8 +71,7 @@ class Journal:
             try:
                 record = json.loads(line)
                 if "run" in record:
-                    self._runs[_identity(record["run"])] = record["run"]
-                    self._results[_identity(record["run"])] = record["result"]
+                    self._finished[_identity(record["run"])] = record["run"], record["result"]
                 else:
                     self.environments.append(record["environment"])
             except (ValueError, KeyError, TypeError):
@@ -124,18 +117,9 @@ Options = TypeVar("Options")
 def parse(
     options: type[Options], description: str | None, argv: Sequence[str] | None = None
 ) -> Options:
-    """The command line as a dataclass.
-
-    Checks of values belong in its `__post_init__`: `raise SystemExit("what to pass")`.
-
-    Args:
-      options: the dataclass, of `Evidence` where there is a journal.
-      description: what `--help` prints first, as a rule the script's `__doc__`.
-      argv: arguments in place of the process's, for tests.
-    """
-    return tyro.cli(
-        options, args=argv, description=description, config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    """The command line as a dataclass, which checks values in its `__post_init__`."""
+    config = (tyro.conf.FlagCreatePairsOff,)
+    return tyro.cli(options, args=argv, description=description, config=config)
 
 
 def command(

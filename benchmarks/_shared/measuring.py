@@ -4,13 +4,13 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,11 +18,9 @@ import numpy as np
 
 def environment() -> str:
     """Command, date, commit, hardware and versions, in two lines."""
-    processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        processor = names[0].split(":")[1].strip() if names else processor
+    name = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    processor = name[1] if name else platform.processor() or platform.machine()
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     hardware = f"{processor}, {cores} cores"
@@ -37,35 +35,19 @@ def _commit() -> str:
     """The commit of the code, where git knows it, and whether it has been changed since."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        name = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        what = [*git, "describe", "--always", "--dirty", "--exclude=*"]
+        name = subprocess.check_output(what, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
     return f", commit {name}"
 
 
-class Timing(NamedTuple):
-    """Seconds per call in each repetition, and the same as a ratio to the baseline's."""
-
-    seconds: np.ndarray
-    ratio: np.ndarray
-
-
 def interleaved(
-    functions: dict[str, Callable[[int], None]],
-    repetitions: int = 15,
-    block_seconds: float = 0.05,
-) -> dict[str, Timing]:
-    """Times functions in turn; the first is the baseline.
+    functions: dict[str, Callable[[int], None]], repetitions: int = 15, block_seconds: float = 0.05
+) -> dict[str, np.ndarray]:
+    """Seconds per step of functions, which return after so many, in each repetition.
 
-    Args:
-      functions: each runs a given number of steps and returns when they are done.
-      repetitions: rounds in which every function gets its turn.
-      block_seconds: about how long a turn is.
+    In a repetition every function gets its turn of about `block_seconds`.
     """
     calls = {}
     for name, function in functions.items():
@@ -80,9 +62,7 @@ def interleaved(
             start = time.perf_counter()
             function(calls[name])
             seconds[name].append((time.perf_counter() - start) / calls[name])
-    measured = {name: np.array(x) for name, x in seconds.items()}
-    base = next(iter(measured.values()))
-    return {name: Timing(x, x / base) for name, x in measured.items()}
+    return {name: np.array(x) for name, x in seconds.items()}
 
 
 def ratios(values: np.ndarray) -> tuple[float, float, float]:

@@ -7,7 +7,7 @@ trains a whole grid in one computation.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +43,9 @@ def warmup_cosine(peak: Any, num_steps: int) -> optax.Schedule:
 def ivon_settings(values: Values, num_steps: int, num_train: int) -> dict[str, Any]:
     """Arguments of `ivon`, also for `diagnostics`.
 
-    Args:
-      values: `learning_rate`, the peak of the schedule; `temperature`, of which 1 is Bayes and
-        weighs every training example once, or its inverse `sharpness`, ess/N; `prior_precision`,
-        λδ, in place of `weight_decay`; everything else goes to `ivon` as it is.
-      num_steps: length of the run.
-      num_train: number of training examples.
+    In `values`, `learning_rate` is the peak of the schedule. A `temperature` of 1 is Bayes and
+    weighs every training example once; its inverse is `sharpness`, ess/N. `prior_precision`, λδ,
+    stands for `weight_decay`. Everything else goes to `ivon` as it is.
     """
     settings = dict(values)
     settings["learning_rate"] = warmup_cosine(values["learning_rate"], num_steps)
@@ -68,11 +65,8 @@ def optimizer(
         return ivon(**ivon_settings(values, num_steps, num_train))
     schedule, decay = warmup_cosine(values["learning_rate"], num_steps), values["weight_decay"]
     if method == "adamw":
-        return optax.with_extra_args_support(optax.adamw(schedule, weight_decay=decay))
-    if method == "sgd":
-        sgd = optax.sgd(schedule, momentum=0.9)
-        return optax.with_extra_args_support(optax.chain(optax.add_decayed_weights(decay), sgd))
-    raise ValueError(f"unknown method {method!r}; known: sgd, adamw, ivon")
+        return optax.adamw(schedule, weight_decay=decay)
+    return optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule, momentum=0.9))
 
 
 # --- Steps ----------------------------------------------------------------------------------------
@@ -107,10 +101,7 @@ def estimator_step(
 ) -> Step:
     """The step of IVON with several samples, clipped gradients or another estimate of h.
 
-    Args:
-      loss_fn: of the parameters and a batch.
-      tx: `ivon`.
-      **options: of `mc_value_and_grad`.
+    The options are those of `mc_value_and_grad`.
     """
     estimate = mc_value_and_grad(loss_fn, **options)
 
@@ -130,17 +121,9 @@ def step_of(method: str, loss_fn: Loss, tx: optax.GradientTransformationExtraArg
 # --- Seeds and batches ----------------------------------------------------------------------------
 
 
-class SeedKeys(NamedTuple):
-    """The keys of one seed, the same for all methods."""
-
-    init: Array
-    epochs: Array
-    predict: Array
-
-
-def seed_keys(seed: Any) -> SeedKeys:
-    """Splits a seed into independent keys."""
-    return SeedKeys(*jax.random.split(jax.random.key(seed), 3))
+def seed_keys(seed: Any) -> Array:
+    """The keys of one seed, the same for all methods: of initial weights, epochs, prediction."""
+    return jax.random.split(jax.random.key(seed), 3)
 
 
 def shuffled_batches(key: Array, num_examples: int, batch_size: int) -> tuple[Array, Array]:
@@ -180,12 +163,7 @@ def scan_random_batches(
     return jax.lax.scan(one, carry, keys)
 
 
-# --- Losses and averages --------------------------------------------------------------------------
-
-
-def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Mean per example, in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+# --- Prediction -----------------------------------------------------------------------------------
 
 
 def average(log_probs: Array) -> Array:

@@ -1,8 +1,9 @@
 """The networks of the benchmarks: a perceptron, a ResNet and a GPT, one of each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -18,11 +19,11 @@ PyTree = Any
 # --- Images ---------------------------------------------------------------------------------------
 
 
-def dropout(module: nn.Module, x: Array, rate: Any) -> Array:
+def dropout(key: Callable[[], Array], x: Array, rate: Any) -> Array:
     """Sets a share of the activations to zero; `None` leaves them alone, and it may be traced."""
     if rate is None:
         return x
-    kept = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, x.shape)
+    kept = jax.random.bernoulli(key(), 1.0 - rate, x.shape)
     return jnp.where(kept, x / (1.0 - rate), 0.0)
 
 
@@ -35,9 +36,10 @@ class Perceptron(nn.Module):
     @nn.compact
     def __call__(self, images: Array, rate: Any = None) -> Array:
         """Maps images (n, height, width, channels) in [0, 1] to logits (n, 10)."""
-        x = (2.0 * images - 1.0).reshape(len(images), -1)
+        x = (2.0 * images - 1.0).reshape(len(images), math.prod(images.shape[1:]))
         for _ in range(self.depth):
-            x = dropout(self, nn.relu(nn.Dense(self.width)(x)), rate)
+            x = nn.relu(nn.Dense(self.width)(x))
+            x = dropout(partial(self.make_rng, "dropout"), x, rate)
         return nn.Dense(NUM_CLASSES)(x)
 
 
@@ -81,7 +83,7 @@ class ResNet(nn.Module):
             y = self.normalised(self.normalised(x, features, 3, stride), features, 3)
             if wider:
                 x = self.normalised(x, features, 1, stride)
-            x = dropout(self, x + y, rate)
+            x = dropout(partial(self.make_rng, "dropout"), x + y, rate)
         return nn.Dense(NUM_CLASSES)(x.mean(axis=(1, 2)))
 
     def normalised(self, x: Array, features: int, size: int, stride: int = 1) -> Array:

@@ -9,27 +9,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from benchmarks._shared.journal import parse
 from benchmarks._shared.measuring import environment, ratio_cell
-from benchmarks.cost.contenders import (
-    USUAL,
-    Program,
-    build,
-    known,
-    models,
-    optimizer_program,
-    training_program,
-)
-from benchmarks.cost.models import gpt2, many, one_leaf
+from benchmarks.cost import contenders
+from benchmarks.cost.contenders import Program, chosen
+from benchmarks.cost.models import MODELS, gpt2, many
 from examples._shared.reporting import format_table
 
 TREES = {
-    "one leaf of 1e7": partial(one_leaf, 10_000_000),
+    "one leaf of 1e7": partial(many, 1, 10_000_000),
     "gpt2 of 1e7, 148 leaves": partial(gpt2, 10_000_000),
     "500 leaves of 64": partial(many, 500, 64),
 }
@@ -42,9 +34,7 @@ class Options:
 
     trees: tuple[str, ...] = tuple(TREES)
     models: tuple[str, ...] = ("mlp", "resnet20", "gpt10m")
-    methods: tuple[str, ...] = USUAL
-    peer: Path | None = None
-    """ivon.py of the authors' JAX implementation."""
+    methods: tuple[str, ...] = contenders.USUAL
     repetitions: int = 3
     """Turns of each contender."""
 
@@ -53,14 +43,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints a table for each tree and model."""
     options = parse(Options, __doc__, argv)
     print(environment())  # starts the backend
-    contenders = build(options.methods, options.peer)
-    for tree in known(options.trees, TREES):
-        shapes = TREES[tree]()
-        programs = {n: partial(optimizer_program, c, shapes) for n, c in contenders.items()}
+    compared = contenders.build(options.methods)
+    for tree, make in chosen(options.trees, TREES).items():
+        shapes = make()
+        programs = {
+            n: partial(contenders.optimizer_program, c, shapes) for n, c in compared.items()
+        }
         print(f"\nOptimizer alone, {tree}\n")
         print(format_table([HEADER, *rows(programs, options.repetitions)]), flush=True)
-    for name, model in models(options.models).items():
-        programs = {n: partial(training_program, c, model, 8) for n, c in contenders.items()}
+    for name, model in chosen(options.models, MODELS).items():
+        programs = {
+            n: partial(contenders.training_program, c, model, 8) for n, c in compared.items()
+        }
         print(f"\nWhole training step, {name}, {model.describe()[1]} leaves\n")
         print(format_table([HEADER, *rows(programs, options.repetitions)]), flush=True)
 

@@ -3,10 +3,9 @@
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,39 +13,33 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.cost.models import MODELS, Model, PyTree, Shapes, abstract
+from benchmarks.cost.models import Model, PyTree
 from ivon_jax import auto_sample, ivon, mc_value_and_grad, sample_params
 
 # The cost does not depend on the values, as long as all of them stay finite.
 IVON: dict[str, Any] = {"learning_rate": 1e-3, "ess": 1e6}
 
 
-class Differentiated:
+class Differentiated(NamedTuple):
     """Value and gradient of a loss that can still be had by itself."""
 
-    def __init__(self, loss: Callable[[PyTree], jax.Array]):
-        self.loss = loss
+    loss: Callable[[PyTree], jax.Array]
 
     def __call__(self, params: PyTree) -> tuple[jax.Array, PyTree]:
         """The loss and its gradient."""
         return jax.value_and_grad(self.loss)(params)
 
 
+T = TypeVar("T")
 ValueAndGrad = Callable[[PyTree], tuple[jax.Array, PyTree]]
 Step = Callable[[PyTree, Any], tuple[PyTree, jax.Array]]
 
 
 class Contender(NamedTuple):
-    """An optimizer in a training loop.
+    """An optimizer in a training loop."""
 
-    Attributes:
-      init: from parameters to everything that the loop carries, in buffers of its own.
-      step: from what is carried, and the loss and its gradient as a function of the parameters, to
-        what is carried next and the loss.
-    """
-
-    init: Callable[[PyTree], PyTree]
-    step: Step
+    init: Callable[[PyTree], PyTree]  # from parameters to all that is carried, in own buffers
+    step: Step  # from what is carried, and value_and_grad, to what is carried next and the loss
 
 
 # --- The contenders -------------------------------------------------------------------------------
@@ -90,27 +83,6 @@ def explicit() -> Contender:
     return with_init(tx, step, partial(jax.random.key, 0))
 
 
-def peer(path: Path) -> Contender:
-    """The authors' JAX implementation, a file that is not on the package index, as it documents."""
-    spec = importlib.util.spec_from_file_location("peer_ivon", path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    tx = module.ivon(IVON["learning_rate"], IVON["ess"], 1.0, 0.9, 0.99999, 1e-4)
-
-    def step(carry: PyTree, value_and_grad: ValueAndGrad) -> tuple[PyTree, jax.Array]:
-        params, state, key = carry
-        key, draw_key = jax.random.split(key)
-        sample, noise = tx.sampled_params(draw_key, params, state)
-        loss, grads = value_and_grad(sample)
-        state = tx.accumulate(grads, state, noise)
-        updates, state = tx.step(state, params)
-        return (optax.apply_updates(params, updates), state, key), loss
-
-    return with_init(tx, step, partial(jax.random.key, 0))
-
-
 def monte_carlo(num_samples: int) -> Contender:
     """`mc_value_and_grad`, one sample after another, with the state alone carried."""
     tx = ivon(**IVON)
@@ -134,8 +106,8 @@ def auto(options: dict[str, Any] | None = None, **auto_options: Any) -> Contende
 
 BASELINE = "optax.adamw"
 CONTENDERS: dict[str, Callable[[], Contender]] = {
-    BASELINE: lambda: plain(optax.with_extra_args_support(optax.adamw(1e-3))),
-    "optax.sgd": lambda: plain(optax.with_extra_args_support(optax.sgd(1e-3, momentum=0.9))),
+    BASELINE: lambda: plain(optax.adamw(1e-3)),
+    "optax.sgd": lambda: plain(optax.sgd(1e-3, momentum=0.9)),
     "auto_sample": auto,
     "auto_sample, lean": partial(auto, store_mean=False),
     "lean, bfloat16 momentum": partial(auto, {"momentum_dtype": jnp.bfloat16}, store_mean=False),
@@ -146,25 +118,17 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
 USUAL = (BASELINE, "auto_sample", "auto_sample, lean", "explicit")
 
 
-def build(names: Iterable[str], peer_path: Path | None = None) -> dict[str, Contender]:
-    """The named contenders, AdamW first, and the peer if there is one."""
-    chosen = [BASELINE, *(name for name in known(names, CONTENDERS) if name != BASELINE)]
-    built = {name: CONTENDERS[name]() for name in chosen}
-    return built if peer_path is None else {**built, "JAX peer": peer(peer_path)}
+def build(names: Iterable[str]) -> dict[str, Contender]:
+    """The named contenders, AdamW first."""
+    return {name: make() for name, make in chosen([BASELINE, *names], CONTENDERS).items()}
 
 
-def known(names: Iterable[str], options: Iterable[str]) -> list[str]:
-    """The names, if they are among those that can be given on the command line."""
-    names, options = list(names), list(options)
+def chosen(names: Iterable[str], options: Mapping[str, T]) -> dict[str, T]:
+    """The named ones of those that can be given on the command line."""
     for name in names:
         if name not in options:
             raise SystemExit(f"{name!r} is none of: {', '.join(options)}")
-    return names
-
-
-def models(names: Iterable[str]) -> dict[str, Model]:
-    """The named networks."""
-    return {name: MODELS[name] for name in known(names, MODELS)}
+    return {name: options[name] for name in names}
 
 
 # --- Programs -------------------------------------------------------------------------------------
@@ -191,9 +155,9 @@ def make_step(contender: Contender) -> Any:
     return step
 
 
-def optimizer_program(contender: Contender, shapes: Shapes, where: Any = None) -> Program:
+def optimizer_program(contender: Contender, shapes: PyTree, where: Any = None) -> Program:
     """The optimizer's step alone, from given gradients."""
-    params = abstract(shapes, where)
+    params = placed(shapes, where)
     carry = placed(jax.eval_shape(contender.init, params), where)
     return make_step(contender), ((carry, () if len(carry) == 2 else params), params)
 
@@ -215,10 +179,7 @@ def training_program(
 
 def placed(tree: PyTree, where: Any) -> PyTree:
     """Abstract arrays on a device; `None` is this machine's."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=x.weak_type),
-        tree,
-    )
+    return jax.tree.map(lambda x: x.update(sharding=where), tree)
 
 
 def kept(carry: PyTree) -> int:

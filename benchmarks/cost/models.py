@@ -7,35 +7,28 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks._shared.methods import Array, cross_entropy
 from benchmarks._shared.networks import GPT, RESNET20, Perceptron
+from examples._shared.training import classification_loss
 
+Array = jax.Array
 PyTree = Any
-Shapes = dict[str, tuple[int, ...]]
 
 
 # --- Networks -------------------------------------------------------------------------------------
 
 
 class Model(NamedTuple):
-    """A network, its loss and data of the shape it takes.
-
-    Attributes:
-      init: from a key to parameters.
-      loss: of parameters and a batch, the mean per example or token.
-      batch: from a key and a number of examples to random data.
-      batch_size: the usual number.
-    """
+    """A network, its loss and data of the shape it takes."""
 
     init: Callable[[Array], PyTree]
-    loss: Callable[[PyTree, PyTree], Array]
-    batch: Callable[[Array, int], PyTree]
-    batch_size: int
+    loss: Callable[[PyTree, PyTree], Array]  # the mean per example or token
+    batch: Callable[[Array, int], PyTree]  # so many random examples
+    batch_size: int  # the usual number
 
     def describe(self) -> tuple[int, int]:
         """Numbers of parameters and of leaves."""
-        leaves = jax.tree.leaves(jax.eval_shape(self.init, jax.random.key(0)))
-        return sum(x.size for x in leaves), len(leaves)
+        params = jax.eval_shape(self.init, jax.random.key(0))
+        return count(params), len(jax.tree.leaves(params))
 
 
 def classifier(network: nn.Module, shape: tuple[int, ...]) -> Model:
@@ -44,16 +37,12 @@ def classifier(network: nn.Module, shape: tuple[int, ...]) -> Model:
     def init(key: Array) -> PyTree:
         return network.init(key, jnp.zeros((1, *shape)))
 
-    def loss(params: PyTree, batch: PyTree) -> Array:
-        logits: Any = network.apply(params, batch[0])
-        return cross_entropy(logits, batch[1])
-
     def batch(key: Array, size: int) -> tuple[Array, Array]:
         image_key, label_key = jax.random.split(key)
         images = jax.random.uniform(image_key, (size, *shape))
         return images, jax.random.randint(label_key, (size,), 0, 10)
 
-    return Model(init, loss, batch, 64)
+    return Model(init, classification_loss(network.apply), batch, 64)
 
 
 def language_model(gpt: GPT) -> Model:
@@ -75,45 +64,25 @@ MODELS: dict[str, Model] = {
 """Networks of 9,610, 1.0M, 0.27M, 10.8M and 124M parameters."""
 
 
-# --- Trees ----------------------------------------------------------------------------------------
+# --- Trees of parameters, without values ----------------------------------------------------------
 
 
-def one_leaf(size: int) -> Shapes:
-    """A single vector."""
-    return {"w": (size,)}
+def many(leaves: int, size: int) -> PyTree:
+    """Equal vectors."""
+    return [jax.ShapeDtypeStruct((size,), jnp.float32)] * leaves
 
 
-def many(leaves: int, size: int) -> Shapes:
-    """Equal small leaves."""
-    return {f"w{i:03d}": (size,) for i in range(leaves)}
-
-
-def gpt2(size: int, layers: int = 12) -> Shapes:
+def gpt2(size: int) -> PyTree:
     """GPT-2's tree of 148 leaves, of the width (128, 256, …) that comes closest to this size."""
 
-    def tree(width: int) -> Shapes:
-        vocabulary = round(50_257 * width / 768)
-        network = GPT(layers, 1, width, 1024, vocabulary, biases=True)
-        flat = jax.tree.leaves_with_path(jax.eval_shape(network.init, jax.random.key(0)))
-        return {jax.tree_util.keystr(path): x.shape for path, x in flat}
+    def tree(width: int) -> PyTree:
+        network = GPT(12, 1, width, 1024, round(50_257 * width / 768), biases=True)
+        return jax.eval_shape(network.init, jax.random.key(0))
 
     trees = [tree(width) for width in range(128, 1664, 128)]
     return min(trees, key=lambda shapes: abs(count(shapes) - size))
 
 
-def count(shapes: Shapes) -> int:
+def count(tree: PyTree) -> int:
     """Number of parameters."""
-    return sum(x.size for x in abstract(shapes).values())
-
-
-def abstract(shapes: Shapes, sharding: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """The tree without values."""
-    return {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-        for name, shape in shapes.items()
-    }
-
-
-def filled(shapes: Shapes, value: float) -> dict[str, Array]:
-    """The tree with the same number everywhere."""
-    return {name: jnp.full(shape, value, jnp.float32) for name, shape in shapes.items()}
+    return sum(x.size for x in jax.tree.leaves(tree))

@@ -11,18 +11,21 @@ explicit loop also writes the sample, which a loss would need.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Any
 
+import jax
 import numpy as np
+import optax
 
 from benchmarks._shared.journal import parse
 from benchmarks._shared.measuring import environment, interleaved, jax_loop, ratio_cell
-from benchmarks.cost.contenders import BASELINE, CONTENDERS, Contender, build, known, make_step
-from benchmarks.cost.models import Shapes, count, filled, gpt2, many, one_leaf
+from benchmarks.cost.contenders import BASELINE, CONTENDERS, Contender, build, chosen, make_step
+from benchmarks.cost.models import PyTree, count, gpt2, many
 from examples._shared.reporting import format_table
 
-TREES: dict[str, Callable[[int], Shapes]] = {
-    "one leaf": one_leaf,
+TREES: dict[str, Callable[[int], PyTree]] = {
+    "one leaf": partial(many, 1),
     "gpt2": gpt2,
     "500 small leaves": lambda size: many(500, 64),
     "100 scalars": lambda size: many(100, 1),
@@ -37,8 +40,6 @@ class Options:
     """Parameters of `one leaf`; the last also of `gpt2`."""
     trees: tuple[str, ...] = tuple(TREES)
     methods: tuple[str, ...] = tuple(CONTENDERS)
-    peer: Path | None = None
-    """ivon.py of the authors' JAX implementation."""
     torch: bool = False
     """PyTorch's ivon-opt and AdamW as well."""
     repetitions: int = 15
@@ -49,38 +50,71 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints a table for each tree and size."""
     options = parse(Options, __doc__, argv)
     print(environment())
-    contenders = build(options.methods, options.peer)
+    contenders = build(options.methods)
     header = ["", "µs per step", "ns per parameter", f"ratio to {BASELINE} [quartiles]"]
-    for tree in known(options.trees, TREES):
+    for tree, make in chosen(options.trees, TREES).items():
         for size in options.size if tree == "one leaf" else options.size[-1:]:
-            shapes = TREES[tree](int(size))
+            shapes = make(int(size))
             rows = measure(shapes, contenders, options)
-            print(f"\n{tree}: {count(shapes):,} parameters in {len(shapes)} leaves\n")
+            print(
+                f"\n{tree}: {count(shapes):,} parameters in {len(jax.tree.leaves(shapes))} leaves\n"
+            )
             print(format_table([header, *rows]), flush=True)
 
 
-def measure(shapes: Shapes, contenders: dict[str, Contender], options: Options) -> list[list[str]]:
+def measure(shapes: PyTree, contenders: dict[str, Contender], options: Options) -> list[list[str]]:
     """Rows of time and ratio for one tree."""
-    grads = filled(shapes, 1e-3)
+    grads = optax.tree.full_like(shapes, 1e-3)
     functions = {}
     for name, contender in contenders.items():
-        carry = contender.init(filled(shapes, 1.0))
-        point = () if len(carry) == 2 else filled(shapes, 0.0)
+        carry = contender.init(optax.tree.full_like(shapes, 1.0))
+        point = () if len(carry) == 2 else optax.tree.zeros_like(shapes)
         functions[name] = jax_loop(make_step(contender), (carry, point), grads)
     if options.torch:
-        from benchmarks.cost import torch_contenders
-
-        functions |= torch_contenders.steps(list(shapes.values()))
+        functions |= torch_steps([x.shape for x in jax.tree.leaves(shapes)])
     timings = interleaved(functions, options.repetitions)
     return [
         [
             name,
-            f"{np.median(t.seconds) * 1e6:,.0f}",
-            f"{np.median(t.seconds) / count(shapes) * 1e9:.2f}",
-            ratio_cell(t.ratio),
+            f"{np.median(seconds) * 1e6:,.0f}",
+            f"{np.median(seconds) / count(shapes) * 1e9:.2f}",
+            ratio_cell(seconds / timings[BASELINE]),
         ]
-        for name, t in timings.items()
+        for name, seconds in timings.items()
     ]
+
+
+def torch_steps(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[int], None]]:
+    """PyTorch's AdamW and the authors' IVON, with gradients given, on the device that it has."""
+    import ivon  # pyright: ignore[reportMissingImports] the package ivon-opt
+    import torch  # pyright: ignore[reportMissingImports]
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def parameters() -> list[Any]:
+        made = [torch.nn.Parameter(torch.ones(shape, device=device)) for shape in shapes]
+        for p in made:
+            p.grad = torch.full_like(p, 1e-3)
+        return made
+
+    def loop(step: Callable[[], Any]) -> Callable[[int], None]:
+        def run(calls: int) -> None:
+            for _ in range(calls):
+                step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    adamw = torch.optim.AdamW(parameters(), lr=1e-3)
+    variational = ivon.IVON(parameters(), lr=1e-3, ess=1e6, hess_init=1.0)
+
+    def ivon_step() -> None:
+        with variational.sampled_params(train=True):
+            pass  # the gradients are there
+        variational.step()
+
+    return {"PyTorch AdamW": loop(adamw.step), "PyTorch ivon-opt": loop(ivon_step)}
 
 
 if __name__ == "__main__":

@@ -9,22 +9,15 @@ Times are ratios to AdamW's in the same turn of one process: medians over the tu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from benchmarks._shared.journal import parse
 from benchmarks._shared.measuring import environment, interleaved, jax_loop, ratio_cell
-from benchmarks.cost.contenders import (
-    BASELINE,
-    USUAL,
-    Contender,
-    build,
-    models,
-    training_program,
-)
-from benchmarks.cost.models import Model
+from benchmarks.cost import contenders
+from benchmarks.cost.contenders import BASELINE, Contender, chosen
+from benchmarks.cost.models import MODELS, Model
 from examples._shared.reporting import format_table
 
 
@@ -33,11 +26,9 @@ class Options:
     """The command line."""
 
     models: tuple[str, ...] = ("mlp", "mlp1m", "resnet20", "gpt10m")
-    methods: tuple[str, ...] = USUAL
+    methods: tuple[str, ...] = contenders.USUAL
     batch_size: int | None = None
     """64 images or 4 windows of text without it."""
-    peer: Path | None = None
-    """ivon.py of the authors' JAX implementation."""
     repetitions: int = 15
     """Turns of each contender."""
 
@@ -46,24 +37,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints a table for each network."""
     options = parse(Options, __doc__, argv)
     print(environment())
-    contenders = build(options.methods, options.peer)
+    compared = contenders.build(options.methods)
     header = ["", "FLOPs, ratio", "bytes, ratio", "temporaries, MB", "ms per step"]
-    for name, model in models(options.models).items():
+    for name, model in chosen(options.models, MODELS).items():
         size, (number, leaves) = options.batch_size or model.batch_size, model.describe()
         print(f"\n{name}: {number:,} parameters in {leaves} leaves, batch {size}\n")
-        rows = measure(model, contenders, size, options.repetitions)
+        rows = measure(model, compared, size, options.repetitions)
         print(format_table([[*header, f"ratio to {BASELINE} [quartiles]"], *rows]), flush=True)
 
 
 def measure(
-    model: Model, contenders: dict[str, Contender], batch_size: int, repetitions: int
+    model: Model, compared: dict[str, Contender], batch_size: int, repetitions: int
 ) -> list[list[str]]:
     """Rows of counts and times for one network."""
     key = jax.random.key(0)
     batch = model.batch(key, batch_size)
     counts, functions = {}, {}
-    for name, contender in contenders.items():
-        step, arguments = training_program(contender, model, batch_size)
+    for name, contender in compared.items():
+        step, arguments = contenders.training_program(contender, model, batch_size)
         compiled = step.lower(*arguments).compile()
         costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
         counts[name] = (costs["flops"], costs["bytes accessed"], memory.temp_size_in_bytes)
@@ -72,17 +63,17 @@ def measure(
             lambda carry, batch, f=compiled: f(carry, batch)[0], carry, batch
         )
     timings = interleaved(functions, repetitions, block_seconds=0.2)
-    base = counts[next(iter(counts))]
+    base = counts[BASELINE]
     return [
         [
             name,
             f"{counts[name][0] / base[0]:.3f}",
             f"{counts[name][1] / base[1]:.3f}",
             f"{counts[name][2] / 1e6:.1f}",
-            f"{np.median(timing.seconds) * 1e3:.3g}",
-            ratio_cell(timing.ratio),
+            f"{np.median(seconds) * 1e3:.3g}",
+            ratio_cell(seconds / timings[BASELINE]),
         ]
-        for name, timing in timings.items()
+        for name, seconds in timings.items()
     ]
 
 

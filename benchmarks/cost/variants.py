@@ -22,19 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy
-from sklearn.datasets import load_iris
 
 from benchmarks._shared.journal import parse
 from benchmarks._shared.measuring import environment
-from benchmarks._shared.methods import Array, cross_entropy, estimator_step, warmup_cosine
+from benchmarks._shared.methods import Array, estimator_step, warmup_cosine
 from benchmarks._shared.networks import Perceptron
-from benchmarks.cost.contenders import known
+from benchmarks.cost.contenders import chosen
 from examples._shared.datasets import load_small_digits
 from examples._shared.reporting import cell, format_table
+from examples._shared.training import classification_loss
+from examples.logistic_2d import PRIOR_PRECISION, flowers
 from ivon_jax import auto_sample, ivon, metrics, posterior, predict_log_probs
 
 PyTree = Any
 
+RATES = (0.1, 0.5)  # on the quadratic
 # Options of auto_sample and ivon; `samples` gradients for each step of the mean.
 VARIANTS: dict[str, dict[str, Any]] = {
     "one sample": {},
@@ -52,24 +54,24 @@ class Options:
     """The command line."""
 
     variants: tuple[str, ...] = tuple(VARIANTS)
-    seeds: int = 10  # on digits; logistic regression takes four times as many
-    gradients: int = (
-        10_000  # of logistic regression; two fifths on the quadratic, a fifth on digits
-    )
+    seeds: int = 10
+    """On digits; logistic regression takes four times as many."""
+    gradients: int = 10_000
+    """Of logistic regression; two fifths on the quadratic, a fifth on digits."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints one table for each problem."""
     options = parse(Options, __doc__, argv)
     print(environment())
-    chosen = {name: VARIANTS[name] for name in known(options.variants, VARIANTS)}
+    variants = chosen(options.variants, VARIANTS)
     seeds, gradients = options.seeds, options.gradients
 
     def show(header: list[str], measure: Callable[[dict[str, Any]], list[str]]) -> None:
-        rows = [[name, *measure(variant)] for name, variant in chosen.items()]
+        rows = [[name, *measure(variant)] for name, variant in variants.items()]
         print("\n" + format_table([header, *rows]), flush=True)
 
-    for rate in (0.1, 0.5):
+    for rate in RATES:
         header = [f"quadratic, rate {rate:g}", "h", "1000 Var h", "1000 Var momentum"]
         show(header, lambda v, rate=rate: quadratic(v, rate, gradients * 2 // 5))
     header = [f"logistic regression, {4 * seeds} seeds", "KL at the end", "gradients until close"]
@@ -144,17 +146,6 @@ def quadratic(variant: dict[str, Any], rate: float, gradients: int) -> list[str]
 
 # --- 2. Logistic regression -----------------------------------------------------------------------
 
-PRIOR_PRECISION = 0.1  # of each weight: a standard deviation of 3.2
-
-
-def flowers() -> np.ndarray:
-    """Standardised petal length and width of 20 irises times the label ±1, p(y|x) = σ(signed·w)."""
-    features, species = load_iris(return_X_y=True)
-    rows = np.flatnonzero(species > 0)[::5]
-    petals = features[rows][:, 2:]
-    petals = (petals - petals.mean(axis=0)) / petals.std(axis=0)
-    return petals * np.where(species[rows] == 2, 1.0, -1.0)[:, None]
-
 
 def kl_to_posterior(signed: np.ndarray) -> Callable[[np.ndarray, np.ndarray], float]:
     """KL of a diagonal Gaussian, given by mean and standard deviations, to the posterior."""
@@ -183,7 +174,8 @@ def kl_to_posterior(signed: np.ndarray) -> Callable[[np.ndarray, np.ndarray], fl
 
 def logistic(variant: dict[str, Any], seeds: int, gradients: int) -> list[str]:
     """KL at the end, and how many gradients it takes to come close to the best."""
-    signed, every = flowers(), 100
+    (petals, virginica), every = flowers(), 100
+    signed = petals * np.where(virginica, 1.0, -1.0)[:, None]  # p(y|x) = σ(signed·w)
     divergence, data = kl_to_posterior(signed), jnp.asarray(signed, jnp.float32)
     best = scipy.optimize.minimize(
         lambda x: divergence(x[:2], np.exp(x[2:])), np.zeros(4), tol=1e-8
@@ -227,9 +219,7 @@ def digits(variant: dict[str, Any], seeds: int, gradients: int) -> list[str]:
     steps = gradients // variant.get("samples", 1)
     settings = {"ess": len(images), "hess_init": 0.1, "b2": 0.999, "weight_decay": 1e-4}
     settings["learning_rate"] = warmup_cosine(0.5, steps)
-    run = Run(
-        lambda w, batch: cross_entropy(model.apply(w, batch[0]), batch[1]), variant, **settings
-    )
+    run = Run(classification_loss(model.apply), variant, **settings)
 
     def draw(key: Array) -> tuple[Array, Array]:
         rows = jax.random.randint(key, (run.samples, 50), 0, len(images))

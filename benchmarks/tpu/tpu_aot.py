@@ -60,20 +60,14 @@ class Options:
     table: bool = False  # only print what is in --results
 
 
-def mesh_shape(chips: int) -> dict[str, int]:
-    """Tensor parallel over 2, weights in up to 16 shards, the rest for the batch alone."""
-    fsdp = min(16, chips // 4)
-    return {"data": chips // (2 * fsdp), "fsdp": fsdp, "model": 2}
-
-
 def make_layout(topology: str) -> Layout:
-    """A mesh over the chips of a topology such as "v5e:4x4"."""
+    """A mesh: tensor parallel over 2, weights in up to 16 shards, the rest for the batch alone."""
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError('compiling for TPUs needs libtpu: pip install "jax[tpu]"')
     devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
-    shape = mesh_shape(len(devices))
-    grid = np.array(devices).reshape(tuple(shape.values()))
-    return Layout(Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * 3))
+    fsdp = min(16, len(devices) // 4)
+    grid = np.array(devices).reshape(-1, fsdp, 2)
+    return Layout(Mesh(grid, gpt2_model.MESH_AXES, axis_types=(AxisType.Auto,) * 3))
 
 
 def compile_step(
@@ -84,19 +78,15 @@ def compile_step(
     params = gpt2_model.abstract_params(config, layout)
     state = gpt2_training.abstract_state(trainer, params, layout)
     rows = SEQUENCES * layout.mesh.shape["data"] * layout.mesh.shape["fsdp"]
-    batch = jax.ShapeDtypeStruct(
-        (micro_batches, rows, config.context + 1),
-        jnp.int32,
-        sharding=layout.sharding(None, "batch", None),
-    )
+    shape, split = (micro_batches, rows, config.context + 1), layout.sharding(None, "batch", None)
+    batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(trainer.step, donate_argnums=0, out_shardings=(shardings, layout.sharding()))
     with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
         compiled = step.lower(state, batch).compile()
-    return compiled, sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(state)
-    )
+    leaves = jax.tree.leaves(state)
+    sizes = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return compiled, sum(sizes)
 
 
 def settings(method: str, layout: Layout) -> Settings:
@@ -167,9 +157,8 @@ def tables(rows: Rows) -> str:
         base = rows.get((preset, topology, micro_batches, "AdamW"), row)
         mesh = "x".join(str(size) for size in row["mesh"].values())
         found = counted(row)
-        name = f"{preset}, {topology} ({mesh})" + (
-            "" if micro_batches == 1 else f", {micro_batches} micro-batches"
-        )
+        more = "" if micro_batches == 1 else f", {micro_batches} micro-batches"
+        name = f"{preset}, {topology} ({mesh}){more}"
         table.append(
             [
                 name if row is base else "",

@@ -5,13 +5,14 @@ import pytest
 pytest.importorskip("flax", reason='the benchmarks need: pip install -e ".[examples]"')
 
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks._shared.networks import Perceptron
 from ivon_jax import Moments, Posterior
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def rows_of(printed):
@@ -36,8 +37,10 @@ def test_sensitivity(capsys, monkeypatch):
 def test_leave_one_out(capsys, monkeypatch):
     from benchmarks.evidence.uses import leave_one_out
 
-    monkeypatch.setattr(leave_one_out, "HELD_OUT", 0)  # so that both runs are the same program
-
+    monkeypatch.setattr(
+        leave_one_out.example, "HELD_OUT", 0
+    )  # so that both runs are the same program
+    monkeypatch.setattr(leave_one_out.example, "Network", partial(Perceptron, depth=0))
     leave_one_out.main(["--seeds", "1", "--epochs", "10"])
     rows = rows_of(capsys.readouterr().out)
     assert len(rows["leave-one-out, second order"]) == 3
@@ -48,10 +51,10 @@ def test_merging(capsys, monkeypatch):
     from benchmarks.evidence.uses import merging
 
     # Its networks are trained by the example, whose own test covers that.
-    images, _ = merging.make_data(1).train
-    params = jax.vmap(merging.NETWORK.init, (None, 0))(jax.random.key(0), images[:, 0, :1])
+    images, _ = merging.example.make_data(1).train
+    params = jax.vmap(merging.example.NETWORK.init, (None, 0))(jax.random.key(0), images[:, 0, :1])
     q = Posterior(params, jax.tree.map(jnp.ones_like, params))
-    monkeypatch.setattr(merging, "train_models", lambda *_: merging.Models(q, [q, q], q))
+    monkeypatch.setattr(merging.example, "train_models", lambda *_: merging.Models(q, [q, q], q))
     monkeypatch.setattr(merging, "WEIGHTS", merging.WEIGHTS[:2])
     merging.main(["--seeds", "1"])
     rows = rows_of(capsys.readouterr().out)
@@ -61,10 +64,10 @@ def test_merging(capsys, monkeypatch):
 def test_continual(capsys, monkeypatch):
     from benchmarks.evidence.uses import continual
 
-    settings = dict([next(iter(continual.SETTINGS.items()))])
-    monkeypatch.setattr(continual, "SETTINGS", settings)
+    settings = dict([next(iter(continual.example.SETTINGS.items()))])
+    monkeypatch.setattr(continual.example, "SETTINGS", settings)
     # The other methods are the example's, whose own test covers them.
-    monkeypatch.setattr(continual, "learn_in_turn", lambda *_: np.ones((1, 5, 5)))
+    monkeypatch.setattr(continual.example, "learn_in_turn", lambda *_: np.ones((1, 5, 5)))
     continual.main(["--seeds", "1", "--steps", "20"])
     rows = rows_of(capsys.readouterr().out)
     assert len(rows["Permuted digits: EWC"]) == 3
@@ -78,8 +81,8 @@ def test_regression_1d(capsys, monkeypatch):
         ones = jnp.ones_like(problem.test_x)
         return Moments(ones, ones, ones)
 
-    monkeypatch.setattr(regression_1d, "fit_adamw", fitted)
-    monkeypatch.setattr(regression_1d, "fit_ivon", fitted)
+    monkeypatch.setattr(regression_1d.example, "fit_adamw", fitted)
+    monkeypatch.setattr(regression_1d.example, "fit_ivon", fitted)
     regression_1d.main(["--seeds", "1", "--steps", "2", "--draws", "4"])
     rows = rows_of(capsys.readouterr().out)
     assert len(rows["clusters"]) == len(rows["std of f gap"]) == 4

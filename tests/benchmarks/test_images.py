@@ -7,15 +7,14 @@ import pytest
 pytest.importorskip("flax", reason='the benchmarks need: pip install -e ".[examples]"')
 
 from benchmarks._shared.networks import Perceptron
-from benchmarks.evidence.images import claims, main, tuning
+from benchmarks.evidence.images import main, report, tuning
 
 SMALL = ["--seeds", "1", "--epochs", "1", "--overlong", "2"]
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_it_compares_judges_the_claims_and_goes_on_from_its_file(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(main.NETWORKS, "mlp", Perceptron(width=8, depth=1))  # compiles faster
+    monkeypatch.setitem(main.NETWORKS, "mlp", Perceptron(depth=0))  # compiles faster
+    monkeypatch.setattr(main, "LOOK_IMAGES", 797)  # as many as in the test set
     monkeypatch.setitem(main.SAMPLES, "mlp", 2)
     monkeypatch.setattr(main, "KEPT_SEEDS", 0)
     monkeypatch.setattr(main, "LOOKS", 2)
@@ -58,15 +57,15 @@ GRID = ("learning_rate", "weight_decay", "rate")
     ],
 )
 def test_a_verdict_needs_two_standard_errors(differences, verdict):
-    assert claims.Claim("", [claims.Statement("", dict(enumerate(differences)))]).verdict == verdict
+    assert report.Claim("", [report.Statement("", dict(enumerate(differences)))]).verdict == verdict
 
 
 def test_a_claim_needs_all_of_its_statements():
     holds, none = {0: 1.0, 1: 1.1, 2: 0.9}, {0: 0.1, 1: -0.1, 2: 0.0}
-    both = [claims.Statement("more", holds), claims.Statement("no more", none, none=True)]
-    assert claims.Claim("", both).verdict == "reproduced"
-    rise = [claims.Statement("more", holds), claims.Statement("no more", holds, none=True)]
-    assert claims.Claim("", rise).verdict == "not reproduced"
+    both = [report.Statement("more", holds), report.Statement("no more", none, none=True)]
+    assert report.Claim("", both).verdict == "reproduced"
+    rise = [report.Statement("more", holds), report.Statement("no more", holds, none=True)]
+    assert report.Claim("", rise).verdict == "not reproduced"
 
 
 def test_what_averaging_and_the_mean_buy_is_paired_by_seed():
@@ -75,7 +74,7 @@ def test_what_averaging_and_the_mean_buy_is_paired_by_seed():
 
     ivon = {0: result(0.5, 0.1), 1: result(0.7, 0.2)}
     sgd = {1: {"metrics": {"ece": 0.8}}, 0: {"metrics": {"ece": 0.6}}}
-    claim = claims.averaging_claim(ivon, sgd, "IVON", "ece")
+    claim = report.averaging_claim(ivon, sgd, "IVON", "ece")
     found = [pytest.approx(list(each.differences.values())) for each in claim.statements]
     assert found == [[0.4, 0.5], [0.5, 0.6], [0.3, 0.4]]
 

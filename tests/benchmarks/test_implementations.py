@@ -4,25 +4,16 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 pytest.importorskip("flax", reason='the benchmarks need: pip install -e ".[examples]"')
 
 from benchmarks.evidence import implementations as package
 from benchmarks.evidence.implementations import main as implementations
-from benchmarks.evidence.implementations import task
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "implementations.jsonl"
 PYTORCH = all(importlib.util.find_spec(name) for name in ("torch", "ivon"))
 ROWS = ("IVON, cosine: NLL, samples", "AdamW, constant rate: NLL", "PyTorch AdamW")
-
-
-@pytest.fixture(autouse=True)
-def as_a_script():
-    """The benchmarks are users' code: broadcasting and promotion as jax does them by default."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def test_without_pytorch_it_says_what_to_install(tmp_path, monkeypatch):
@@ -45,7 +36,7 @@ def test_a_report_needs_the_results_alone(tmp_path, capsys):
 @pytest.mark.oracle
 @pytest.mark.skipif(not PYTORCH, reason='needs PyTorch: pip install -e ".[oracle]"')
 def test_both_sides_train_and_are_compared(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(task, "EPOCHS", 2)
+    monkeypatch.setattr(implementations, "EPOCHS", 2)
     monkeypatch.setattr(implementations, "REPETITIONS", 2)
     implementations.main(["--seeds", "2", "--results", str(tmp_path / "r.jsonl")])
     out = capsys.readouterr().out

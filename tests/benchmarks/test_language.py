@@ -7,9 +7,7 @@ pytest.importorskip("matplotlib", reason='the benchmarks need: pip install -e ".
 
 from benchmarks._shared.journal import Journal
 from benchmarks._shared.networks import GPT
-from benchmarks.evidence.language import main, training
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from benchmarks.evidence.language import main
 
 
 @pytest.fixture
@@ -20,14 +18,14 @@ def text_file(tmp_path):
 
 
 def test_parts_follow_each_other_and_do_not_overlap(text_file):
-    text = training.read_text(text_file)
+    text = main.read_text(text_file)
     assert text.vocabulary == 7
     assert [len(text.train), len(text.validation)] == [3600, 400]
     assert np.array_equal(np.concatenate([text.train, text.validation]), np.arange(4000) % 7)
 
 
 def test_windows_predict_every_character_once():
-    windows = training.fixed_windows(np.arange(193, dtype=np.uint8), most=100)
+    windows = main.fixed_windows(np.arange(193, dtype=np.uint8), most=100)
     assert np.array_equal(np.ravel(windows[:, 1:]), np.arange(1, 193))
 
 
@@ -35,8 +33,8 @@ def test_runs_are_reported(text_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(main, "POINTS", 4)
     for name in ("CURVE_WINDOWS", "FINAL_WINDOWS"):
         monkeypatch.setattr(main, name, 2)
-    tiny = GPT(layers=1, heads=1, width=4, context=training.CONTEXT, vocabulary=7)
-    monkeypatch.setattr(training.Text, "network", tiny)  # compiles faster
+    tiny = GPT(layers=1, heads=1, width=4, context=main.CONTEXT, vocabulary=7)
+    monkeypatch.setattr(main.Text, "network", tiny)  # compiles faster
     timed = {"seconds": {"AdamW": 0.01, "IVON": 0.02}, "ratio": [2.0, 1.9, 2.1]}
     monkeypatch.setattr(main, "timing", lambda *_: timed)
     path = tmp_path / "language.jsonl"

@@ -20,9 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from matplotlib.figure import Figure
 from sklearn.datasets import load_diabetes
 
+from benchmarks._shared import methods
 from benchmarks._shared.journal import (
     Evidence,
     Journal,
@@ -32,11 +34,12 @@ from benchmarks._shared.journal import (
     table,
     write_tables,
 )
-from benchmarks._shared.methods import warmup_steps
+from benchmarks._shared.methods import Array, Carry, Values
 from benchmarks._shared.tuning import settings
-from benchmarks.evidence.divergence.training import CHECK, trace, train_lanes
 from benchmarks.evidence.uci.data import load_splits, standardise
+from benchmarks.evidence.uci.methods import BATCH, Data, apply, half_square, init
 from examples._shared.reporting import COLORS, save_figure
+from ivon_jax import diagnostics, ivon
 
 GRID = {
     "learning_rate": (0.1, 0.2, 0.3),
@@ -46,6 +49,7 @@ GRID = {
 }
 STEPS = 10_000
 B2 = 0.999
+CHECK = 50  # steps
 WORSE = 0.5  # half the variance of standardised targets
 GUARDS: dict[str, dict[str, float]] = {
     "none": {},
@@ -111,7 +115,7 @@ def measure(runs: list[Any], data: Any) -> list[dict[str, Any]]:
     seeds = jnp.array([run["seed"] for run in runs])
     lanes = jax.tree.map(np.asarray, train_lanes(steps, arguments(runs), seeds, *data))
     bad = ~(lanes["loss"] < WORSE)  # also where it is not a number
-    bad[:, : -(-warmup_steps(steps) // CHECK)] = False
+    bad[:, : -(-methods.warmup_steps(steps) // CHECK)] = False
     warned = ~(lanes["risk"] <= 1)
     return [
         {
@@ -133,7 +137,7 @@ def anatomy(run: Any, diverged: int, data: Any) -> dict[str, Any]:
     values = {name: x[0] for name, x in arguments([run]).items()}
     seen = jax.tree.map(np.asarray, trace(run["steps"], values, jnp.array(run["seed"]), data))
     bad = ~(seen["loss"] < WORSE)
-    bad[: warmup_steps(run["steps"])] = False
+    bad[: methods.warmup_steps(run["steps"])] = False
     last = int(np.argmax(bad))
     window = slice(max(0, last - SHOWN + 1), last + 3)
     course = seen["loss"][: diverged + 20 * CHECK : EVERY]
@@ -145,6 +149,87 @@ def anatomy(run: Any, diverged: int, data: Any) -> dict[str, Any]:
             "loss": [float(f"{x:.4g}") for x in course],
         },
     }
+
+
+# --- Training, watched at every check or at every step --------------------------------------------
+
+
+def loss_at(params: Any, data: Data) -> Array:
+    """Half the mean squared error."""
+    return half_square(apply(params, data[0]), data[1])
+
+
+def begin(steps: int, settings: Any, seed: Array, data: Data) -> tuple[methods.Step, Carry, Array]:
+    """The step, parameters and state, and the keys of all steps.
+
+    The state keeps the norm of the last gradient.
+    """
+    tx = optax.chain(optax.snapshot("gradient", optax.tree.norm), ivon(**settings))
+    init_key, steps_key = jax.random.split(jax.random.key(seed))
+    params = init(init_key, data[0].shape[1])
+    keys = jax.random.split(steps_key, steps)
+    return methods.ivon_step(loss_at, tx), (params, tx.init(params)), keys
+
+
+@partial(jax.jit, static_argnums=0)
+def train_lanes(
+    steps: int, values: Values, seeds: Array, data: Data, test: Data
+) -> dict[str, Array]:
+    """Loss and risk at every check, and the test loss of the mean at the end.
+
+    Each run has settings and a seed of its own, along axis 0.
+    """
+
+    def watched(values: Values, seed: Array) -> dict[str, Array]:
+        settings = methods.ivon_settings(values, steps, len(data[1]))
+        step, carry, keys = begin(steps, settings, seed, data)
+
+        def check(carry: Carry, keys: Array) -> tuple:
+            carry, _ = methods.scan_random_batches(step, BATCH, data, carry, keys)
+            risk = diagnostics(carry[1], settings)["update/risk"]
+            return carry, {"risk": risk, "loss": loss_at(carry[0], data)}
+
+        carry, seen = jax.lax.scan(check, carry, keys.reshape(-1, CHECK))
+        return seen | {"test": loss_at(carry[0], test)}
+
+    return jax.vmap(watched)(values, seeds)
+
+
+@partial(jax.jit, static_argnums=0)
+def trace(steps: int, values: Values, seed: Array, data: Data) -> dict[str, Array]:
+    """One run, step by step: the weight that moves furthest, and what it belongs to.
+
+    `move` and `sigma` are of that weight, `gain` is (h₀+δ)/(h+δ) there, `active` the share of the
+    training rows in which the unit of that weight is active, before the step.
+    """
+    settings = methods.ivon_settings(values, steps, len(data[1]))
+    step, carry, keys = begin(steps, settings, seed, data)
+    delta, h0 = settings["weight_decay"], settings["hess_init"]
+
+    def watched(carry: Carry, key: Array) -> tuple:
+        before = carry[0]
+        active = jnp.mean(data[0] @ before["w1"] + before["b1"] > 0, axis=0)
+        carry, _ = methods.scan_random_batches(step, BATCH, data, carry, key[None])
+        moves = by_unit(optax.tree.sub(carry[0], before))
+        place = jnp.argmax(jnp.abs(moves))
+        here = by_unit(carry[1][1].hess).ravel()[place] + delta
+        unit = place // moves.shape[1]
+        return carry, {
+            "loss": loss_at(carry[0], data),
+            "gradient": optax.tree.get(carry[1], "gradient"),
+            "unit": unit,
+            "move": moves.ravel()[place],
+            "sigma": jax.lax.rsqrt(settings["ess"] * here),
+            "gain": (h0 + delta) / here,
+            "active": active[unit],
+        }
+
+    return jax.lax.scan(watched, carry, keys)[1]
+
+
+def by_unit(params: Any) -> Array:
+    """A row per hidden unit: its incoming weights, bias and outgoing weight."""
+    return jnp.concatenate([params["w1"], params["b1"][None], params["w2"][None]]).T
 
 
 # --- Report ---------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from benchmarks.evidence.images.methods import (
 from benchmarks.evidence.images.report import CURVE, command, write_report
 from benchmarks.evidence.images.tuning import CHOSEN, GRIDS, overlong_values
 from examples._shared.datasets import DataError, ImageData, load_dataset, stratified_split
+from examples._shared.reporting import cell
 from examples._shared.unfamiliar import letters, photo_patches
 from ivon_jax import Posterior, metrics
 
@@ -70,21 +71,17 @@ class Options(Evidence):
     """Length of the over-long runs in usual ones; 0: none, -1: by data and network."""
     tune: bool = False
     """Search hyperparameters instead of comparing."""
-    grid: str = ""
-    """Of --tune: digits, example, mnist or resnet."""
+    grid: Literal["digits", "example", "mnist", "resnet"] | None = None
+    """Of --tune; without it, by data and network."""
     splits: int = 1
     """Splits of the training images for --tune."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dataset == "mnist" and self.data_dir is None and not self.report:
-            raise SystemExit("--dataset mnist needs --data-dir, the folder with its IDX files")
         if (self.model, self.dataset) not in LENGTHS:
             raise SystemExit(f"no settings of the {self.model} on {self.dataset}: pass mnist")
         epochs, overlong = LENGTHS[self.model, self.dataset]
         grid = self.grid or ("resnet" if self.model == "resnet" else self.dataset)
-        if grid not in GRIDS:
-            raise SystemExit(f"--grid must be one of {', '.join(GRIDS)}")
         object.__setattr__(self, "grid", grid)
         object.__setattr__(self, "epochs", self.epochs or epochs)
         object.__setattr__(self, "overlong", overlong if self.overlong < 0 else self.overlong)
@@ -178,7 +175,8 @@ def evaluate(study: Study, fitted: Fitted, seed: int, count: int) -> dict[str, A
 
     def predictions(fitted: Fitted, count: int) -> dict[str, jax.Array]:
         images = np.concatenate(list(sets.values()))
-        found = study.log_probs(fitted, seed_keys(seed).predict, images, count)
+        _, _, key = seed_keys(seed)
+        found = study.log_probs(fitted, key, images, count)
         return dict(zip(sets, jnp.split(found, ends, axis=1), strict=True))
 
     drawn = predictions(fitted, count)
@@ -289,23 +287,28 @@ def tune(study: Study) -> None:
     options, labels = study.options, study.data.train_labels
     held_out = len(labels) // 5
     epochs = round(options.epochs * len(labels) / (len(labels) - held_out))
-    grids = GRIDS[options.grid]
+    grids = GRIDS[str(options.grid)]
     sizes = (len(tuning.settings(grid)) for grid in grids.values())
     study.journal.total = options.splits * sum(sizes)
     tables = {}
     for method, grid in grids.items():
-        tried = []
-        for values in tuning.settings(grid):
-            found = []
+        tried, found = tuning.settings(grid), []
+        for values in tried:
             for split in range(options.splits):
                 parts = stratified_split(study.data.train_images, labels, held_out, split)
                 work = partial(trial, study, method, values, split, parts, epochs)
                 found.append(study.journal.compute(study.run("tune", method, values, split), work))
-            scores = ([x[name] for x in found] for name in ("nll", "accuracy"))
-            tried.append(tuning.Tried(values, *scores))
-        edges = tuning.at_edges(grid, tuning.best(tried).values)
-        note = f" (at the edge of the grid: {', '.join(edges)})" if edges else ""
-        tables[f"{METHODS[method]}{note}"] = tuning.rows(tried)
+        nll, accuracy = (
+            np.reshape([each[name] for each in found], (len(tried), options.splits))
+            for name in ("nll", "accuracy")
+        )
+        best = np.argmin(np.nan_to_num(nll.mean(axis=1), nan=np.inf))
+        rows = [("setting", "NLL, held out", "accuracy, %", "")]
+        for at, values in enumerate(tried):
+            cells = cell(nll[at], 4), cell(100 * accuracy[at], 2), "chosen" if at == best else ""
+            rows.append((tuning.described(values), *cells))
+        edges = ", ".join(tuning.at_edges(grid, tried[best]))
+        tables[METHODS[method] + (f" (at the edge of the grid: {edges})" if edges else "")] = rows
     title = f"Settings tried: {options.dataset}, {options.model}"
     shown = {"command": command(options.model, options.dataset), "grid": options.grid}
     notes = TUNING_NOTES.format(epochs=epochs, splits=options.splits, **shown)

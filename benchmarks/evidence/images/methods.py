@@ -13,20 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks._shared.methods import (
-    Array,
-    Carry,
-    Step,
-    Values,
-    cross_entropy,
-    ivon_step,
-    optimizer,
-    plain_step,
-    seed_keys,
-    shuffled_batches,
-    step_on_rows,
-    warmup_cosine,
-)
+from benchmarks._shared import methods as shared
+from benchmarks._shared.methods import Array, Carry, Step, Values
 from benchmarks._shared.networks import Perceptron, ResNet
 from ivon_jax import Posterior, kl_divergence, posterior, predict_samples
 
@@ -125,17 +113,14 @@ def swag_of(snapshots: Tree) -> Swag:
 def draw_swag(key: Array, q: Swag) -> Tree:
     """Weights m + √(v/2) ε₁ + D ε₂/√(2(K−1)), with one ε₂ of length K for all leaves."""
     common, own = jax.random.split(key)
-    leaves, treedef = jax.tree.flatten(q.mean)
     rank = len(jax.tree.leaves(q.deviations)[0])
     weights = jax.random.normal(common, (rank,)) / jnp.sqrt(2.0 * max(1, rank - 1))
 
-    def draw(key: Array, mean: Array, variance: Array, deviations: Array) -> Array:
-        noise = jnp.sqrt(variance / 2.0) * jax.random.normal(key, mean.shape)
+    def draw(noise: Array, mean: Array, variance: Array, deviations: Array) -> Array:
+        noise = jnp.sqrt(variance / 2.0) * noise
         return mean + noise + jnp.tensordot(weights, deviations, axes=1)
 
-    keys = list(jax.random.split(own, len(leaves)))
-    parts = (leaves, jax.tree.leaves(q.variance), jax.tree.leaves(q.deviations))
-    return treedef.unflatten(map(draw, keys, *parts))
+    return jax.tree.map(draw, optax.tree.random_like(own, q.mean), *q)
 
 
 # --- Optimizers and steps -------------------------------------------------------------------------
@@ -146,17 +131,15 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Weight decay falls on every parameter."""
     if method == "backprop":
-        return optax.with_extra_args_support(
-            optax.adam(warmup_cosine(values["learning_rate"], steps))
-        )
+        return optax.adam(shared.warmup_cosine(values["learning_rate"], steps))
     if method == "swag":
-        shape, end = warmup_cosine(1.0, steps - collecting_steps(steps)), values["swag_rate"]
+        shape, end = shared.warmup_cosine(1.0, steps - collecting_steps(steps)), values["swag_rate"]
         rise = values["learning_rate"] - end
         decay = optax.add_decayed_weights(values["weight_decay"])
         sgd = optax.sgd(lambda count: end + rise * shape(count), momentum=0.9)
-        return optax.with_extra_args_support(optax.chain(decay, sgd))
+        return optax.chain(decay, sgd)
     plain = method if method == "adamw" else "sgd"
-    return optimizer("ivon" if method in VARIATIONAL else plain, values, steps, num_train)
+    return shared.optimizer("ivon" if method in VARIATIONAL else plain, values, steps, num_train)
 
 
 def collecting_steps(steps: int) -> int:
@@ -170,7 +153,7 @@ def make_step(network: nn.Module, method: str, values: Values, steps: int, num_t
 
     def loss_fn(params: Tree, batch: Data, *rate: Any, **rngs: Any) -> Array:
         logits: Any = network.apply(params, batch[0], *rate, **rngs)
-        return cross_entropy(logits, batch[1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
     def masked(key: Array, params: Tree, batch: Data) -> Array:
         """MC-dropout (Gal & Ghahramani 2016)."""
@@ -181,16 +164,16 @@ def make_step(network: nn.Module, method: str, values: Values, steps: int, num_t
         q, ess = gaussian_of(params), num_train / values["temperature"]
         noise = optax.tree.random_like(key, q.mean, jax.random.normal)
         sample = jax.tree.map(lambda m, p, e: m + e * p**-0.5, q.mean, q.precision, noise)
-        flat = jax.tree.map(lambda m: jnp.full_like(m, ess * values["weight_decay"]), q.mean)
-        prior = Posterior(jax.tree.map(jnp.zeros_like, q.mean), flat)
+        flat = optax.tree.full_like(q.mean, ess * values["weight_decay"])
+        prior = Posterior(optax.tree.zeros_like(q.mean), flat)
         return loss_fn(sample, batch) + kl_divergence(q, prior) / ess
 
     if method in VARIATIONAL:
-        return ivon_step(loss_fn, tx)
+        return shared.ivon_step(loss_fn, tx)
     if method not in ("dropout", "backprop"):
-        return plain_step(loss_fn, tx)
+        return shared.plain_step(loss_fn, tx)
     objective = masked if method == "dropout" else variational
-    return lambda key, *rest: plain_step(partial(objective, key), tx)(key, *rest)
+    return lambda key, *rest: shared.plain_step(partial(objective, key), tx)(key, *rest)
 
 
 def gaussian_of(variational: tuple[Tree, Tree]) -> Posterior:
@@ -214,13 +197,12 @@ class Trainer:
             params: Tree = network.init(key, data[0][:1])
             if method == "backprop":
                 rho = jnp.log(jnp.expm1(values["init_std"]))
-                params = (params, jax.tree.map(lambda m: jnp.full_like(m, rho), params))
+                params = params, optax.tree.full_like(params, rho)
             return params, make_optimizer(method, values, steps, num_train).init(params)
 
         def one(values: Values, data: Data, carry: Carry, inputs: Any) -> tuple[Carry, Array]:
-            return step_on_rows(
-                make_step(network, method, values, steps, num_train), data, carry, inputs
-            )
+            step = make_step(network, method, values, steps, num_train)
+            return shared.step_on_rows(step, data, carry, inputs)
 
         def scan(values: Values, data: Data, carry: Carry, inputs: Any) -> Carry:
             return jax.lax.scan(partial(one, values, data), carry, inputs)[0]
@@ -239,10 +221,12 @@ class Trainer:
 
     def stops(self, values: Values, data: Data, seed: int, at: Sequence[int]) -> Iterator[Carry]:
         """Trains from one seed; yields copies of parameters and state after so many steps each."""
-        keys = seed_keys(seed)
-        carry = self._start(keys.init, values)
-        batches = partial(shuffled_batches, num_examples=len(data[1]), batch_size=self.batch_size)
-        passes = jax.vmap(batches)(jax.random.split(keys.epochs, self.epochs))
+        init_key, epochs_key, _ = shared.seed_keys(seed)
+        carry = self._start(init_key, values)
+        batches = partial(
+            shared.shuffled_batches, num_examples=len(data[1]), batch_size=self.batch_size
+        )
+        passes = jax.vmap(batches)(jax.random.split(epochs_key, self.epochs))
         inputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), passes)
         for begin, end in zip([0, *at[:-1]], at, strict=True):
             part = jax.tree.map(lambda x, begin=begin, end=end: x[begin:end], inputs)

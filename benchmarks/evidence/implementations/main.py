@@ -9,25 +9,31 @@ batches, settings and number of gradients; only IVON's noise differs. Test NLL i
 and a training step is timed in turn, in one process.
 """
 
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from benchmarks._shared.journal import Evidence, Journal, command, write_tables
 from benchmarks._shared.measuring import interleaved, jax_loop, ratio_cell
+from benchmarks._shared.methods import Array, Batch, step_of, warmup_cosine
 from benchmarks._shared.tuning import described
-from benchmarks.evidence.implementations import task as common
-from benchmarks.evidence.implementations.task import SETTINGS, Task
+from examples._shared.datasets import load_small_digits
 from examples._shared.reporting import cell, mean_and_error
-from ivon_jax import metrics
+from ivon_jax import ivon, metrics, posterior, predict_log_probs
 
+SIZES = (64, 128, 128, 10)
+EPOCHS = 30
+BATCH_SIZE = 50
+SAMPLES = 64  # of the posterior
 REPETITIONS = 40  # of the timing
 SIDES = ("jax", "torch")
 NAMES = {
@@ -45,6 +51,7 @@ METRICS = {  # label, factor, decimals
 }
 Rows = list[Sequence[str]]
 Pairs = list[tuple[dict, dict]]  # results of both sides with the same seed
+Carry = tuple[Any, Any, Array]  # parameters, optimizer state, key
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,120 @@ class Options(Evidence):
     seeds: int = 30
 
 
+# --- What both sides are given -------------------------------------------------------------------
+
+
+class Task:
+    """The digits of scikit-learn and a perceptron, the same for all implementations."""
+
+    def __init__(self):
+        data = load_small_digits()
+        self.images, self.test_images = (
+            (2 * images - 1).reshape(len(images), -1)
+            for images in (data.train_images, data.test_images)
+        )
+        self.labels, self.test_labels = data.train_labels.astype(np.int64), data.test_labels
+        self.num_train, self.samples = len(self.labels), SAMPLES
+        self.num_steps = EPOCHS * (self.num_train // BATCH_SIZE)
+
+    def weights(self, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Initial weights (inputs, outputs) and biases of every layer."""
+        rng = np.random.default_rng(seed)
+        return [
+            ((rng.standard_normal((a, b)) / np.sqrt(a)).astype("float32"), np.zeros(b, "float32"))
+            for a, b in itertools.pairwise(SIZES)
+        ]
+
+    def batches(self, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All batches of a run, in order."""
+        rng = np.random.default_rng((seed, 1))
+        for _ in range(EPOCHS):
+            order = rng.permutation(self.num_train)
+            for rows in order.reshape(-1, BATCH_SIZE):
+                yield self.images[rows], self.labels[rows]
+
+
+class Setting(NamedTuple):
+    """An optimizer, its hyperparameters, and whether its rate is constant."""
+
+    optimizer: str
+    constant: bool
+    values: dict[str, float]
+
+    def schedule(self, task: Task) -> Callable[[Any], Any]:
+        """The rate of a step: constant, or warmup and a cosine to zero."""
+        rate = self.values["learning_rate"]
+        if self.constant:
+            return optax.constant_schedule(rate)
+        return warmup_cosine(rate, task.num_steps)
+
+
+IVON = {"hess_init": 0.5, "b2": 0.999, "weight_decay": 1e-4}
+SETTINGS = {
+    "IVON, cosine": Setting("ivon", False, {"learning_rate": 0.5, **IVON}),
+    "IVON, constant rate": Setting("ivon", True, {"learning_rate": 0.2, **IVON}),
+    "AdamW, cosine": Setting("adamw", False, {"learning_rate": 1e-2, "weight_decay": 0.1}),
+    "AdamW, constant rate": Setting("adamw", True, {"learning_rate": 2e-3, "weight_decay": 0.1}),
+}
+
+
+# --- Our side: ivon_jax, and optax's AdamW --------------------------------------------------------
+
+
+@jax.jit
+def log_probs(params: list, images: Array) -> Array:
+    """Log-probabilities of the perceptron."""
+    *hidden, (last, last_bias) = params
+    for weight, bias in hidden:
+        images = jax.nn.relu(images @ weight + bias[None])
+    return jax.nn.log_softmax(images @ last + last_bias[None])
+
+
+def mean_loss(params: list, batch: Batch) -> Array:
+    """Mean cross-entropy per example."""
+    return -jnp.take_along_axis(log_probs(params, batch[0]), batch[1][:, None], axis=1).mean()
+
+
+class Trainer:
+    """A setting, compiled once for all seeds."""
+
+    as_array = staticmethod(jnp.asarray)
+
+    def __init__(self, setting: Setting, task: Task):
+        self.task, self.variational = task, setting.optimizer == "ivon"
+        values: dict[str, Any] = {**setting.values, "learning_rate": setting.schedule(task)}
+        self.tx = ivon(ess=task.num_train, **values) if self.variational else optax.adamw(**values)
+        self.update = step_of(setting.optimizer, mean_loss, self.tx)
+
+    def start(self, seed: int) -> Carry:
+        """Before the first step."""
+        params = jax.tree.map(jnp.asarray, self.task.weights(seed))
+        return params, self.tx.init(params), jax.random.key(seed)
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def step(self, carry: Carry, images: Array, labels: Array) -> Carry:
+        """One training step."""
+        params, state, key = carry
+        key, draw_key = jax.random.split(key)
+        params, state, _ = self.update(draw_key, params, state, (images, labels))
+        return params, state, key
+
+    def predict(self, carry: Carry, images: Array) -> list[Array]:
+        """Log-probabilities by the weights or mean and, for IVON, averaged over samples."""
+        params, state, key = carry
+        point = log_probs(params, images)
+        if not self.variational:
+            return [point]
+        return [point, predict_log_probs(log_probs, SAMPLES)(key, posterior(state), images)]
+
+
 # --- Runs -----------------------------------------------------------------------------------------
 
 
 def compute(options: Options) -> None:
     """All runs of both sides, in turn, and the timing."""
     try:
-        from benchmarks.evidence.implementations import jax_side, torch_side
+        from benchmarks.evidence.implementations import torch_side
     except ModuleNotFoundError as error:
         package = "ivon-opt" if error.name == "ivon" else error.name
         message = f'error: {package} is not installed; run: pip install -e ".[examples,oracle]"'
@@ -69,9 +183,9 @@ def compute(options: Options) -> None:
     task = Task()
     journal = Journal(options.results, 1 + options.seeds * len(SETTINGS) * len(SIDES))
     trainers = {
-        (name, side): module.Trainer(setting, task)
+        (name, side): trainer(setting, task)
         for name, setting in SETTINGS.items()
-        for side, module in zip(SIDES, (jax_side, torch_side), strict=True)
+        for side, trainer in zip(SIDES, (Trainer, torch_side.Trainer), strict=True)
     }
 
     def timing() -> dict[str, Any]:
@@ -84,10 +198,10 @@ def compute(options: Options) -> None:
             if SETTINGS[name].constant
         }
         found = interleaved(loops, REPETITIONS)
-        seconds = {name: timing.seconds.tolist() for name, timing in found.items()}
+        seconds = {name: x.tolist() for name, x in found.items()}
         return {"seconds": seconds, "versions": torch_side.versions()}
 
-    what = {"task": "timing", "repetitions": REPETITIONS, "batch_size": common.BATCH_SIZE}
+    what = {"task": "timing", "repetitions": REPETITIONS, "batch_size": BATCH_SIZE}
     journal.compute(what, timing)
     for seed in range(options.seeds):
         for (name, side), trainer in trainers.items():
@@ -97,7 +211,7 @@ def compute(options: Options) -> None:
 
 def run_of(name: str, side: str) -> dict[str, Any]:
     """What identifies the runs of a setting on one side."""
-    sizes = {"epochs": common.EPOCHS, "batch_size": common.BATCH_SIZE, "samples": common.SAMPLES}
+    sizes = {"epochs": EPOCHS, "batch_size": BATCH_SIZE, "samples": SAMPLES}
     values = dict(SETTINGS[name].values)
     return {"task": "train", "setting": name, "side": side, "values": values, **sizes}
 
@@ -142,7 +256,7 @@ def report(journal: Journal) -> None:
     versions = ", ".join(journal.select(task="timing")[-1][1]["versions"])
     notes = (
         f"1,000 training and 797 test digits of scikit-learn, a perceptron 64-128-128-10, "
-        f"{common.EPOCHS} epochs in batches of {common.BATCH_SIZE}, ess = 1,000, {common.SAMPLES} "
+        f"{EPOCHS} epochs in batches of {BATCH_SIZE}, ess = 1,000, {SAMPLES} "
         f"posterior samples; {min(map(len, pairs.values()))} seeds, mean ± standard error. A seed "
         "has the same initial weights and batches on both sides; IVON's noise is each side's own. "
         "Differences are ours less PyTorch's, paired by seed: 'the same' is within two standard "
@@ -176,15 +290,10 @@ def comparison(optimizer: str, pairs: Mapping[str, Pairs]) -> Rows:
             mean, error = mean_and_error(ours - theirs)
             ratio = float(mean / error) if mean else 0.0
             cells = cell(ours, decimals), cell(theirs, decimals), cell(ours - theirs, decimals + 1)
-            rows.append((f"{name}: {where}", *cells, f"{ratio:.1f}", verdict(ratio)))
+            verdict = "the same" if abs(ratio) <= ERRORS else "different"
+            verdict = "not known" if np.isnan(ratio) else verdict
+            rows.append((f"{name}: {where}", *cells, f"{ratio:.1f}", verdict))
     return rows
-
-
-def verdict(ratio: float) -> str:
-    """What a difference of so many standard errors says."""
-    if np.isnan(ratio):
-        return "not known"
-    return "the same" if abs(ratio) <= ERRORS else "different"
 
 
 def timing_rows(journal: Journal) -> Rows:

@@ -10,17 +10,15 @@ from typing import Any
 import ivon  # pyright: ignore[reportMissingImports] the package ivon-opt
 import torch  # pyright: ignore[reportMissingImports]
 
-from benchmarks.evidence.implementations.task import SAMPLES, Setting, Task
-
 Carry = tuple[Any, Any, Iterator[float]]  # network, optimizer, rates of the steps
 
 
 class Trainer:
-    """A setting on the CPU."""
+    """A setting of main.py on the CPU, for its task."""
 
     as_array = staticmethod(torch.from_numpy)
 
-    def __init__(self, setting: Setting, task: Task):
+    def __init__(self, setting: Any, task: Any):
         self.setting, self.task = setting, task
         self.variational = setting.optimizer == "ivon"
         schedule = setting.schedule(task)
@@ -64,10 +62,10 @@ class Trainer:
             if not self.variational:
                 return [point]
             draws = []
-            for _ in range(SAMPLES):
+            for _ in range(self.task.samples):
                 with optimizer.sampled_params():
                     draws.append(torch.log_softmax(network(images), dim=1))
-            return [point, torch.logsumexp(torch.stack(draws), dim=0) - math.log(SAMPLES)]
+            return [point, torch.logsumexp(torch.stack(draws), dim=0) - math.log(self.task.samples)]
 
 
 def versions() -> list[str]:

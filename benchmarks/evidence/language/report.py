@@ -70,13 +70,9 @@ def shown(settings: str) -> str:
 def by_method(finals: Sequence[tuple[dict, dict]]) -> Results:
     """Results of the seeds that both methods have; leaves if they cannot be averaged."""
     found: dict[str, dict[int, dict]] = {name: {} for name in NAMES.values()}
-    if len({(run["digest"], run["steps"]) for run, _ in finals}) > 1 or len(
-        {run["settings"] for run, _ in finals}
-    ) > len(NAMES):
-        raise SystemExit(
-            "the results hold runs of several texts, lengths or settings: keep each in a file "
-            "of its own"
-        )
+    texts = {(run["digest"], run["steps"]) for run, _ in finals}
+    if len(texts) > 1 or len({run["settings"] for run, _ in finals}) > len(NAMES):
+        raise SystemExit("the results hold several texts, lengths or settings: one file for each")
     for run, result in finals:
         found[NAMES[run["settings"].split("(")[0]]][run["seed"]] = result
     seeds = sorted(set.intersection(*(set(x) for x in found.values())))

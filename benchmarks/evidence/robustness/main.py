@@ -13,6 +13,7 @@ loss at the mean is worse than that of guessing evenly, or not a number.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,16 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks._shared import methods
 from benchmarks._shared.journal import Evidence, Journal, Runs, command, grouped, write_tables
-from benchmarks._shared.methods import WARMUP_SHARE
+from benchmarks._shared.methods import Array, Values
 from benchmarks._shared.networks import Perceptron
 from benchmarks._shared.tuning import settings
-from benchmarks.evidence.robustness.training import train_lanes
 from examples._shared.datasets import load_small_digits
 from examples._shared.reporting import cell, save_figure
-from ivon_jax import recipes
+from examples._shared.training import classification_loss
+from ivon_jax import diagnostics, metrics, posterior, predict_log_probs, recipes
 
 EPOCHS = 100
+BATCH = 50
+SAMPLES = 32  # of the posterior
 NUM_TRAIN = 1000
 LEARNING_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 HESS_INITS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -109,10 +113,50 @@ def measure(runs: list[Any], data: Any, test: Any) -> list[dict[str, Any]]:
     return [summary({name: x[index] for name, x in lanes.items()}) for index in range(len(runs))]
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def train_lanes(
+    method: str, epochs: int, width: int, values: Values, seeds: Array, data: Any, test: Any
+) -> dict[str, Array]:
+    """Test results, and what was seen on the way after each epoch.
+
+    Each lane has a setting and a seed of its own, along axis 0.
+    """
+    model: Any = Perceptron(width)
+    variational = method == "ivon"
+    num_steps, num_train = epochs * (len(data[1]) // BATCH), len(data[1])
+    loss = classification_loss(model.apply)
+
+    def train(values: Values, seed: Array) -> dict[str, Array]:
+        tx = methods.optimizer(method, values, num_steps, num_train)
+        step = methods.step_of(method, loss, tx)
+        settings = methods.ivon_settings(values, num_steps, num_train)
+
+        def epoch(carry: Any, key: Array) -> tuple:
+            params, state = methods.scan_epoch(step, BATCH, data, carry, key)
+            seen = {"loss": loss(params, data)}
+            if variational:
+                seen["risk"] = diagnostics(state, settings)["update/risk"]
+            return (params, state), seen
+
+        init_key, epochs_key, predict_key = methods.seed_keys(seed)
+        params = model.init(init_key, data[0][:1])
+        carry = start = (params, tx.init(params))
+        (params, state), seen = jax.lax.scan(epoch, carry, jax.random.split(epochs_key, epochs))
+        if variational:
+            seen["start"] = diagnostics(start[1], settings)["signal_to_noise/p50"]
+            predict = predict_log_probs(model.apply, SAMPLES)
+            log_probs = predict(predict_key, posterior(state), test[0])
+        else:
+            log_probs = jax.nn.log_softmax(model.apply(params, test[0]))
+        return seen | {"nll": metrics.nll(log_probs, test[1])}
+
+    return jax.vmap(train)(values, seeds)
+
+
 def summary(lane: dict[str, Any]) -> dict[str, Any]:
     """Test NLL; the epoch of divergence and, for IVON, of the first warning, or None."""
     bad = ~(lane["loss"] < math.log(10.0))  # also where it is not a number
-    bad[: math.ceil(WARMUP_SHARE * len(bad))] = False
+    bad[: math.ceil(methods.WARMUP_SHARE * len(bad))] = False
     nll = float(lane["nll"]) if np.isfinite(lane["nll"]) else None
     result = {"nll": nll, "diverged": first_epoch(bad)}
     if "risk" in lane:

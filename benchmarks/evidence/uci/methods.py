@@ -11,15 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks._shared.methods import (
-    Array,
-    Batch,
-    Values,
-    average,
-    optimizer,
-    scan_random_batches,
-    step_of,
-)
+from benchmarks._shared import methods as shared
+from benchmarks._shared.methods import Array, Batch, Values
+from benchmarks._shared.networks import dropout
 from benchmarks._shared.tuning import Grid
 from ivon_jax import posterior, sample_params
 
@@ -76,17 +70,10 @@ def apply(params: Params, x: Array, key: Any = None, rate: Any = None) -> Array:
 
     With a rate, inputs and hidden units are dropped, by a mask of its own for each example.
     """
-    one, two = (None, None) if rate is None else jax.random.split(key)
-    hidden = jax.nn.relu(dropped(x, one, rate) @ params["w1"] + params["b1"])
-    return dropped(hidden, two, rate) @ params["w2"] + params["b2"]
-
-
-def dropped(values: Array, key: Any, rate: Any) -> Array:
-    """Sets a share of the values to zero; a rate of `None` leaves them alone."""
-    if rate is None:
-        return values
-    kept = jax.random.bernoulli(key, 1.0 - rate, values.shape)
-    return jnp.where(kept, values / (1.0 - rate), 0.0)
+    x = dropout(lambda: jax.random.split(key)[0], x, rate)
+    hidden = jax.nn.relu(x @ params["w1"] + params["b1"])
+    hidden = dropout(lambda: jax.random.split(key)[1], hidden, rate)
+    return hidden @ params["w2"] + params["b2"]
 
 
 def half_square(predicted: Array, y: Array) -> Array:
@@ -109,8 +96,8 @@ def train(method: str, steps: int, key: Array, values: Values, data: Data) -> An
 
     name = "ivon" if method == "ivon" else "adamw"
     fixed = IVON_FIXED if method == "ivon" else {}
-    tx = optimizer(name, {**values, **fixed}, steps, len(data[1]))
-    update = step_of(name, loss, tx)
+    tx = shared.optimizer(name, {**values, **fixed}, steps, len(data[1]))
+    update = shared.step_of(name, loss, tx)
 
     def step(key: Array, params: Params, state: Any, batch: Batch) -> tuple[Params, Any, Array]:
         return update(key, params, state, (*batch, key))
@@ -119,7 +106,7 @@ def train(method: str, steps: int, key: Array, values: Values, data: Data) -> An
     params = init(init_key, data[0].shape[1])
     keys = jax.random.split(steps_key, steps)
     carry = (params, tx.init(params))
-    (params, state), _ = scan_random_batches(step, BATCH, data, carry, keys)
+    (params, state), _ = shared.scan_random_batches(step, BATCH, data, carry, keys)
     return posterior(state) if method == "ivon" else params
 
 
@@ -147,7 +134,7 @@ def fit_and_predict(
 
 def log_likelihood(predicted: Array, y: Array, noise: Array) -> Array:
     """Mean log density of the mixture of Gaussians, mean_s N(y; f_s, s²)."""
-    log_p = average(-0.5 * ((predicted - y) / noise) ** 2)
+    log_p = shared.average(-0.5 * ((predicted - y) / noise) ** 2)
     return jnp.mean(log_p) - jnp.log(noise) - 0.5 * jnp.log(2 * jnp.pi)
 
 

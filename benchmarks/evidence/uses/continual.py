@@ -20,18 +20,10 @@ from tqdm import tqdm
 from benchmarks._shared.journal import parse
 from benchmarks._shared.methods import warmup_cosine
 from benchmarks.evidence.uses.fisher import diagonal_fisher
+from examples import continual_learning as example
 from examples._shared.reporting import cell, format_table
 from examples._shared.training import classification_loss, train
-from examples.continual_learning import (
-    BATCH_SIZE,
-    NETWORK,
-    NUM_TASKS,
-    SETTINGS,
-    Tasks,
-    accuracies,
-    learn_in_turn,
-    make_tasks,
-)
+from examples.continual_learning import BATCH_SIZE, NETWORK, NUM_TASKS
 from ivon_jax import Posterior
 
 
@@ -85,7 +77,7 @@ def learn(
     return params, Posterior(params, precision)
 
 
-def consolidate(setting: Consolidation, tasks: Tasks, steps: int) -> np.ndarray:
+def consolidate(setting: Consolidation, tasks: example.Tasks, steps: int) -> np.ndarray:
     """Accuracies in %, (seeds, after task, on task)."""
     images, labels = tasks.train
     keys = jax.vmap(jax.random.key)(jnp.arange(len(labels)))
@@ -97,7 +89,7 @@ def consolidate(setting: Consolidation, tasks: Tasks, steps: int) -> np.ndarray:
     for task in range(NUM_TASKS):
         task_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, task)
         params, prior = fit(task_keys, (images[:, task], labels[:, task]), params, prior)
-        found.append(np.asarray(accuracies(params, *tasks.test)))
+        found.append(np.asarray(example.accuracies(params, *tasks.test)))
     return np.stack(found, axis=1)
 
 
@@ -105,11 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Learns the tasks and prints the table."""
     options = parse(Options, __doc__, argv)
     rows = [["test accuracy, %", "all tasks at the end", "each when new", "forgotten"]]
-    with tqdm(total=2 * len(SETTINGS) * NUM_TASKS, unit="task") as bar:
-        for (title, make), settings in SETTINGS.items():
-            tasks = make_tasks(make, options.seeds)
+    with tqdm(total=2 * len(example.SETTINGS) * NUM_TASKS, unit="task") as bar:
+        for (title, make), settings in example.SETTINGS.items():
+            tasks = example.make_tasks(make, options.seeds)
             for name in ("AdamW", "IVON"):
-                matrix = learn_in_turn(settings[name], tasks, options.steps, bar)
+                matrix = example.learn_in_turn(settings[name], tasks, options.steps, bar)
                 rows.append(summary(f"{title}: {name}", matrix))
             matrix = consolidate(CHOSEN[title], tasks, options.steps)
             rows.append(summary(f"{title}: EWC", matrix))

@@ -11,12 +11,8 @@ def diagonal_fisher(apply: Callable[..., Any], params: Any, inputs: jax.Array) -
     """Σ_k p_k (∂ log p_k / ∂θ)², averaged over the inputs.
 
     The expectation is over the labels k that the model itself predicts. (At the true labels the
-    squares nearly vanish for a network that fits its training data.)
-
-    Args:
-      apply: maps parameters and a batch of inputs to logits (n, K).
-      params: where the gradients are taken.
-      inputs: the examples, along the first axis.
+    squares nearly vanish for a network that fits its training data.) `apply` maps parameters and a
+    batch of inputs to logits (n, K).
     """
 
     def add(total: Any, example: jax.Array) -> tuple[Any, None]:

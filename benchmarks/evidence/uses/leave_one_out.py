@@ -21,19 +21,10 @@ import numpy as np
 
 from benchmarks._shared.journal import parse
 from benchmarks._shared.methods import ivon_step, scan_epoch
+from examples import leave_one_out as example
 from examples._shared.reporting import cell, format_table
 from examples._shared.training import classification_loss
-from examples.leave_one_out import (
-    BATCH_SIZE,
-    EVERY,
-    HELD_OUT,
-    NUM_TRAIN,
-    WRONG,
-    Network,
-    cross_entropy,
-    draw_data,
-    kept,
-)
+from examples.leave_one_out import EVERY, NUM_TRAIN, WRONG, cross_entropy
 from ivon_jax import ivon, leave_one_out, posterior
 
 VALUES: dict[str, Any] = {"hess_init": 0.1, "b2": 0.999, "weight_decay": 1e-4}
@@ -65,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     keys = jax.random.split(jax.random.key(0), options.seeds)
     whole, part = (
         jax.device_get(jax.jit(jax.vmap(partial(follow, options, held_out)))(keys))
-        for held_out in (0, HELD_OUT)
+        for held_out in (0, example.HELD_OUT)
     )
     print(f"\nWhich epoch to keep: {NUM_TRAIN} digits, {100 * WRONG:.0f} % of the labels wrong\n")
     print(table(whole, part))
@@ -80,14 +71,14 @@ since their removal would leave no proper posterior; they are left out, which fl
 def follow(options: Options, held_out: int, key: Array) -> Losses:
     """Trains one seed by IVON and measures after every `EVERY` epochs."""
     data_key, init_key, shuffle_key = jax.random.split(key, 3)
-    train, valid, test = draw_data(data_key, held_out)
-    apply: Callable[..., Any] = Network().apply
-    params = Network().init(init_key, train[0][:1])
+    train, valid, test = example.draw_data(data_key, held_out)
+    apply: Callable[..., Any] = example.Network().apply
+    params = example.Network().init(init_key, train[0][:1])
     tx = ivon(0.1, ess=NUM_TRAIN - held_out, **VALUES)
     step = ivon_step(classification_loss(apply), tx)
 
     def epoch(carry: Any, key: Array) -> tuple[Any, None]:
-        return scan_epoch(step, BATCH_SIZE, train, carry, key), None
+        return scan_epoch(step, example.BATCH_SIZE, train, carry, key), None
 
     def look(carry: Any, keys: Array) -> tuple[Any, Losses]:
         carry, _ = jax.lax.scan(epoch, carry, keys)
@@ -125,11 +116,11 @@ def table(whole: Losses, part: Losses) -> str:
         [
             ["", "epoch kept", "test NLL", "above the best"],
             row("best epoch by the test set", whole.test.argmin(axis=1), whole.test),
-            row("leave-one-out", kept(whole.first), whole.test),
-            row("leave-one-out, second order", kept(whole.second), whole.test),
-            row("training loss", kept(whole.train), whole.test),
-            row("a fifth held out", kept(part.valid), part.test),
-            row("a fifth held out, then all learned", kept(part.valid), whole.test),
+            row("leave-one-out", example.kept(whole.first), whole.test),
+            row("leave-one-out, second order", example.kept(whole.second), whole.test),
+            row("training loss", example.kept(whole.train), whole.test),
+            row("a fifth held out", example.kept(part.valid), part.test),
+            row("a fifth held out, then all learned", example.kept(part.valid), whole.test),
             row("never stopping", np.full(len(best), whole.test.shape[1] - 1), whole.test),
         ]
     )

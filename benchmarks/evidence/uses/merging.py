@@ -16,20 +16,9 @@ import numpy as np
 
 from benchmarks._shared.journal import parse
 from benchmarks.evidence.uses.fisher import diagonal_fisher
+from examples import model_merging as example
 from examples._shared.reporting import cell, format_table
-from examples.model_merging import (
-    ANGLES,
-    NETWORK,
-    NUM_TRAIN,
-    WEIGHTS,
-    Data,
-    Models,
-    accuracies,
-    by_arithmetic,
-    by_precision,
-    make_data,
-    train_models,
-)
+from examples.model_merging import NUM_TRAIN, WEIGHTS, Data, Models, accuracies
 from ivon_jax import Posterior
 
 FISHER_FLOOR = 1e-4  # per example of the base, as a weight decay
@@ -48,7 +37,7 @@ def with_fisher(models: Models, data: Data) -> Models:
     """The same means, with precisions H₀ = n(F₀ + floor) and P_t = H₀ + nF_t (one seed)."""
 
     def information(q: Posterior, kind: int) -> Any:
-        fisher = diagonal_fisher(NETWORK.apply, q.mean, data.train[0][kind])
+        fisher = diagonal_fisher(example.NETWORK.apply, q.mean, data.train[0][kind])
         return jax.tree.map(lambda f: NUM_TRAIN * f, fisher)
 
     h0 = jax.tree.map(lambda f: f + FISHER_FLOOR * NUM_TRAIN, information(models.base, 0))
@@ -62,22 +51,22 @@ def with_fisher(models: Models, data: Data) -> Models:
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, merges and prints the table."""
     options = parse(Options, __doc__, argv)
-    data = make_data(options.seeds)
-    models = train_models(data, options.epochs)
+    data = example.make_data(options.seeds)
+    models = example.train_models(data, options.epochs)
     rules = {
-        "IVON's precisions": (by_precision, models),
-        "Fisher information": (by_precision, jax.jit(jax.vmap(with_fisher))(models, data)),
-        "task arithmetic": (by_arithmetic, models),
+        "IVON's precisions": (example.by_precision, models),
+        "Fisher information": (example.by_precision, jax.jit(jax.vmap(with_fisher))(models, data)),
+        "task arithmetic": (example.by_arithmetic, models),
     }
     found = {}
     for name, (rule, of) in rules.items():
         merged = [rule(of, weight) for weight in WEIGHTS]
         best = max(range(len(merged)), key=lambda i: accuracies(merged[i], *data.valid).mean())
         found[name, f"{WEIGHTS[best]:g}"] = accuracies(merged[best], *data.test)
-    found["average", "0.5"] = accuracies(by_arithmetic(models, 0.5), *data.test)
+    found["average", "0.5"] = accuracies(example.by_arithmetic(models, 0.5), *data.test)
     found["joint training", "-"] = accuracies(models.joint.mean, *data.test)
     ours = np.mean(next(iter(found.values())), axis=1)
-    rows = [["test accuracy, %", "weight", *ANGLES, "mean", "minus IVON's"]]
+    rows = [["test accuracy, %", "weight", *example.ANGLES, "mean", "minus IVON's"]]
     for (name, weight), by_kind in found.items():
         mean = np.mean(by_kind, axis=1)
         kinds = (cell(kind, 1) for kind in np.transpose(by_kind))

@@ -23,22 +23,10 @@ import optax
 from blackjax.diagnostics import effective_sample_size, potential_scale_reduction
 
 from benchmarks._shared.journal import parse
+from examples import regression_1d as example
 from examples._shared.reporting import cell, format_table
 from examples._shared.training import train
-from examples.regression_1d import (
-    BAND,
-    NOISE,
-    NUM_TRAIN,
-    Problem,
-    draw_problem,
-    draw_weights,
-    fit_adamw,
-    fit_ivon,
-    loss_fn,
-    network,
-    schedule,
-    table,
-)
+from examples.regression_1d import NUM_TRAIN, Problem, network
 from ivon_jax import Moments
 
 CHAINS, MEMBERS = 4, 5
@@ -63,19 +51,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(Options, __doc__, argv)
     split = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))
     problem_keys, start_keys, keys = jnp.swapaxes(split(jnp.arange(options.seeds)), 0, 1)
-    problems = jax.jit(jax.vmap(draw_problem))(problem_keys)
+    problems = jax.jit(jax.vmap(example.draw_problem))(problem_keys)
     member_keys = jax.vmap(lambda key: jax.random.split(key, MEMBERS))(start_keys)
-    starts = jax.jit(jax.vmap(jax.vmap(draw_weights)))(member_keys)
+    starts = jax.jit(jax.vmap(jax.vmap(example.draw_weights)))(member_keys)
     chains = jax.jit(jax.vmap(partial(run_nuts, options.draws)))(problems, starts, keys)
     ensemble = jax.vmap(partial(fit_ensemble, options.steps))(problems, starts, keys)
     functions = chains.functions.reshape(options.seeds, -1, chains.functions.shape[-1])
     methods = {
-        "AdamW": jax.vmap(partial(fit_adamw, options.steps))(problems, starts[:, 0], keys),
+        "AdamW": jax.vmap(partial(example.fit_adamw, options.steps))(problems, starts[:, 0], keys),
         f"{MEMBERS} of AdamW": ensemble,
-        "IVON": jax.vmap(partial(fit_ivon, options.steps))(problems, starts[:, 0], keys),
+        "IVON": jax.vmap(partial(example.fit_ivon, options.steps))(problems, starts[:, 0], keys),
         "NUTS": jax.vmap(moments_of)(functions),
     }
-    print(f"\n{table(methods, problems)}\n\n{true_function(methods, problems)}\n")
+    print(f"\n{example.table(methods, problems)}\n\n{true_function(methods, problems)}\n")
     print(
         f"Mean ± standard error over {options.seeds} data sets. NUTS is the reference: as true\n"
         "functions are drawn from the prior, its band holds about 95 % of them, and no Gaussian\n"
@@ -86,16 +74,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def moments_of(functions: Array) -> Moments:
     """Mean and variance over equally likely functions on axis 0, with the noise on top."""
     variance = jnp.var(functions, axis=0)
-    return Moments(jnp.mean(functions, axis=0), variance + NOISE**2, variance)
+    return Moments(jnp.mean(functions, axis=0), variance + example.NOISE**2, variance)
 
 
 def fit_ensemble(steps: int, problem: Problem, starts: Array, key: Array) -> Moments:
     """Networks of AdamW from different initial weights."""
-    tx = optax.adamw(schedule(1e-4, steps), weight_decay=0.1)
+    tx = optax.adamw(example.schedule(1e-4, steps), weight_decay=0.1)
     batches: Any = {"epochs": steps, "batch_size": NUM_TRAIN, "progress": False}
 
     def member(start: Array) -> Array:
-        weights, _ = train(tx, loss_fn, start, (problem.x, problem.y), key=key, **batches)
+        weights, _ = train(tx, example.loss_fn, start, (problem.x, problem.y), key=key, **batches)
         return network(weights, problem.test_x)
 
     return moments_of(jax.vmap(member)(starts))
@@ -112,7 +100,8 @@ def run_nuts(draws: int, problem: Problem, starts: Array, key: Array) -> Chains:
     """Draws functions from the posterior by NUTS, after as many steps of adaptation."""
 
     def log_density(weights: Array) -> Array:
-        return -0.5 * jnp.sum(weights**2) - NUM_TRAIN * loss_fn(weights, (problem.x, problem.y))
+        loss = example.loss_fn(weights, (problem.x, problem.y))
+        return -0.5 * jnp.sum(weights**2) - NUM_TRAIN * loss
 
     def chain(start: Array, key: Array) -> Chains:
         adapt_key, key = jax.random.split(key)
@@ -142,7 +131,7 @@ def true_function(methods: dict[str, Moments], problems: Problem) -> str:
         "outside": distance > 2,
     }.items():
         inside = (
-            np.abs(problems.test_f - m.mean) <= BAND * np.sqrt(m.model_variance)
+            np.abs(problems.test_f - m.mean) <= example.BAND * np.sqrt(m.model_variance)
             for m in methods.values()
         )
         rows.append([name, *(cell(100 * x[:, where].mean(axis=1), 0) for x in inside)])

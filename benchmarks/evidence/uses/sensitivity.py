@@ -26,29 +26,18 @@ from scipy.stats import spearmanr
 
 from benchmarks._shared.journal import parse
 from benchmarks._shared.methods import ivon_step, optimizer, scan_epoch
+from benchmarks._shared.networks import Perceptron
+from examples import sensitivity as example
 from examples._shared.reporting import cell, format_table
-from examples.sensitivity import (
-    BATCH_SIZE,
-    NUM_CLASSES,
-    NUM_TRAIN,
-    Network,
-    cross_entropy,
-    draw_data,
-)
+from examples.sensitivity import BATCH_SIZE, NUM_TRAIN, cross_entropy
 from ivon_jax import Posterior, posterior, posterior_mean, sensitivity
 from ivon_jax.metrics import detection
 
 DECAY = 1e-3
-VALUES = {
-    "learning_rate": 0.3,
-    "hess_init": 0.1,
-    "b2": 0.999,
-    "weight_decay": DECAY,
-    "temperature": 1.0,
-}
+VALUES = dict(learning_rate=0.3, hess_init=0.1, b2=0.999, weight_decay=DECAY, temperature=1.0)
 SETTINGS = {
-    "λ = N": (Network(16), VALUES),
-    "λ = 10 N": (Network(64), {**VALUES, "weight_decay": 1e-4, "temperature": 0.1}),
+    "λ = N": (example.Network(16), VALUES),
+    "λ = 10 N": (example.Network(64), {**VALUES, "weight_decay": 1e-4, "temperature": 0.1}),
 }
 EPOCHS = 60
 RETRAINED_SEEDS = 3  # at most, in which examples are removed
@@ -79,17 +68,8 @@ class Weighted(NamedTuple):
     weights: Array
 
 
-class Linear(nn.Module):
-    """Softmax regression."""
-
-    @nn.compact
-    def __call__(self, images: Array) -> Array:
-        """Maps images to logits (n, 10)."""
-        return nn.Dense(NUM_CLASSES)((2.0 * images - 1.0).reshape(len(images), -1))
-
-
-LINEAR = Linear()
-draw = jax.jit(draw_data)
+LINEAR = Perceptron(depth=0)  # softmax regression
+draw = jax.jit(example.draw_data)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -107,12 +87,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 @partial(jax.jit, static_argnames="network")
-def begin(network: nn.Module, values: Mapping[str, float], data: Weighted, key: Array) -> Tree:
+def begin(network: nn.Module, values: Mapping[str, Any], data: Weighted, key: Array) -> Tree:
     """IVON's state before training."""
     return tx_of(values).init(network.init(key, data.images[:1]))
 
 
-def tx_of(values: Mapping[str, float]) -> Any:
+def tx_of(values: Mapping[str, Any]) -> Any:
     """IVON for a run of all epochs."""
     return optimizer("ivon", values, EPOCHS * (NUM_TRAIN // BATCH_SIZE), NUM_TRAIN)
 
@@ -191,14 +171,10 @@ MODELS = (
 )
 
 
-class Agreement(NamedTuple):
-    """Changes of the outputs for M examples that were left out, (M, K)."""
-
-    estimate: Any
-    truth: Any
+Changes = tuple[Any, Any]  # of the outputs for M examples left out, (M, K): estimated, and true
 
 
-def compare_with_truth(count: int, key: Array) -> list[Agreement]:
+def compare_with_truth(count: int, key: Array) -> list[Changes]:
     """Removes examples and compares, in the order of `MODELS`."""
     data_key, init_key, train_key, again_key = jax.random.split(key, 4)
     drawn = draw(data_key)
@@ -224,8 +200,7 @@ def compare_with_truth(count: int, key: Array) -> list[Agreement]:
     q = posterior(fit(LINEAR, VALUES, data, start, train_key))
     rows = spread(LINEAR, q, data, count)
     mean, diagonal = agreement(LINEAR, data, rows, without_noise(LINEAR, q, data))
-    full = full_covariance_changes(data, mean)[rows]
-    return [by_ivon, at_mean, diagonal, diagonal._replace(estimate=full)]
+    return [by_ivon, at_mean, diagonal, (full_covariance_changes(data, mean)[rows], diagonal[1])]
 
 
 def spread(network: nn.Module, q: Posterior, data: Weighted, count: int) -> np.ndarray:
@@ -245,7 +220,7 @@ def without_noise(network: nn.Module, q: Posterior, data: Weighted) -> Callable[
 
 def agreement(
     network: nn.Module, data: Weighted, rows: np.ndarray, retrain: Callable[[Array], Posterior]
-) -> tuple[Tree, Agreement]:
+) -> tuple[Tree, Changes]:
     """The mean retrained with all examples, and the estimate beside what retraining does."""
     outputs: Apply = jax.jit(network.apply)
     q = retrain(data.weights)
@@ -255,7 +230,7 @@ def agreement(
         for row in rows
     ]
     estimate = sensitivities(network, q, data).deviation[rows]
-    return q.mean, Agreement(np.asarray(estimate), np.stack(changes))
+    return q.mean, (np.asarray(estimate), np.stack(changes))
 
 
 @jax.jit
@@ -278,7 +253,7 @@ def full_covariance_changes(data: Weighted, params: Tree) -> Array:
     return found(q, data.images, targets=data.labels).deviation
 
 
-def agreement_rows(seeds: Sequence[Sequence[Agreement]]) -> str:
+def agreement_rows(seeds: Sequence[Sequence[Changes]]) -> str:
     """Models and ways of retraining as rows: ranks and sizes of the changes."""
     rows = [["", "Spearman's correlation", "true / estimated size, median"]]
     for label, *found in zip(MODELS, *seeds, strict=True):
