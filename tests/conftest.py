@@ -14,11 +14,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="ivon_jax_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 from jax._src import compiler as jax_compiler
 
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -29,8 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 SCRIPTS = ("benchmarks", "examples")
-# These compare bits or count instructions of the programs that users get.
-COMPILED_WELL = ("distributed", "exact", "test_compiler", "test_noise", "test_sampling", "test_tpu")
+# These compare bits, or count instructions of the programs that users get.
+COMPILED_WELL = (
+    "test_compiler",
+    "test_invariance",
+    "test_noise",
+    "test_processes",
+    "test_sampling",
+    "test_trajectory",
+)
 QUICK = {
     "xla_cpu_use_fusion_emitters": False,
     "xla_llvm_disable_expensive_passes": True,
@@ -42,14 +49,14 @@ _options = jax_compiler.get_compile_options
 
 
 def _quick_options(*args, env_options_overrides=None, **kwargs):
-    return _options(*args, env_options_overrides={**QUICK, **(env_options_overrides or {})}, **kwargs)
+    overrides = {**QUICK, **(env_options_overrides or {})}
+    return _options(*args, env_options_overrides=overrides, **kwargs)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def compilation(request: pytest.FixtureRequest):
     """Most tests spend their time in the compiler: what they run is compiled quickly, not well."""
-    well = request.path.stem in COMPILED_WELL or request.path.parent.name in COMPILED_WELL
-    wanted = _options if well else _quick_options
+    wanted = _options if request.path.stem in COMPILED_WELL else _quick_options
     if jax_compiler.get_compile_options is not wanted:
         jax.clear_caches()
         jax_compiler.get_compile_options = wanted

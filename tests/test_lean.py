@@ -102,7 +102,11 @@ def test_the_state_holds_hess_and_momentum_and_nothing_else_of_their_size():
     assert jax.tree.leaves(state.inner_state.mean) == []
 
 
-@functools.partial(jax.jit, static_argnums=1)
+# Compiled well, for the many steps.
+WELL = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+
+
+@functools.partial(jax.jit, static_argnums=1, compiler_options=WELL)
 def drift(ess, steps):
     """The sum of what recovering adds to the mean, in units of the bound, and σ/rms|m|."""
     rng = np.random.default_rng(0)
