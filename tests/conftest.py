@@ -36,7 +36,6 @@ COMPILED_WELL = (
     "test_noise",
     "test_processes",
     "test_sampling",
-    "test_trajectory",
 )
 QUICK = {
     "xla_cpu_use_fusion_emitters": False,

@@ -43,21 +43,6 @@ IVON = Ivon(1000.0, steps=100, warmup=1)
 CLIPPED = dataclasses.replace(IVON, ess=1e5, clip_norm=1e-3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def promotion():
-    """Optax's schedules and AdamW mix integers and floats."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_once():
-    """A program is compiled once by the processes that are started: they share a folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
-
-
 def layout(*shape, kind=AxisType.Auto):
     return Layout(jax.make_mesh(shape, gpt2_model.MESH_AXES, axis_types=(kind,) * 3))
 
@@ -199,7 +184,9 @@ OPTIONS = [
 def start(folder, *options, devices=4):
     """A process of the program, in the folder."""
     env = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    # The last of two equal flags counts; the others compile quickly.
+    count = f"--xla_force_host_platform_device_count={devices}"
+    env["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} {count}"
     command = [sys.executable, "-W", "error", "-W", "default:The checkpoint of step"]
     command += [ROOT / "examples" / "gpt2" / "main.py", *OPTIONS, *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
