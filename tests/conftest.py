@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 SCRIPTS = ("benchmarks", "examples")
 # These compare bits, or count instructions of the programs that users get.
 COMPILED_WELL = (
+    "test_collectives",
     "test_compiler",
     "test_invariance",
     "test_noise",

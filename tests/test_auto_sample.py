@@ -341,3 +341,13 @@ def test_another_state_is_refused_by_name():
     state = ivon(0.1, 10).init(PARAMS)
     with pytest.raises(TypeError, match="expected the state of auto_sample; got IVONState"):
         auto_sample(ivon(0.1, 10), 0).update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_window_closes_whatever_number_of_samples_the_continued_run_uses(number):
+    begun = auto_sample(ivon(0.1, **SETTINGS), 0, num_samples=4)
+    params, state = run(begun, 7)[-1]
+    assert state.inner_state.count == 1 and state.calls == 3
+    _, state = run(auto_sample(ivon(0.1, **SETTINGS), 0, num_samples=number), 6, params, state)[-1]
+    # The first call closes the window that was begun.
+    assert state.inner_state.count == 1 + 1 + 5 // number and state.calls == 5 % number

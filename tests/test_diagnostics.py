@@ -243,3 +243,9 @@ def test_samples_that_are_mostly_noise_are_reported_before_the_first_step():
     for ess, expected in ((1.0, "at risk: the samples are mostly noise"), (1e3, "no: no step")):
         status = learning_status(ivon(0.1, ess, hess_init=0.01).init(jnp.ones(3)), {})
         assert str(status).startswith(expected)
+
+
+def test_models_of_more_than_two_billion_parameters_are_counted():
+    layers = [jax.ShapeDtypeStruct((30_000, 10_000), jnp.float32)] * 10
+    state = jax.eval_shape(lambda p: ivon(0.1, ess=1e9).init(p), layers)
+    assert jax.eval_shape(lambda s: diagnostics(s, {}), state)["num_parameters"].shape == ()

@@ -24,16 +24,18 @@ def test_the_bits_are_threefry_of_the_stream_and_the_position(shape, number, see
     counts = np.concatenate([streams, np.arange(size, dtype=np.uint32)])
     words = jax.extend.random.threefry_2x32(jax.random.key_data(key), jnp.array(counts))
     expected = (words[:size] ^ words[size:]).reshape(shape)
-    drawn = _bits(key, jnp.uint32(number), jnp.ones(shape))
+    drawn = _bits(key, jnp.uint32(number), jnp.uint32(0), jnp.ones(shape))
     np.testing.assert_array_equal(drawn, expected)
+    later = _bits(key, jnp.uint32(number), jnp.uint32(3), jnp.ones(size))
+    np.testing.assert_array_equal(later[: size - 3], expected.ravel()[3:])
 
 
 def test_every_draw_is_the_quantile_of_its_bits(monkeypatch):
     # Every |u| that can occur: the odd multiples of 2⁻²³ below 1.
     positive = np.arange(2**22, dtype=np.uint32) << 9
     both = np.stack([positive, ~positive])
-    monkeypatch.setattr("ivon_jax._core.noise._bits", lambda key, number, like: jnp.array(both))
-    drawn = _normal.__wrapped__(KEY, jnp.uint32(0), jnp.ones(both.shape))
+    monkeypatch.setattr("ivon_jax._core.noise._bits", lambda *_: jnp.array(both))
+    drawn = _normal.__wrapped__(KEY, jnp.uint32(0), jnp.uint32(0), jnp.ones(both.shape))
     u = (2 * np.arange(2**22) + 1) / 2.0**23
     expected = np.sqrt(2) * special.erfinv(u)
     np.testing.assert_allclose(drawn[0], expected, rtol=5e-7)
@@ -50,6 +52,14 @@ def test_draws_are_the_same_under_vmap_and_scan():
     for x, y, z in zip(expected, mapped, scanned, strict=True):
         np.testing.assert_array_equal(x, y)
         np.testing.assert_array_equal(x, z)
+
+
+def test_leaves_that_draw_apart_as_on_accelerators_draw_the_same(monkeypatch):
+    like = [jnp.ones((3, 5)), jnp.ones(SMALL + 1), jnp.ones(()), jnp.ones((0, 2)), jnp.ones(SMALL)]
+    together = standard_normals(KEY, like)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cpu, default: default(*x))
+    for x, y in zip(together, standard_normals(KEY, like), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_no_two_leaves_share_bits_whether_they_are_small_or_large():

@@ -130,7 +130,7 @@ def auto_sample(
         draw = Draw(
             noise=own.join(_noise_of(state, owned)),
             at_sample=jnp.logical_not(state.at_mean),
-            closes=calls == num_samples,
+            closes=calls >= num_samples,  # or what a run with another number has begun
         )
         updates, inner_state = inner.update(
             grads, state.inner_state, params, noise=draw, **extra_args

@@ -14,8 +14,8 @@ from ivon_jax._core.compiler import materialized, rounded, running_sums
 THREEFRY = "threefry2x32"
 
 SMALL = 2**14
-"""Leaves of up to this many elements share one draw: a kernel of its own for each would cost far
-more to compile than to run."""
+"""Leaves of up to this many elements lie one after another in one stream, for which a CPU takes
+one kernel: one for each would cost far more to compile than to run."""
 
 # Threefry-2x32 with 20 rounds: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -51,11 +51,8 @@ def gaussian_noise(
 
     They are multiplied by `sign`, 1 or -1, and have the dtypes of the precisions.
     """
-    draws = standard_normals(key, precision)
-    return [
-        e * (jnp.asarray(sign, p.dtype) * jax.lax.rsqrt(p))
-        for e, p in zip(draws, precision, strict=True)
-    ]
+    sigmas = [jnp.asarray(sign, p.dtype) * jax.lax.rsqrt(p) for p in precision]
+    return [e * sigma for e, sigma in zip(standard_normals(key, precision), sigmas, strict=True)]
 
 
 def displaced(mean: jax.Array, noise: jax.Array) -> jax.Array:
@@ -78,12 +75,10 @@ def standard_normals(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
     The uniform draw behind a float32 one takes 2²³ values, symmetric about zero; the largest |ε| is
     5.3. float64 is left to `jax.random.normal`; narrower dtypes are rounded from float32.
     """
-    if not like:
-        return []
     key = jax.random.wrap_key_data(derived_keys(key, _STREAM, 1)[0], impl=THREEFRY)
     # The partitionable scheme is what makes a draw of jax independent of its sharding.
     with jax.threefry_partitionable(True):
-        small = iter(_sharing_one_draw(key, [x for x in like if _is_small(x)]))
+        small = iter(_in_one_stream(key, [x for x in like if _is_small(x)]))
         large = iter(_drawn_alone(key, [x for x in like if not _is_small(x)]))
         return [next(small if _is_small(x) else large) for x in like]
 
@@ -103,33 +98,39 @@ def _is_small(x: jax.Array) -> bool:
     return x.size <= SMALL and x.dtype.itemsize <= 4
 
 
-def _sharing_one_draw(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
+def _in_one_stream(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
     if not like:
         return []
-    sizes = [x.size for x in like]
-    drawn = _normal(key, jnp.uint32(0), jnp.zeros(sum(sizes), jnp.float32))
-    # Elsewhere than on a CPU the barrier keeps the draw from being repeated for every leaf.
-    drawn = jax.lax.optimization_barrier(*materialized([drawn]))
-    starts = running_sums(jnp.int32(0), sizes[:-1])
-    return [
-        jax.lax.dynamic_slice(drawn, [start], [x.size]).reshape(x.shape).astype(x.dtype)
-        for x, start in zip(like, starts, strict=True)
-    ]
+    sizes, zero = [x.size for x in like], jnp.uint32(0)
+
+    def together(like: list[jax.Array]) -> list[jax.Array]:
+        (drawn,) = materialized([_normal(key, zero, zero, jnp.zeros(sum(sizes), jnp.float32))])
+        starts = running_sums(jnp.int32(0), sizes[:-1])
+        parts = [
+            jax.lax.dynamic_slice(drawn, [start], [x.size]).reshape(x.shape).astype(x.dtype)
+            for x, start in zip(like, starts, strict=True)
+        ]
+        return [part + jnp.zeros_like(x) for part, x in zip(parts, like, strict=True)]  # x's type
+
+    def apart(like: list[jax.Array]) -> list[jax.Array]:
+        # Each device counts for itself: slices of one vector would be sent around a mesh.
+        starts = np.cumsum([0, *sizes[:-1]], dtype=np.uint32)
+        return [_normal(key, zero, jnp.asarray(i), x) for i, x in zip(starts, like, strict=True)]
+
+    return jax.lax.platform_dependent(like, cpu=together, default=apart)
 
 
 def _drawn_alone(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
-    if not like:
-        return []
-    numbers = running_sums(jnp.uint32(1), [1] * (len(like) - 1))
-    return [_normal(key, number, x) for number, x in zip(numbers, like, strict=True)]
+    numbers, zero = running_sums(jnp.uint32(1), [1] * len(like)), jnp.uint32(0)
+    return [_normal(key, number, zero, x) for number, x in zip(numbers, like, strict=False)]
 
 
 @jax.jit  # traced once for leaves of one shape
-def _normal(key: jax.Array, number: jax.Array, like: jax.Array) -> jax.Array:
-    """Draws of the stream of this number."""
+def _normal(key: jax.Array, number: jax.Array, first: jax.Array, like: jax.Array) -> jax.Array:
+    """Draws of the stream of this number, from its element `first` on."""
     if like.dtype.itemsize > 4 or like.size >= 2**32:
         return jax.random.normal(jax.random.fold_in(key, number), like.shape, like.dtype)
-    bits = jax.lax.bitcast_convert_type(_bits(key, number, like), jnp.int32)
+    bits = jax.lax.bitcast_convert_type(_bits(key, number, first, like), jnp.int32)
     # An odd multiple of 2⁻²³ in (−1, 1).
     u = ((bits >> 8) | 1).astype(jnp.float32) * np.float32(2**-23)
     w = -jnp.log((np.float32(1) - u) * (np.float32(1) + u))
@@ -140,12 +141,12 @@ def _normal(key: jax.Array, number: jax.Array, like: jax.Array) -> jax.Array:
     return (u * ratio).astype(like.dtype)
 
 
-def _bits(key: jax.Array, number: jax.Array, like: jax.Array) -> jax.Array:
+def _bits(key: jax.Array, number: jax.Array, first: jax.Array, like: jax.Array) -> jax.Array:
     """32 bits for each element of an array, of fewer than 2³² elements."""
     words = jax.random.key_data(key)
     # From `like`, so that each device counts the elements of its own shard.
     zeros = jnp.zeros_like(like, jnp.uint32)
-    position, stride = zeros, 1
+    position, stride = zeros + first, 1
     for axis in reversed(range(like.ndim)):
         index = jax.lax.broadcasted_iota(jnp.uint32, like.shape, axis)
         position = position + index * np.uint32(stride)

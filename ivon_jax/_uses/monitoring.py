@@ -93,7 +93,7 @@ def diagnostics(
     _check_one_ess(parts)
     leaves = [leaf for part in parts for leaf in _leaves(part, b1, debias)]
     ess = parts[0].ess
-    number = sum(x.hess.size for x in leaves)
+    number = float(sum(x.hess.size for x in leaves))
     num_free = _total(x.free for x in leaves)
 
     def share(flags: Callable[[_Leaf], jax.Array]) -> jax.Array:
