@@ -174,4 +174,4 @@ def draw(found: dict[tuple[str, str], np.ndarray]) -> Figure:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

@@ -171,11 +171,11 @@ def draw_curve(ax: Axes, tests: dict, averages: Array, labels: Array, metric: An
             draw_band(ax, COUNTS, curve, COLORS["IVON"], "o-", markersize=4, label=column)
         else:
             ends = np.stack([level, level], axis=1)
-            draw_band(ax, COUNTS[::6], ends, COLORS[column], "--", label=column)
+            draw_band(ax, (COUNTS[0], COUNTS[-1]), ends, COLORS[column], "--", label=column)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="posterior samples averaged by IVON", title=title)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

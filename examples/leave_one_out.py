@@ -153,4 +153,4 @@ def draw(losses: Losses) -> Figure:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

@@ -174,4 +174,4 @@ def draw_probabilities(ax: Axes, log_posterior, q, point: np.ndarray, x: np.ndar
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

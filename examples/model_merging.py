@@ -181,4 +181,4 @@ def draw(curves: dict[str, tuple[np.ndarray, int]], levels: dict[str, Any]) -> F
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

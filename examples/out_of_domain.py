@@ -159,4 +159,4 @@ def draw(results: Results, labels: Array) -> Figure:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

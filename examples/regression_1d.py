@@ -157,4 +157,4 @@ def draw(methods: dict[str, Moments], problems: Problem) -> Figure:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

@@ -137,4 +137,4 @@ def draw(data: Data, scores: Scores) -> Figure:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

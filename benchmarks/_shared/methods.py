@@ -66,6 +66,8 @@ def optimizer(
     schedule, decay = warmup_cosine(values["learning_rate"], num_steps), values["weight_decay"]
     if method == "adamw":
         return optax.adamw(schedule, weight_decay=decay)
+    if method != "sgd":
+        raise ValueError(f"unknown method {method!r}")
     return optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule, momentum=0.9))
 
 

@@ -1,4 +1,4 @@
-"""Image data for the examples: scikit-learn's handwritten digits and MNIST.
+"""Image data for the examples: scikit-learn's handwritten digits and, for the benchmarks, MNIST.
 
 Every loader returns an `ImageData` with images of shape (n, height, width, 1) in [0, 1].
 Files are read as they are published and nothing is downloaded; a file that is missing or damaged
@@ -37,7 +37,7 @@ class ImageData(NamedTuple):
 
 def load_dataset(name: str, data_dir: Path | None = None) -> ImageData:
     """Loads `digits`, or `mnist` from its files in `data_dir`."""
-    return load_small_digits() if name == "digits" else load_mnist(data_dir)
+    return {"digits": load_small_digits, "mnist": lambda: load_mnist(data_dir)}[name]()
 
 
 def stratified_split(

@@ -49,10 +49,12 @@ def load_corpus(path: Path | None, vocabulary: int | None = None) -> Corpus:
     elif path.is_dir():
         train, validation = (_token_file(path / part) for part in ("train.bin", "val.bin"))
         return Corpus(path.resolve().name, train, validation, vocabulary or 50304)
-    elif path.is_file():
+    elif path.is_file() and path.suffix != ".bin":
         name, tokens = path.name, np.memmap(path, np.uint8, "r")
     else:
-        raise FileNotFoundError(f"{path} is neither a text file nor a folder with train.bin")
+        raise FileNotFoundError(
+            f"{path} is neither a text file nor a folder with train.bin and val.bin"
+        )
     train = len(tokens) * 9 // 10
     return Corpus(name, tokens[:train], tokens[train:], vocabulary or 256)
 

@@ -91,6 +91,8 @@ def test_what_is_not_data_is_refused_with_a_reason(tmp_path, monkeypatch):
     assert isinstance(corpus.train, np.memmap) and len(corpus.train) == 400
     with pytest.raises(ValueError, match=r"token 5\d{4}.*50304.*--vocabulary"):
         gpt2_data.training_batch(corpus, 0, 0, (1, 64, 9), ONE.sharding())
+    with pytest.raises(FileNotFoundError, match="nor a folder with train"):
+        gpt2_data.load_corpus(tmp_path / "train.bin")
     (tmp_path / "short.txt").write_text("a short text")
     with pytest.raises(ValueError, match=r"short\.txt has 10 tokens, fewer than one window of 128"):
         gpt2_data.load_corpus(tmp_path / "short.txt").check_length(128)
@@ -111,7 +113,7 @@ def prepared(place, chosen, skip_bad_steps=False, remat=False):
     params = gpt2_model.abstract_params(SMALL, place)
     abstract = gpt2_training.abstract_state(trainer, params, place)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    if place == ONE:
+    if not remat:
         params = gpt2_model.init_params(SMALL, place, jax.random.key(0))
         state = jax.jit(trainer.init, out_shardings=shardings)(params, jax.random.key(1))
     else:
@@ -137,7 +139,7 @@ def test_training_is_the_same_on_any_mesh_with_explicit_axes_and_layers_recomput
     assert expected[-1] < expected[0]
     # A step is clipped to the sign of u, so that rounding in ĝ is not amplified: 1e-4 of a loss
     # of order one is the rounding of sums over eight devices, a thousand times.
-    for kind, remat in ((AxisType.Auto, False), (AxisType.Explicit, True)):
+    for kind, remat in ((AxisType.Explicit, False), (AxisType.Auto, True)):
         found = losses(layout(2, 2, 2, kind=kind), chosen, remat)
         chex.assert_trees_all_close(found, expected, rtol=1e-4)
 
@@ -260,8 +262,11 @@ def test_two_processes_train_bitwise_like_one_which_goes_on_when_they_are_killed
 ):
     both = start_two(tmp_path, "--output=run")
     try:
+        deadline = time.monotonic() + 300
         while newest(tmp_path / "run") < 4:
-            assert [process.poll() for process in both] == [None, None], both[0].communicate()[1]
+            for process in both:
+                assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
             time.sleep(0.001)
     finally:
         for process in both:

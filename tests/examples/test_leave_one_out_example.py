@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -17,6 +18,15 @@ def test_every_criterion_is_in_the_table_and_the_figure_is_written(tmp_path, cap
         assert row.count("±") == 3
     assert "nan" not in output
     assert figure.stat().st_size > 10_000
+
+
+def test_what_is_held_out_is_cut_from_the_same_training_set():
+    key = jax.random.key(0)
+    (images, labels), nothing, _ = leave_one_out.draw_data(key, 0)
+    train, valid, _ = leave_one_out.draw_data(key, 100)
+    assert len(nothing[1]) == 0 and len(valid[1]) == 100
+    for whole, *parts in zip((images, labels), train, valid, strict=True):
+        np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
 def test_what_comes_after_the_patience_is_not_seen():
