@@ -110,7 +110,8 @@ def _in_one_stream(key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
             jax.lax.dynamic_slice(drawn, [start], [x.size]).reshape(x.shape).astype(x.dtype)
             for x, start in zip(like, starts, strict=True)
         ]
-        return [part + jnp.zeros_like(x) for part, x in zip(parts, like, strict=True)]  # x's type
+        # The sum has the type of x, in which jax may keep its mesh and sharding.
+        return [part + jnp.zeros_like(x) for part, x in zip(parts, like, strict=True)]
 
     def apart(like: list[jax.Array]) -> list[jax.Array]:
         # Each device counts for itself: slices of one vector would be sent around a mesh.
