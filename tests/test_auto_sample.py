@@ -323,7 +323,8 @@ def test_every_second_sample_mirrors_the_one_before(num_samples, mirrors, dtype)
     params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
     history = run(tx, len(mirrors), params)
     draws = [np.asarray(standardized(*x)["a"], np.float32) for x in history]
-    tolerance = 0.1 if dtype == jnp.bfloat16 else 1e-4
+    # The two samples round independently.
+    tolerance = 0.4 if dtype == jnp.bfloat16 else 1e-4
     for before, now, mirror in zip(draws, draws[1:], mirrors[1:], strict=False):
         assert (np.abs(before + now).max() < tolerance) == (mirror == -1)
         assert np.abs(before - now).max() > tolerance
@@ -351,3 +352,45 @@ def test_a_window_closes_whatever_number_of_samples_the_continued_run_uses(numbe
     _, state = run(auto_sample(ivon(0.1, **SETTINGS), 0, num_samples=number), 6, params, state)[-1]
     # The first call closes the window that was begun.
     assert state.inner_state.count == 1 + 1 + 5 // number and state.calls == 5 % number
+
+
+CAST = "the state was cast. Cast the parameters only"
+
+
+def test_a_state_that_was_cast_is_refused_with_the_reason():
+    tx = auto_sample(ivon(0.1, **SETTINGS), 0)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tx.init(PARAMS))
+    with pytest.raises(TypeError, match=f"the key .* is bfloat16, not uint32: {CAST}"):
+        tx.update(PARAMS, narrow, PARAMS)
+    inner = ivon(0.1, **SETTINGS).init(PARAMS)
+    inner = inner._replace(hess=jax.tree.map(lambda x: x.astype(jnp.bfloat16), inner.hess))
+    for use in (posterior, lambda state: ivon(0.1, 10).update(PARAMS, state, noise=PARAMS)):
+        with pytest.raises(TypeError, match=f"hess .* is bfloat16, .*: {CAST}"):
+            use(inner)
+
+
+@pytest.mark.parametrize(
+    ("begun", "continued", "said"),
+    [
+        ({}, {"antithetic": True}, "made by auto_sample with antithetic=False"),
+        ({"antithetic": True}, {}, "made by auto_sample with antithetic=True"),
+        ({}, {"store_mean": False}, "made by auto_sample with store_mean=True"),
+        ({"store_mean": False}, {}, "made by auto_sample with store_mean=False"),
+        ({}, {"num_samples": 4}, "no room for the sums over num_samples=4"),
+    ],
+)
+def test_a_state_made_with_other_options_is_refused_with_the_remedy(begun, continued, said):
+    state = auto_sample(ivon(0.1, **SETTINGS), 0, **begun).init(PARAMS)
+    with pytest.raises(ValueError, match=said) as error:
+        auto_sample(ivon(0.1, **SETTINGS), 0, **continued).update(PARAMS, state, PARAMS)
+    assert "tx.init(posterior_mean(state))" in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_samples": 3, "antithetic": True}])
+def test_abstract_parameters_give_the_abstract_state(options):
+    tx = optax.chain(optax.clip(1.0), auto_sample(ivon(0.1, **SETTINGS), 0, **options))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
+    found, expected = tx.init(abstract), jax.eval_shape(tx.init, PARAMS)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert jax.tree.leaves(found) == jax.tree.leaves(expected)
+    assert ivon(0.1, 10).init(abstract).mean == jax.eval_shape(ivon(0.1, 10).init, PARAMS).mean

@@ -13,6 +13,7 @@ from ivon_jax import (
     posterior,
     prior_of,
     sample_params,
+    with_ess,
 )
 
 SETTINGS = {"learning_rate": 0.2, "ess": 50.0, "hess_init": 0.5, "weight_decay": 0.2, "b2": 0.9}
@@ -249,3 +250,26 @@ def test_models_of_more_than_two_billion_parameters_are_counted():
     layers = [jax.ShapeDtypeStruct((30_000, 10_000), jnp.float32)] * 10
     state = jax.eval_shape(lambda p: ivon(0.1, ess=1e9).init(p), layers)
     assert jax.eval_shape(lambda s: diagnostics(s, {}), state)["num_parameters"].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"), [(-0.1, "at risk: the learning rate at step 3 is -0.1"), (np.nan, "broken: ")]
+)
+def test_a_rate_that_is_negative_or_nan_is_reported(rate, said):
+    state = trained(SETTINGS)
+    schedule = {**SETTINGS, "learning_rate": lambda step: jnp.where(step < 3, 0.1, rate)}
+    assert str(learning_status(state, schedule)).startswith(said)
+    assert learning_status(state, SETTINGS).kind == "yes"
+
+
+def test_settings_that_change_the_width_of_a_restored_posterior_are_reported():
+    state = trained(SETTINGS)
+    kind, message = learning_status(state, {**SETTINGS, "ess": 5000.0})
+    assert kind == "at risk" and "jumps by a factor of 0.1" in message and "with_ess" in message
+    kind, message = learning_status(state, {**SETTINGS, "weight_decay": 0.4})
+    assert kind == "at risk" and "trained with weight_decay=0.2" in message
+    # What is not named is not compared.
+    named = {name: SETTINGS[name] for name in ("hess_init", "b2")}
+    assert learning_status(state, named).kind == "yes"
+    moved = learning_status(with_ess(state, 25.0), {**SETTINGS, "ess": 25.0})
+    assert "trained with" not in moved.message

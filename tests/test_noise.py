@@ -9,37 +9,58 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import special, stats
 
 from ivon_jax import Posterior, sample_params
-from ivon_jax._core.noise import SMALL, _bits, _normal, standard_normals
+from ivon_jax._core.noise import SMALL, _normal, _second_word, _threefry, _words, standard_normals
 
 KEY = jax.random.key(3, impl="threefry2x32")
+
+
+# Random123's tests/kat_vectors: rounds, counter, key, result.
+KNOWN_ANSWERS = [
+    (13, (0, 0), (0, 0), (0x9D1C5EC6, 0x8BD50731)),
+    (13, (2**32 - 1, 2**32 - 1), (2**32 - 1, 2**32 - 1), (0xFD36D048, 0x2D17272C)),
+    (13, (0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xBA3E4725, 0xF27D669E)),
+    (20, (0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+    (20, (2**32 - 1, 2**32 - 1), (2**32 - 1, 2**32 - 1), (0x1CB996FC, 0xBB002BE7)),
+    (20, (0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
+]
+
+
+@pytest.mark.parametrize("rounds, counter, key, expected", KNOWN_ANSWERS)
+def test_threefry_gives_the_known_answers_of_its_authors(rounds, counter, key, expected):
+    words = [jnp.full((3,), x, jnp.uint32) for x in counter]
+    drawn = _threefry(rounds, jnp.array(key, jnp.uint32), *words)
+    assert [int(x[0]) for x in drawn] == list(expected)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 1, 7), (0, 4), (70_000,), (17, 33)])
 @pytest.mark.parametrize("number", [0, 7, 2**32 - 1])
 @pytest.mark.parametrize("seed", [0, 2**32 - 1])
-def test_the_bits_are_threefry_of_the_stream_and_the_position(shape, number, seed):
+def test_the_words_are_threefry_of_the_stream_and_the_position(shape, number, seed):
     key = jax.random.key(seed, impl="threefry2x32")
     size = int(np.prod(shape))
-    streams = np.full(size, number, np.uint32)
-    counts = np.concatenate([streams, np.arange(size, dtype=np.uint32)])
-    words = jax.extend.random.threefry_2x32(jax.random.key_data(key), jnp.array(counts))
-    expected = (words[:size] ^ words[size:]).reshape(shape)
-    drawn = _bits(key, jnp.uint32(number), jnp.uint32(0), jnp.ones(shape))
-    np.testing.assert_array_equal(drawn, expected)
-    later = _bits(key, jnp.uint32(number), jnp.uint32(3), jnp.ones(size))
-    np.testing.assert_array_equal(later[: size - 3], expected.ravel()[3:])
+    streams = jnp.full(size, number, jnp.uint32)
+    expected = _threefry(13, jax.random.key_data(key), streams, jnp.arange(size, dtype=jnp.uint32))
+    drawn = _words(key, jnp.uint32(number), jnp.uint32(0), jnp.ones(shape))
+    later = _words(key, jnp.uint32(number), jnp.uint32(3), jnp.ones(size))
+    for words, after, wanted in zip(drawn, later, expected, strict=True):
+        np.testing.assert_array_equal(words, wanted.reshape(shape))
+        np.testing.assert_array_equal(after[: size - 3], wanted[3:])
 
 
 def test_every_draw_is_the_quantile_of_its_bits(monkeypatch):
     # Every |u| that can occur: the odd multiples of 2⁻²³ below 1.
     positive = np.arange(2**22, dtype=np.uint32) << 9
     both = np.stack([positive, ~positive])
-    monkeypatch.setattr("ivon_jax._core.noise._bits", lambda *_: jnp.array(both))
+    monkeypatch.setattr("ivon_jax._core.noise._words", lambda *_: (jnp.array(both), None))
     drawn = _normal.__wrapped__(KEY, jnp.uint32(0), jnp.uint32(0), jnp.ones(both.shape))
+    drawn = np.asarray(drawn, np.float64)
     u = (2 * np.arange(2**22) + 1) / 2.0**23
-    expected = np.sqrt(2) * special.erfinv(u)
-    np.testing.assert_allclose(drawn[0], expected, rtol=5e-7)
+    expected = -special.ndtri((1 - u) / 2)
+    np.testing.assert_allclose(drawn[0], expected, rtol=5e-6)
     np.testing.assert_array_equal(drawn[1], -drawn[0])
+    # What a test of 10⁹ draws could see at best: 1e9**-0.5 = 3e-5.
+    assert abs(np.mean(drawn[0] ** 2) - 1) < 1e-6
+    assert np.abs(special.ndtr(drawn[0]) - special.ndtr(expected)).max() < 2e-6
 
 
 def test_draws_are_the_same_under_vmap_and_scan():
@@ -60,6 +81,15 @@ def test_leaves_that_draw_apart_as_on_accelerators_draw_the_same(monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cpu, default: default(*x))
     for x, y in zip(together, standard_normals(KEY, like), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_the_word_that_rounds_a_sample_is_independent_of_its_noise():
+    n = 1_000_000
+    drawn = _normal(KEY, jnp.uint32(1), jnp.uint32(0), jnp.ones(n))
+    word = np.asarray(_second_word(KEY, jnp.uint32(1), jnp.uint32(0), jnp.ones(n)))
+    for bits in (word >> 16, word & 0xFFFF, (word >> 8) & 1):
+        assert abs(np.corrcoef(drawn, bits)[0, 1]) < 5 / np.sqrt(n)
+        assert abs(np.corrcoef(np.abs(drawn), bits)[0, 1]) < 5 / np.sqrt(n)
 
 
 def test_no_two_leaves_share_bits_whether_they_are_small_or_large():

@@ -9,7 +9,7 @@ import optax
 
 from ivon_jax._core.axes import varying_axes, varying_over
 from ivon_jax._core.checks import check_positive, renamed
-from ivon_jax._core.noise import THREEFRY, derived_keys, displaced
+from ivon_jax._core.noise import THREEFRY, derived_keys, samples
 from ivon_jax._core.sampling import threefry_key
 from ivon_jax._core.state import (
     AutoSampleState,
@@ -19,6 +19,7 @@ from ivon_jax._core.state import (
     find_states,
     gaussian_mean,
     is_auto_sample_state,
+    is_lean,
     map_states,
     owned_leaves,
     with_means,
@@ -27,6 +28,7 @@ from ivon_jax._core.state import (
 from ivon_jax._core.trees import (
     Owned,
     PyTree,
+    also_abstract,
     copy_array,
     difference,
     get_field,
@@ -96,6 +98,7 @@ def auto_sample(
     key_data = _key_data(key)
     inner = optax.with_extra_args_support(tx)
 
+    @also_abstract
     def init(params: PyTree) -> AutoSampleState:
         inner_state = inner.init(params)
         find_states(inner_state)
@@ -120,8 +123,7 @@ def auto_sample(
             raise ValueError("auto_sample needs the sample: call tx.update(grads, state, params).")
         if {"noise", "hess"} & extra_args.keys():
             raise ValueError("auto_sample draws its own noise: leave noise= and hess= out.")
-        if not is_auto_sample_state(state):
-            raise TypeError(f"expected the state of auto_sample; got {type(state).__name__}.")
+        _check_continues(state, num_samples, store_mean=store_mean, antithetic=antithetic)
         own = owned_leaves(state.inner_state)
         owned = own.checked("params", params)
         if not store_mean:
@@ -152,10 +154,12 @@ def auto_sample(
                 mirrored=mirrored,
             )
         means = jax.tree.leaves(gaussian_mean(inner_state))
-        samples = map(displaced, means, current_noise(new_state))
-        moves = [difference(x, p, p.dtype) for x, p in zip(samples, owned, strict=True)]
-        moved = own.join(moves, own.split("updates", updates)[1])
-        updates = unflatten_like(updates, jax.tree.leaves(moved))
+        noise, dtypes = current_noise(new_state), [p.dtype for p in owned]
+        new_key = jax.random.wrap_key_data(new_state.draw_key, impl=THREEFRY)
+        moved = samples(new_key, means, noise, dtypes)
+        moves = [difference(x, p, p.dtype) for x, p in zip(moved, owned, strict=True)]
+        joined = own.join(moves, own.split("updates", updates)[1])
+        updates = unflatten_like(updates, jax.tree.leaves(joined))
         if not store_mean:
             new_state = new_state._replace(inner_state=without_means(inner_state))
         return updates, new_state
@@ -232,6 +236,36 @@ def _noise_of(state: AutoSampleState, owned: list[jax.Array]) -> list[jax.Array]
     narrow = [wide_dtype(p.dtype) != p.dtype for p in owned]
     drawn = current_noise(state) if any(narrow) else noise
     return [d if low else n for d, n, low in zip(drawn, noise, narrow, strict=True)]
+
+
+def _check_continues(state: Any, num_samples: int, *, store_mean: bool, antithetic: bool) -> None:
+    """Refuses what is no state of `auto_sample`, or lacks or has fields that the options do not."""
+    if not is_auto_sample_state(state):
+        raise TypeError(f"expected the state of auto_sample; got {type(state).__name__}.")
+    dtype = jnp.result_type(state.key)
+    if dtype != jnp.uint32:
+        raise TypeError(
+            f"the key in the state of auto_sample is {dtype}, not uint32: the state was cast. Cast "
+            "the parameters only; the state stays as init made it."
+        )
+    parts = find_states(state.inner_state)
+    kept = {
+        "antithetic": (antithetic, not isinstance(state.mirrored, tuple)),
+        "store_mean": (store_mean, not any(map(is_lean, parts))),
+    }
+    for name, (here, there) in kept.items():
+        if here != there:
+            raise ValueError(
+                f"this state was made by auto_sample with {name}={there} and cannot be continued "
+                f"with {name}={here}: keep the option, or start from its mean with "
+                "tx.init(posterior_mean(state))."
+            )
+    if num_samples > 1 and not all(isinstance(part.window, Window) for part in parts):
+        raise ValueError(
+            f"this state was made with num_samples=1 and has no room for the sums over "
+            f"num_samples={num_samples}: keep the option, or start from its mean with "
+            "tx.init(posterior_mean(state))."
+        )
 
 
 def _check_recoverable(own: Owned, params: PyTree) -> None:

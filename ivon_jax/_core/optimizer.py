@@ -23,7 +23,15 @@ from ivon_jax._core.checks import (
 from ivon_jax._core.compiler import materialized
 from ivon_jax._core.priors import prior_source
 from ivon_jax._core.state import IVONState, Posterior, check_single, leaf_priors
-from ivon_jax._core.trees import Owned, PyTree, copy_array, difference, unflatten_like, wide_dtype
+from ivon_jax._core.trees import (
+    Owned,
+    PyTree,
+    also_abstract,
+    copy_array,
+    difference,
+    unflatten_like,
+    wide_dtype,
+)
 from ivon_jax._core.windows import Draw, mean_statistics, step_or_wait
 
 PRECISION_FLOOR = 2.0**-20
@@ -145,6 +153,7 @@ def ivon(
     momentum_dtype = check_momentum_dtype(momentum_dtype)
     check_axis_name("axis_name", axis_name)
 
+    @also_abstract
     def init(params: PyTree) -> IVONState:
         mean = jax.tree_util.tree_map_with_path(_owned_mean, params)
         mean, prior_fields = source.init(mean, params)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ivon_jax._core.axes import whole_first_axis, zeros_of
 from ivon_jax._core.compiler import kept_on_cpu, materialized
-from ivon_jax._core.noise import THREEFRY, displaced, gaussian_noise
+from ivon_jax._core.noise import THREEFRY, displaced, gaussian_noise, samples
 from ivon_jax._core.state import Posterior, gaussian
 from ivon_jax._core.trees import Owned, PyTree, wide_zeros
 
@@ -60,7 +60,8 @@ def sample_params(
 
     Returns:
       The sample θ, and the noise n for `update`, in the dtype of the mean: exact, before θ was
-      rounded. Under `jit` on accelerators it is drawn again there, not kept in memory.
+      rounded. Dtypes below float32 round up or down at random, so that E[θ | n] = m + n. Under
+      `jit` on accelerators the noise is drawn again there, not kept in memory.
 
     Raises:
       TypeError: if `key` is not a key.
@@ -77,7 +78,7 @@ def sample_params(
     key = threefry_key(key)
     noise = materialized(q.draw(key))
     later = kept_on_cpu(noise, jax.random.key_data(key), q.draw_again)
-    return q.displaced(noise), q.tree(later)
+    return q.sampled(key, noise), q.tree(later)
 
 
 class PosteriorNoise:
@@ -110,7 +111,7 @@ class PosteriorNoise:
         That is θ − m, or a draw again where θ is rounded.
         """
         means, noise = self._own.leaves, self.draw(key, sign)
-        moved = [displaced(*x).astype(t) for *x, t in zip(means, noise, self._dtypes, strict=True)]
+        moved = samples(key, means, noise, self._dtypes)
 
         def displacement() -> list[jax.Array]:
             exact = [
@@ -127,9 +128,13 @@ class PosteriorNoise:
 
         return self._like_params(moved), displacement
 
-    def displaced(self, noise: list[jax.Array]) -> PyTree:
-        """m + n, in the parameters' dtypes."""
-        return self._like_params(list(map(displaced, self._own.leaves, noise)))
+    def sampled(self, key: jax.Array, noise: list[jax.Array]) -> PyTree:
+        """m + n in the parameters' dtypes, for noise drawn with this key."""
+        return self._like_params(samples(key, self._own.leaves, noise, self._dtypes))
+
+    def displaced(self, shift: list[jax.Array]) -> PyTree:
+        """m + any shift, in the parameters' dtypes."""
+        return self._like_params(list(map(displaced, self._own.leaves, shift)))
 
     def mean(self) -> PyTree:
         """m, in the parameters' dtypes."""

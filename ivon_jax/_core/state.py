@@ -18,6 +18,7 @@ from ivon_jax._core.trees import (
     has_fields,
     is_masked,
     unflatten_like,
+    wide_dtype,
     without_nnx,
 )
 
@@ -161,6 +162,12 @@ def check_single(state: Any) -> None:
             f"this is a stack of states (ess has shape {jnp.shape(state.ess)}): map over it, as in "
             "jax.vmap(posterior)(states)."
         )
+    for h in jax.tree.leaves(state.hess):
+        if wide_dtype(jnp.result_type(h)) != jnp.result_type(h):
+            raise TypeError(
+                f"hess in the state of ivon() is {h.dtype}, in which its small steps are lost: the "
+                "state was cast. Cast the parameters only; the state stays as init made it."
+            )
 
 
 def leaf_priors(state: IVONState) -> list[LeafPrior]:

@@ -1,5 +1,6 @@
 """Lining up gradients, noise and parameters with the leaves that IVON owns."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -66,6 +67,21 @@ def unflatten_like(tree: PyTree, leaves: list[Any]) -> PyTree:
 def copy_array(x: Any) -> jax.Array:
     """A new buffer, so that donating one of the two leaves the other alive."""
     return jnp.array(x, copy=True)
+
+
+def also_abstract(init: Callable[[PyTree], Any]) -> Callable[[PyTree], Any]:
+    """An `init` that gives the abstract state of abstract parameters (`jax.ShapeDtypeStruct`).
+
+    Restoring a checkpoint and sharded initialization start from it.
+    """
+
+    @functools.wraps(init)
+    def initial_state(params: PyTree) -> Any:
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+            return jax.eval_shape(init, params)
+        return init(params)
+
+    return initial_state
 
 
 def wide_dtype(dtype: Any) -> np.dtype:

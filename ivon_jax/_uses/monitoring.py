@@ -1,6 +1,7 @@
 """What a posterior looks like in numbers, and whether it is learning."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +12,14 @@ from ivon_jax._core.checks import Number, check_number, check_scalar, is_concret
 from ivon_jax._core.optimizer import ivon
 from ivon_jax._core.posteriors import kl_divergence, prior_of
 from ivon_jax._core.rule import LeafPrior, debiased, direction
-from ivon_jax._core.state import IVONState, find_states, leaf_priors, precision_leaves, with_means
+from ivon_jax._core.state import (
+    GaussianPrior,
+    IVONState,
+    find_states,
+    leaf_priors,
+    precision_leaves,
+    with_means,
+)
 from ivon_jax._core.trees import PyTree
 from ivon_jax._uses.pruning import lower_quantiles, ratio_leaves
 
@@ -171,7 +179,8 @@ def learning_status(
 
     Args:
       state: as in `diagnostics`.
-      settings: as in `diagnostics`; with the `learning_rate` divergence is warned of.
+      settings: as in `diagnostics`; with the `learning_rate` divergence is warned of, and with
+        `ess` and `weight_decay` a state that was trained under others.
       params: as in `diagnostics`.
 
     Returns:
@@ -191,6 +200,9 @@ def learning_status(
             "not finite. Start again with a smaller learning rate, a larger hess_init or a "
             "clip_radius.",
         )
+    mistake = _wrong_rate(state, settings) or _disagreement(state, settings)
+    if mistake:
+        return mistake
     signal = numbers["signal_to_noise/p50"]
     if not numbers["step"] and signal < 0.5:
         return Status(
@@ -229,6 +241,42 @@ def learning_status(
         "yes",
         f"{found}; median |m|/σ is {signal:.3g}, and "
         f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped.",
+    )
+
+
+def _wrong_rate(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
+    """A learning rate, now or by the schedule for the next step, that cannot be meant."""
+    given: Any = settings.get("learning_rate", 0.0)
+    step = find_states(state)[0].count
+    rate = float(given(step) if callable(given) else given)
+    if rate >= 0:
+        return None
+    kind = "broken" if math.isnan(rate) else "at risk"
+    return Status(kind, f"the learning rate at step {step} is {rate:g}: mend the schedule.")
+
+
+def _disagreement(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
+    """Settings of the posterior's width that are not those of the state."""
+    part = find_states(state)[0]
+    ess, old_ess = float(settings.get("ess", part.ess)), float(part.ess)
+    if not math.isclose(ess, old_ess, rel_tol=1e-6):
+        return Status(
+            "at risk",
+            f"the state was trained with ess={old_ess:g} and the settings say {ess:g}: at the next "
+            f"step σ jumps by a factor of {math.sqrt(old_ess / ess):.3g}. with_ess(state, ess) "
+            "keeps the posterior as it is.",
+        )
+    decay = settings.get("weight_decay")
+    if decay is None or isinstance(part.prior, GaussianPrior) or not part.weight_decay.size:
+        return None
+    decay, old = float(decay), float(jnp.max(part.weight_decay))
+    # Zero may be the flat prior of a mask.
+    if old == 0 or math.isclose(decay, old, rel_tol=1e-6):
+        return None
+    return Status(
+        "at risk",
+        f"the state was trained with weight_decay={old:g} and the settings say {decay:g}: from the "
+        "next step on the prior is another. If that is meant, take the step and ask again.",
     )
 
 

@@ -264,7 +264,7 @@ def _sampled(
         q = PosteriorNoise(gaussian(state, params), params)
         with jax.threefry_partitionable(True):
             keys = jax.random.split(threefry_key(key), num_samples)
-        return keys, lambda k: apply(q.displaced(q.draw(k)), *inputs)
+        return keys, lambda k: apply(q.sampled(k, q.draw(k)), *inputs)
 
     return prepare
 
