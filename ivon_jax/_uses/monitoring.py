@@ -248,7 +248,8 @@ def _wrong_rate(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
     """A learning rate, now or by the schedule for the next step, that cannot be meant."""
     given: Any = settings.get("learning_rate", 0.0)
     step = find_states(state)[0].count
-    rate = float(given(step) if callable(given) else given)
+    value: Any = given(step) if callable(given) else given
+    rate = float(value)
     if rate >= 0:
         return None
     kind = "broken" if math.isnan(rate) else "at risk"
