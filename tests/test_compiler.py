@@ -15,7 +15,7 @@ from ivon_jax import auto_sample, ivon, sample_params
 from ivon_jax._core import noise, optimizer, sampling
 
 BIG = [(512, 512)]
-MANY = [(300, 300)] * 12
+MANY = [(512, 512)] * 12
 
 
 def parameters(shapes):

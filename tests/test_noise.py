@@ -131,9 +131,9 @@ def test_the_noise_has_the_moments_and_tails_of_a_gaussian():
 
 def test_on_explicit_meshes_every_device_draws_its_own_shard_only():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
-    like = jax.device_put(jnp.ones((256, 256)), NamedSharding(mesh, PartitionSpec("x")))
+    like = jax.device_put(jnp.ones((512, 512)), NamedSharding(mesh, PartitionSpec("x")))
     draw = jax.jit(lambda k, x: x * standard_normals(k, [x])[0])
-    (expected,) = standard_normals(KEY, [jnp.ones((256, 256))])
+    (expected,) = standard_normals(KEY, [jnp.ones((512, 512))])
     np.testing.assert_array_equal(draw(KEY, like), expected)
     compiled = draw.lower(KEY, like).compile().as_text()
-    assert "u32[32,256]" in compiled and "u32[256,256]" not in compiled
+    assert "u32[64,512]" in compiled and "u32[512,512]" not in compiled

@@ -60,6 +60,14 @@ def whole_first_axis(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, PartitionSpec(None, *sharding.spec[1:]))
 
 
+def typed_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """An array of that shape, with the mesh, sharding and varying axes of the other's type."""
+    a, b = jax.typeof(x), jax.typeof(like)
+    if _explicit(b) is None and varying_axes(a) == varying_axes(b):
+        return x
+    return x + jnp.zeros_like(like, x.dtype)
+
+
 def _explicit(aval: Any) -> NamedSharding | None:
     """The sharding that is part of the type, on a mesh with Explicit axes."""
     sharding = aval.sharding

@@ -22,7 +22,8 @@ def materialized(leaves: list[jax.Array]) -> list[jax.Array]:
         return []
 
     def divided(leaves: list[jax.Array]) -> list[jax.Array]:
-        return [_over_one(x) for x in leaves]
+        ones = {jax.typeof(x): _hidden_ones(x) for x in leaves}  # one for all leaves of a shape
+        return [jax.lax.div(x, ones[jax.typeof(x)]) for x in leaves]
 
     return jax.lax.platform_dependent(leaves, cpu=divided, default=lambda leaves: leaves)
 
@@ -67,10 +68,10 @@ def running_sums(first: jax.Array, steps: list[int]) -> list[jax.Array]:
 
     return jax.lax.platform_dependent(
         first,
-        cpu=lambda first: sums(first, _over_one),
+        cpu=lambda first: sums(first, lambda x: jax.lax.div(x, _hidden_ones(x))),
         default=lambda first: sums(first, lambda x: x),
     )
 
 
-def _over_one(x: jax.Array) -> jax.Array:
-    return jax.lax.div(x, jax.lax.optimization_barrier(jnp.ones_like(x)))
+def _hidden_ones(x: jax.Array) -> jax.Array:
+    return jax.lax.optimization_barrier(jnp.ones_like(x))

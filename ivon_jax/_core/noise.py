@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ivon_jax._core.axes import typed_like
 from ivon_jax._core.compiler import materialized, rounded, running_sums
 
 THREEFRY = "threefry2x32"
 
-SMALL = 2**14
+SMALL = 2**17
 """Leaves of up to this many elements lie one after another in one stream, for which a CPU takes
 one kernel: one for each would cost far more to compile than to run."""
 
@@ -66,7 +67,9 @@ def gaussian_noise(
 
     They are multiplied by `sign`, 1 or -1, and have the dtypes of the precisions.
     """
-    sigmas = [jnp.asarray(sign, p.dtype) * jax.lax.rsqrt(p) for p in precision]
+    sigmas = [jax.lax.rsqrt(p) for p in precision]
+    if not isinstance(sign, float) or sign != 1.0:
+        sigmas = [jnp.asarray(sign, sigma.dtype) * sigma for sigma in sigmas]
     return [e * sigma for e, sigma in zip(standard_normals(key, precision), sigmas, strict=True)]
 
 
@@ -159,8 +162,7 @@ def _in_one_stream(draw: _Draw, key: jax.Array, like: list[jax.Array]) -> list[j
             like_drawn(jax.lax.dynamic_slice(drawn, [start], [x.size]).reshape(x.shape), x)
             for x, start in zip(like, starts, strict=True)
         ]
-        # The sum has the type of x, in which jax may keep its mesh and sharding.
-        return [part + jnp.zeros_like(x, part.dtype) for part, x in zip(parts, like, strict=True)]
+        return [typed_like(part, x) for part, x in zip(parts, like, strict=True)]
 
     def apart(like: list[jax.Array]) -> list[jax.Array]:
         # Each device counts for itself: slices of one vector would be sent around a mesh.
@@ -209,11 +211,11 @@ def _words(
 ) -> tuple[jax.Array, jax.Array]:
     """Two words of 32 bits for each element of an array, of fewer than 2³² elements."""
     # From `like`, so that each device counts the elements of its own shard.
-    zeros = jnp.zeros_like(like, jnp.uint32)
-    position, stride = zeros + first, 1
+    zeros, stride = jnp.zeros_like(like, jnp.uint32), 1
+    position = zeros + first
     for axis in reversed(range(like.ndim)):
         index = jax.lax.broadcasted_iota(jnp.uint32, like.shape, axis)
-        position = position + index * np.uint32(stride)
+        position = position + (index if stride == 1 else index * np.uint32(stride))
         stride *= like.shape[axis]
     return _threefry(_ROUNDS, jax.random.key_data(key), zeros + number, position)
 

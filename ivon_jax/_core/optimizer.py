@@ -185,8 +185,11 @@ def ivon(
         priors = leaf_priors(new)
         h_and_g = list(map(statistics, h, g, grads, hess, old_deltas, priors))
         h, momentum = materialized([h for h, _ in h_and_g]), [g for _, g in h_and_g]
-        take = functools.partial(new_mean, rate, count)
-        m = materialized(list(map(take, m, h, momentum, priors)))
+        corrections: dict[Any, jax.Array | None] = {x.dtype: None for x in m}
+        if debias:
+            corrections = {t: rule.bias_correction(b1, count, t) for t in corrections}
+        leaves = zip(m, h, momentum, priors, strict=True)
+        m = materialized([new_mean(rate, corrections[x[0].dtype], *x) for x in leaves])
         momentum = [x.astype(old.dtype) for x, old in zip(momentum, g, strict=True)]
         return new._replace(
             mean=unflatten_like(state.mean, m),

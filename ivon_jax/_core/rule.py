@@ -45,22 +45,26 @@ class LeafPrior(NamedTuple):
     """The prior N(m₀, 1/(λδ)) of one leaf.
 
     Attributes:
-      center: m₀; where δ is infinite the parameter is fixed there.
+      center: m₀; where δ is infinite the parameter is fixed there. None is zero, and fixes nothing.
       delta: δ, a scalar or one number per element.
       rate_delta: the scalar δ in the factor h₀+δ of the learning rate.
     """
 
-    center: Scalar
+    center: jax.Array | None
     delta: jax.Array
     rate_delta: jax.Array
 
     def astype(self, dtype: Any) -> "LeafPrior":
         """The prior in this dtype."""
-        return LeafPrior(*(jnp.asarray(x, dtype) for x in self))
+        return jax.tree.map(lambda x: jnp.asarray(x, dtype), self)
+
+    def pull(self, m: jax.Array) -> jax.Array:
+        """δ(m−m₀)."""
+        return self.delta * (m if self.center is None else m - self.center)
 
     def where_fixed(self, fixed: Any, free: jax.Array) -> jax.Array:
         """`fixed` where δ is infinite, and `free` elsewhere."""
-        return jnp.where(jnp.isinf(self.delta), fixed, free)
+        return free if self.center is None else jnp.where(jnp.isinf(self.delta), fixed, free)
 
 
 def hess_estimate(precision: jax.Array, products: jax.Array) -> jax.Array:
@@ -87,19 +91,19 @@ def statistics(
     return prior.where_fixed(h, new), g
 
 
-def debiased(b1: Scalar, count: jax.Array, g: jax.Array) -> jax.Array:
-    """ḡ = g/(1−β₁ᵗ), without cancellation for β₁ near 1."""
+def bias_correction(b1: Scalar, count: jax.Array, dtype: Any) -> jax.Array:
+    """1/(1−β₁ᵗ), without cancellation for β₁ near 1."""
     if isinstance(b1, float):
         log_b1 = math.log(b1) if b1 > 0 else -math.inf
     else:
-        log_b1 = jnp.log(b1).astype(g.dtype)
-    return g * (1 / -jnp.expm1(count.astype(g.dtype) * log_b1))
+        log_b1 = jnp.log(b1).astype(dtype)
+    return 1 / -jnp.expm1(count.astype(dtype) * log_b1)
 
 
 def direction(m: jax.Array, h: jax.Array, g_bar: jax.Array, prior: LeafPrior) -> jax.Array:
     """(ḡ + δ(m−m₀))/(h+δ), the preconditioned step before the clip."""
     prior = prior.astype(m.dtype)
-    numerator = g_bar + prior.delta * (m - prior.center)
+    numerator = g_bar + prior.pull(m)
     # Neither a clip nor the division may turn a statistic that has overflowed into a number.
     proper = jnp.isfinite(numerator) & jnp.isfinite(h)
     return jnp.where(proper, numerator / (h + prior.delta), jnp.nan)
@@ -108,16 +112,21 @@ def direction(m: jax.Array, h: jax.Array, g_bar: jax.Array, prior: LeafPrior) ->
 def new_mean(
     rule: Rule,
     lr: Scalar,
-    count: jax.Array,
+    correction: jax.Array | None,
     m: jax.Array,
     h: jax.Array,
     g: jax.Array,
     prior: LeafPrior,
 ) -> jax.Array:
-    """m − α(h₀+δ)u with u = clip((ḡ + δ(m−m₀))/(h+δ), ±ξ), from the old m and the new h and g."""
-    g_bar = debiased(rule.b1, count, g) if rule.debias else g
+    """m − α(h₀+δ)u with u = clip((ḡ + δ(m−m₀))/(h+δ), ±ξ), from the old m and the new h and g.
+
+    The correction is that of `bias_correction`, or None.
+    """
+    u = direction(m, h, g if correction is None else g * correction, prior)
+    is_clipped = rule.clip_radius != math.inf if isinstance(rule.clip_radius, float) else True
     rule, prior = rule.astype(m.dtype), prior.astype(m.dtype)
-    u = jnp.clip(direction(m, h, g_bar, prior), -rule.clip_radius, rule.clip_radius)
+    if is_clipped:
+        u = jnp.clip(u, -rule.clip_radius, rule.clip_radius)
     rate = jnp.asarray(lr, m.dtype)
     if rule.rescale_lr:
         rate = rate * (rule.hess_init + prior.rate_delta)

@@ -182,7 +182,7 @@ def leaf_priors(state: IVONState) -> list[LeafPrior]:
     # An infinite weight decay is a mistake: it has to be seen, and fixes nothing.
     decay = jnp.where(jnp.isinf(state.weight_decay), jnp.nan, state.weight_decay)
     deltas = [decay[i] if decay.ndim else decay for i in range(len(jax.tree.leaves(state.hess)))]
-    return [LeafPrior(0.0, delta, delta) for delta in deltas]
+    return [LeafPrior(None, delta, delta) for delta in deltas]
 
 
 def precision_leaves(state: IVONState) -> list[jax.Array]:

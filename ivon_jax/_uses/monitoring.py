@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ivon_jax._core.checks import Number, check_number, check_scalar, is_concrete
 from ivon_jax._core.optimizer import ivon
 from ivon_jax._core.posteriors import kl_divergence, prior_of
-from ivon_jax._core.rule import LeafPrior, debiased, direction
+from ivon_jax._core.rule import LeafPrior, bias_correction, direction
 from ivon_jax._core.state import (
     GaussianPrior,
     IVONState,
@@ -317,7 +317,7 @@ def _leaves(state: IVONState, b1: Number, debias: bool) -> list[_Leaf]:
 
     def leaf(m: jax.Array, h: jax.Array, g: jax.Array, p: jax.Array, prior: LeafPrior) -> _Leaf:
         g = g.astype(m.dtype)
-        step = direction(m, h, debiased(b1, count, g) if debias else g, prior)
+        step = direction(m, h, g * bias_correction(b1, count, g.dtype) if debias else g, prior)
         step = jnp.where(state.count == 0, 0, prior.where_fixed(0, step))
         return _Leaf(m, h, p, prior.delta, step, ~jnp.isinf(p))
 
