@@ -60,12 +60,9 @@ def whole_first_axis(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, PartitionSpec(None, *sharding.spec[1:]))
 
 
-def typed_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """An array of that shape, with the mesh, sharding and varying axes of the other's type."""
-    a, b = jax.typeof(x), jax.typeof(like)
-    if _explicit(b) is None and varying_axes(a) == varying_axes(b):
-        return x
-    return x + jnp.zeros_like(like, x.dtype)
+def is_on_mesh(x: jax.Array) -> bool:
+    """Whether the array is known to be on a mesh: by its type, or by `jax.set_mesh`."""
+    return _explicit(jax.typeof(x)) is not None or not jax.sharding.get_abstract_mesh().empty
 
 
 def _explicit(aval: Any) -> NamedSharding | None:

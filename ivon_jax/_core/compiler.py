@@ -4,9 +4,11 @@ Nothing here changes a value. Each has a test that fails without it (tests/test_
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def materialized(leaves: list[jax.Array]) -> list[jax.Array]:
@@ -22,7 +24,8 @@ def materialized(leaves: list[jax.Array]) -> list[jax.Array]:
         return []
 
     def divided(leaves: list[jax.Array]) -> list[jax.Array]:
-        ones = {jax.typeof(x): _hidden_ones(x) for x in leaves}  # one for all leaves of a shape
+        types = {jax.typeof(x): x for x in leaves}
+        ones = {kind: _hidden_ones(x) for kind, x in types.items()}
         return [jax.lax.div(x, ones[jax.typeof(x)]) for x in leaves]
 
     return jax.lax.platform_dependent(leaves, cpu=divided, default=lambda leaves: leaves)
@@ -53,24 +56,17 @@ def kept_on_cpu(
     )
 
 
-def running_sums(first: jax.Array, steps: list[int]) -> list[jax.Array]:
-    """Integers: `first`, and after each step its sum with all steps so far.
+def variables(values: list[int], dtype: Any) -> list[jax.Array]:
+    """The integers, as a CPU's compiler sees numbers that are not constants.
 
-    To a CPU's compiler they are not constants: kernels that differ in a constant are compiled one
-    by one, kernels that are the same once.
+    Kernels that differ in a constant are compiled one by one, kernels that are the same once.
     """
-
-    def sums(first: jax.Array, opaque: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
-        totals = [opaque(first)]
-        for step in steps:
-            totals.append(opaque(totals[-1] + jnp.asarray(step, first.dtype)))
-        return totals
-
-    return jax.lax.platform_dependent(
-        first,
-        cpu=lambda first: sums(first, lambda x: jax.lax.div(x, _hidden_ones(x))),
-        default=lambda first: sums(first, lambda x: x),
-    )
+    totals, last = [], jnp.zeros((), dtype)
+    one = _hidden_ones(last)
+    for step in np.diff(np.array(values, dtype), prepend=0):
+        last = jax.lax.div(jax.lax.add(last, np.asarray(step, dtype)), one)
+        totals.append(last)
+    return totals
 
 
 def _hidden_ones(x: jax.Array) -> jax.Array:

@@ -7,19 +7,20 @@ like, but with more rounds, and on a CPU its loops send the bits through memory.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivon_jax._core.axes import typed_like
-from ivon_jax._core.compiler import materialized, rounded, running_sums
+from ivon_jax._core.axes import is_on_mesh
+from ivon_jax._core.compiler import materialized, rounded, variables
 
 THREEFRY = "threefry2x32"
 
 SMALL = 2**17
-"""Leaves of up to this many elements lie one after another in one stream, for which a CPU takes
-one kernel: one for each would cost far more to compile than to run."""
+"""On a CPU leaves of one shape, of up to this many elements, are drawn by one kernel: one for each
+would cost more to compile than to run."""
 
 # Threefry-2x32: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011). With 13 rounds,
 # the fewest that passed all of BigCrush there, it is a third cheaper than with the 20 of jax.
@@ -124,64 +125,68 @@ def derived_keys(key: jax.Array, first: int, number: int) -> jax.Array:
     return materialized([derived])[0]
 
 
-def _is_small(x: jax.Array) -> bool:
-    return x.size <= SMALL and x.dtype.itemsize <= 4
-
-
 def _is_narrow(x: jax.Array, dtype: np.dtype) -> bool:
     floating = jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.floating)
     return floating and dtype.itemsize < 4 and dtype != x.dtype
 
 
-# Draws for an array like the last argument, from a stream (key, number), from element `first` on.
-_Draw = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# Draws for an array like the last argument, from the stream (key, number).
+_Draw = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def _drawn(draw: _Draw, key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
-    """A draw for each array: the small ones from stream 0, the others from streams of their own."""
-    key = jax.random.wrap_key_data(derived_keys(key, _STREAM, 1)[0], impl=THREEFRY)
-    # The partitionable scheme is what makes a draw of jax independent of its sharding.
-    with jax.threefry_partitionable(True):
-        small = iter(_in_one_stream(draw, key, [x for x in like if _is_small(x)]))
-        large = iter(_in_streams(draw, key, [x for x in like if not _is_small(x)]))
-        return [next(small if _is_small(x) else large) for x in like]
-
-
-def _in_one_stream(draw: _Draw, key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
+    """A draw for each array, from the stream of its number."""
     if not like:
         return []
-    sizes, zero = [x.size for x in like], jnp.uint32(0)
+    key = jax.random.wrap_key_data(derived_keys(key, _STREAM, 1)[0], impl=THREEFRY)
 
-    def like_drawn(part: jax.Array, x: jax.Array) -> jax.Array:
-        return part.astype(x.dtype) if jnp.issubdtype(part.dtype, jnp.floating) else part
-
-    def together(like: list[jax.Array]) -> list[jax.Array]:
-        (drawn,) = materialized([draw(key, zero, zero, jnp.zeros(sum(sizes), jnp.float32))])
-        starts = running_sums(jnp.int32(0), sizes[:-1])
-        parts = [
-            like_drawn(jax.lax.dynamic_slice(drawn, [start], [x.size]).reshape(x.shape), x)
-            for x, start in zip(like, starts, strict=True)
-        ]
-        return [typed_like(part, x) for part, x in zip(parts, like, strict=True)]
+    def grouped(like: list[jax.Array]) -> list[jax.Array]:
+        drawn: dict[int, jax.Array] = {}
+        for numbers in _of_one_type(like):
+            x = like[numbers[0]]
+            # In one dimension the position needs no division, but the sharding is lost.
+            flat = x if is_on_mesh(x) else x.ravel()
+            alike = _drawn_alike(draw, key, numbers, flat)
+            drawn |= zip(numbers, (d.reshape(x.shape) for d in alike), strict=True)
+        return [drawn[i] for i in range(len(like))]
 
     def apart(like: list[jax.Array]) -> list[jax.Array]:
-        # Each device counts for itself: slices of one vector would be sent around a mesh.
-        starts = np.cumsum([0, *sizes[:-1]], dtype=np.uint32)
-        return [draw(key, zero, jnp.asarray(i), x) for i, x in zip(starts, like, strict=True)]
+        return [draw(key, jnp.uint32(i), x) for i, x in enumerate(like)]
 
-    return jax.lax.platform_dependent(like, cpu=together, default=apart)
+    # The partitionable scheme is what makes a draw of jax independent of its sharding.
+    with jax.threefry_partitionable(True):
+        return jax.lax.platform_dependent(like, cpu=grouped, default=apart)
 
 
-def _in_streams(draw: _Draw, key: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
-    numbers, zero = running_sums(jnp.uint32(1), [1] * len(like)), jnp.uint32(0)
-    return [draw(key, number, zero, x) for number, x in zip(numbers, like, strict=False)]
+def _of_one_type(like: list[jax.Array]) -> list[list[int]]:
+    groups: dict[Any, list[int]] = {}
+    for i, x in enumerate(like):
+        groups.setdefault(jax.typeof(x), []).append(i)
+    return list(groups.values())
+
+
+def _drawn_alike(
+    draw: _Draw, key: jax.Array, numbers: list[int], like: jax.Array
+) -> list[jax.Array]:
+    """Draws of the same type, with one kernel for all of them on a CPU."""
+    if len(numbers) == 1:
+        return [draw(key, jnp.uint32(numbers[0]), like)]
+    if like.size > SMALL:
+        return [draw(key, number, like) for number in variables(numbers, jnp.uint32)]
+    together = jax.vmap(draw, (None, 0, None))(key, jnp.array(numbers, jnp.uint32), like)
+    (rows,) = materialized([together])
+    zero, row = jnp.zeros((), jnp.int32), (1, *like.shape)
+    return [
+        jax.lax.dynamic_slice(rows, (i, *[zero] * like.ndim), row).reshape(like.shape)
+        for i in variables(list(range(len(numbers))), jnp.int32)
+    ]
 
 
 @jax.jit  # traced once for leaves of one shape
-def _normal(key: jax.Array, number: jax.Array, first: jax.Array, like: jax.Array) -> jax.Array:
+def _normal(key: jax.Array, number: jax.Array, like: jax.Array) -> jax.Array:
     if like.dtype.itemsize > 4 or like.size >= 2**32:
         return jax.random.normal(jax.random.fold_in(key, number), like.shape, like.dtype)
-    word = jax.lax.bitcast_convert_type(_words(key, number, first, like)[0], jnp.int32)
+    word = jax.lax.bitcast_convert_type(_words(key, number, like)[0], jnp.int32)
     i = ((word >> 8) | 1).astype(jnp.float32)  # odd, between −2²³ and 2²³
     # 1 − u² from factors that are exact, as 2ᵉr; an exponent in place is e·2²³.
     bits = jax.lax.bitcast_convert_type((_SCALE - i) * (_SCALE + i), jnp.int32)
@@ -193,26 +198,28 @@ def _normal(key: jax.Array, number: jax.Array, first: jax.Array, like: jax.Array
 
 
 @jax.jit
-def _second_word(key: jax.Array, number: jax.Array, first: jax.Array, like: jax.Array) -> jax.Array:
+def _second_word(key: jax.Array, number: jax.Array, like: jax.Array) -> jax.Array:
     if like.size >= 2**32:
         return jax.random.bits(jax.random.fold_in(key, number), like.shape, jnp.uint32)
-    return _words(key, number, first, like)[1]
+    return _words(key, number, like)[1]
 
 
 def _polynomial(coefficients: tuple[float, ...], x: jax.Array) -> jax.Array:
-    total = jnp.float32(coefficients[0])
-    for coefficient in coefficients[1:]:
-        total = total * x + np.float32(coefficient)
-    return total
+    """Estrin's scheme: few operations wait for one another, as all do in Horner's."""
+    terms: list[Any] = [np.float32(c) for c in reversed(coefficients)]
+    while len(terms) > 1:
+        odd = terms[1::2]
+        paired = [a + b * x for a, b in zip(terms[::2], odd, strict=False)]
+        terms = paired + terms[2 * len(odd) :]
+        x = x * x
+    return terms[0]
 
 
-def _words(
-    key: jax.Array, number: jax.Array, first: jax.Array, like: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _words(key: jax.Array, number: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two words of 32 bits for each element of an array, of fewer than 2³² elements."""
     # From `like`, so that each device counts the elements of its own shard.
     zeros, stride = jnp.zeros_like(like, jnp.uint32), 1
-    position = zeros + first
+    position = zeros
     for axis in reversed(range(like.ndim)):
         index = jax.lax.broadcasted_iota(jnp.uint32, like.shape, axis)
         position = position + (index if stride == 1 else index * np.uint32(stride))

@@ -91,13 +91,13 @@ def statistics(
     return prior.where_fixed(h, new), g
 
 
-def bias_correction(b1: Scalar, count: jax.Array, dtype: Any) -> jax.Array:
+def bias_correction(b1: Scalar, count: jax.typing.ArrayLike, dtype: Any) -> jax.Array:
     """1/(1−β₁ᵗ), without cancellation for β₁ near 1."""
     if isinstance(b1, float):
         log_b1 = math.log(b1) if b1 > 0 else -math.inf
     else:
         log_b1 = jnp.log(b1).astype(dtype)
-    return 1 / -jnp.expm1(count.astype(dtype) * log_b1)
+    return 1 / -jnp.expm1(jnp.asarray(count, dtype) * log_b1)
 
 
 def direction(m: jax.Array, h: jax.Array, g_bar: jax.Array, prior: LeafPrior) -> jax.Array:
