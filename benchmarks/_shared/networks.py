@@ -92,6 +92,34 @@ class ResNet(nn.Module):
         return FilterResponseNorm()(x)
 
 
+class Bottlenecks(nn.Module):
+    """The residual network of bottleneck blocks; the default is ResNet-50."""
+
+    blocks: Sequence[int] = (3, 4, 6, 3)
+    width: int = 64
+    classes: int = 1000
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """Maps images (n, height, width, channels) in [0, 1] to logits (n, classes)."""
+        x = self.normalised(2.0 * images - 1.0, self.width, 7, 2)
+        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        for stage, number in enumerate(self.blocks):
+            features = self.width * 2**stage
+            for block in range(number):
+                stride = 2 if stage and not block else 1
+                y = self.normalised(x, features, 1)
+                y = self.normalised(y, features, 3, stride)
+                y = self.normalised(y, 4 * features, 1)
+                x = y + (x if block else self.normalised(x, 4 * features, 1, stride))
+        return nn.Dense(self.classes)(x.mean(axis=(1, 2)))
+
+    def normalised(self, x: Array, features: int, size: int, stride: int = 1) -> Array:
+        """A convolution and what follows it."""
+        x = nn.Conv(features, (size, size), (stride, stride), use_bias=False)(x)
+        return FilterResponseNorm()(x)
+
+
 RESNET20 = ResNet((16,) * 3 + (32,) * 3 + (64,) * 3, stem_stride=1)
 
 

@@ -76,7 +76,7 @@ def sample_params(
     """
     q = PosteriorNoise(gaussian(state, params), params)
     key = threefry_key(key)
-    noise = materialized(q.draw(key))
+    noise = q.draw(key)
     later = kept_on_cpu(noise, jax.random.key_data(key), q.draw_again)
     return q.sampled(key, noise), q.tree(later)
 
@@ -97,7 +97,8 @@ class PosteriorNoise:
 
     def draw(self, key: jax.Array, sign: jax.Array | float = 1.0) -> list[jax.Array]:
         """n = ±ε/√precision, ε ~ N(0, I), for each owned leaf; zero where it is infinite."""
-        return gaussian_noise(key, self.precision, sign)
+        # A CPU would draw once more wherever it uses a sample, and for every example of a batch.
+        return materialized(gaussian_noise(key, self.precision, sign))
 
     def draw_again(self, key_data: jax.Array, sign: jax.Array | float = 1.0) -> list[jax.Array]:
         """The draw once more, from the data of its key."""
