@@ -69,13 +69,13 @@ def plain(tx: optax.GradientTransformationExtraArgs, hess_given: bool = False) -
 
 
 def explicit() -> Contender:
-    """The explicit loop of README."""
+    """The explicit loop of README, with samples in the dtypes of the parameters."""
     tx = ivon(**IVON)
 
     def step(carry: PyTree, value_and_grad: ValueAndGrad) -> tuple[PyTree, jax.Array]:
         params, state, key = carry
         key, draw_key = jax.random.split(key)
-        sample, noise = sample_params(draw_key, state)
+        sample, noise = sample_params(draw_key, state, params)
         loss, grads = value_and_grad(sample)
         updates, state = tx.update(grads, state, params, noise=noise)
         return (optax.apply_updates(params, updates), state, key), loss

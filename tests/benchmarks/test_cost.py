@@ -7,8 +7,9 @@ import pytest
 
 pytest.importorskip("flax", reason='the benchmarks need: pip install -e ".[examples]"')
 
-from benchmarks._shared.networks import Perceptron
+from benchmarks._shared.networks import GPT, Bottlenecks, Perceptron
 from benchmarks.cost import (
+    accelerator,
     compile_time,
     counted_cost,
     models,
@@ -46,6 +47,25 @@ def test_a_script_prints_a_row_for_each_contender(script, monkeypatch, capsys):
         rows = [line for line in lines if line.startswith(f"{name}  ")]
         assert len(rows) == TABLES[script]
         assert all("nan" not in row for row in rows)
+
+
+def test_the_table_for_accelerators_has_all_sections_and_is_not_measured_twice(
+    monkeypatch, capsys, tmp_path
+):
+    small = accelerator.Networks(GPT(1, 1, 8, 4, 16), 4, Bottlenecks((1,), 2, 10), 8, 4)
+    monkeypatch.setattr(accelerator, "SMALL", small)
+    argv = ["--results", str(tmp_path / "a.jsonl"), "--millions", "1", "--repetitions", "1"]
+    argv += ["--block-seconds", "0.001", "--optimizer-methods", BASELINE, "auto_sample"]
+    argv += ["--training-methods", BASELINE, "auto_sample"]
+    accelerator.main(argv)
+    out = capsys.readouterr().out
+    assert "jax finds no accelerator" in out and "nan" not in out
+    sections = [line for line in out.splitlines() if line.startswith("## ")]
+    assert len(sections) == 1 + 4 + 4
+    assert sum(line.startswith("auto_sample  ") for line in out.splitlines()) == 8
+    monkeypatch.setattr(accelerator, "measured", None)
+    accelerator.main(argv)
+    assert (tmp_path / "a.md").read_text().count("```text") == 9 + 1
 
 
 def test_what_ivon_keeps_is_counted_in_arrays_of_the_parameters_size():
