@@ -323,7 +323,7 @@ def test_every_second_sample_mirrors_the_one_before(num_samples, mirrors, dtype)
     params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
     history = run(tx, len(mirrors), params)
     draws = [np.asarray(standardized(*x)["a"], np.float32) for x in history]
-    # The two samples round independently.
+    # Each sample is rounded by up to a spacing, 2⁻⁶ between 2 and 4; σ is some seven of these.
     tolerance = 0.4 if dtype == jnp.bfloat16 else 1e-4
     for before, now, mirror in zip(draws, draws[1:], mirrors[1:], strict=False):
         assert (np.abs(before + now).max() < tolerance) == (mirror == -1)
@@ -383,7 +383,18 @@ def test_a_state_made_with_other_options_is_refused_with_the_remedy(begun, conti
     state = auto_sample(ivon(0.1, **SETTINGS), 0, **begun).init(PARAMS)
     with pytest.raises(ValueError, match=said) as error:
         auto_sample(ivon(0.1, **SETTINGS), 0, **continued).update(PARAMS, state, PARAMS)
-    assert "tx.init(posterior_mean(state))" in str(error.value)
+    assert "tx.init(posterior_mean(state, params))" in str(error.value)
+    tx = auto_sample(ivon(0.1, **SETTINGS), 0, **continued)
+    tx.update(PARAMS, tx.init(posterior_mean(state, PARAMS)), PARAMS)
+
+
+@pytest.mark.parametrize("options", [{}, {"store_mean": False}, {"num_samples": 2}])
+def test_parameters_of_which_none_is_owned_are_let_pass(options):
+    params = {"i": jnp.arange(3)}
+    tx = auto_sample(ivon(0.1, **SETTINGS), 0, **options)
+    grads = {"i": np.zeros(3, jax.dtypes.float0)}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert updates["i"].shape == (3,)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_samples": 3, "antithetic": True}])

@@ -253,7 +253,12 @@ def test_models_of_more_than_two_billion_parameters_are_counted():
 
 
 @pytest.mark.parametrize(
-    ("rate", "said"), [(-0.1, "at risk: the learning rate at step 3 is -0.1"), (np.nan, "broken: ")]
+    ("rate", "said"),
+    [
+        (-0.1, "at risk: the learning rate at step 3 is -0.1"),
+        (np.nan, "broken: the learning rate"),
+        (np.inf, "broken: the learning rate"),
+    ],
 )
 def test_a_rate_that_is_negative_or_nan_is_reported(rate, said):
     state = trained(SETTINGS)
@@ -268,7 +273,10 @@ def test_settings_that_change_the_width_of_a_restored_posterior_are_reported():
     assert kind == "at risk" and "jumps by a factor of 0.1" in message and "with_ess" in message
     kind, message = learning_status(state, {**SETTINGS, "weight_decay": 0.4})
     assert kind == "at risk" and "trained with weight_decay=0.2" in message
-    # What is not named is not compared.
+    assert learning_status(state, {**SETTINGS, "weight_decay": 0.0}).kind == "at risk"
+    # What is a schedule or not named is not compared.
+    annealed = {**SETTINGS, "ess": lambda step: 100.0 + step, "weight_decay": lambda step: 0.1}
+    assert learning_status(state, annealed).kind == "yes"
     named = {name: SETTINGS[name] for name in ("hess_init", "b2")}
     assert learning_status(state, named).kind == "yes"
     moved = learning_status(with_ess(state, 25.0), {**SETTINGS, "ess": 25.0})

@@ -9,7 +9,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import special, stats
 
 from ivon_jax import Posterior, sample_params
-from ivon_jax._core.noise import SMALL, _normal, _second_word, _threefry, _words, standard_normals
+from ivon_jax._core.noise import (
+    SMALL,
+    _normal,
+    _second_word,
+    _threefry,
+    _words,
+    samples,
+    standard_normals,
+)
 
 KEY = jax.random.key(3, impl="threefry2x32")
 
@@ -82,6 +90,30 @@ def test_leaves_that_draw_apart_as_on_accelerators_draw_the_same(monkeypatch):
         np.testing.assert_array_equal(x, y)
 
 
+def test_samples_round_the_same_where_leaves_draw_apart(monkeypatch):
+    shapes = [(3, 5), SMALL + 1, (), (3, 5)]
+    means = [jnp.full(shape, 1.3) for shape in shapes]
+    noise = [jnp.full(shape, 1e-3) for shape in shapes]
+    dtypes = [jnp.dtype(t) for t in ("bfloat16", "float16", "float32", "bfloat16")]
+    together = samples(KEY, means, noise, dtypes)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cpu, default: default(*x))
+    for x, y, t in zip(together, samples(KEY, means, noise, dtypes), dtypes, strict=True):
+        assert x.dtype == t
+        np.testing.assert_array_equal(x, y)
+
+
+def test_the_draws_of_this_version_are_these():
+    # A state without its mean is restored by drawing again: if they change, say so in CHANGELOG.
+    drawn = standard_normals(KEY, [jnp.ones(2), jnp.ones((2, 2)), jnp.ones(2)])
+    expected = (
+        [-1.090953, 1.816602],
+        [[1.938035, 0.097271], [0.379752, -2.631614]],
+        [-0.6349, -1.124058],
+    )
+    for x, y in zip(drawn, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
 def test_the_word_that_rounds_a_sample_is_independent_of_its_noise():
     n = 1_000_000
     drawn = _normal(KEY, jnp.uint32(1), jnp.ones(n))
@@ -136,3 +168,29 @@ def test_on_explicit_meshes_every_device_draws_its_own_shard_only():
     np.testing.assert_array_equal(draw(KEY, like), expected)
     compiled = draw.lower(KEY, like).compile().as_text()
     assert "u32[64,512]" in compiled and "u32[512,512]" not in compiled
+
+
+@pytest.mark.slow
+def test_a_billion_draws_look_normal_and_independent():
+    block, blocks, bins = 2**24, 60, 256
+
+    @jax.jit
+    def sums(key):
+        (x,) = standard_normals(key, [jnp.zeros(block)])
+        # In float32 Φ is exact to 1e-7, which moves no more than that over an edge.
+        bin_of = jnp.floor(jax.scipy.stats.norm.cdf(x) * bins).astype(jnp.int32)
+        counts = jnp.bincount(bin_of, length=bins)
+        lagged = [jnp.sum(x[:-lag] * x[lag:]) for lag in (1, 2, 3, 64, 4096)]
+        powers = [jnp.sum(x**power) for power in (1, 2, 3, 4)]
+        return counts, jnp.stack(lagged), jnp.stack(powers)
+
+    totals = [jax.device_get(sums(key)) for key in jax.random.split(KEY, blocks)]
+    counts, lagged, powers = (
+        np.sum(np.array(x, np.float64), axis=0) for x in zip(*totals, strict=True)
+    )
+    n = block * blocks
+    assert stats.chisquare(counts).pvalue > 1e-3
+    assert np.all(np.abs(lagged) < 4 * np.sqrt(n))
+    expected, variances = np.array([0, 1, 0, 3]) * n, np.array([1, 2, 15, 96]) * n
+    # Sums of a block are rounded to float32: 1e-7 of a sum of squares or fourth powers.
+    assert np.all(np.abs(powers - expected) < 4 * np.sqrt(variances) + 1e-6 * expected)

@@ -13,6 +13,7 @@ from ivon_jax import (
     ivon,
     mc_value_and_grad,
     posterior_mean,
+    predict_at_mean,
     predict_samples,
     sample_params,
 )
@@ -122,13 +123,45 @@ def test_rounding_is_the_same_on_every_mesh_and_regenerable_from_the_key(dtype):
         jax.tree.map(np.testing.assert_array_equal, expected, again)
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+def test_derivatives_pass_as_through_rounding_to_nearest(dtype):
+    params = jnp.ones(50, dtype)
+    state = ivon(0.1, ess=1e4).init(params)
+
+    def total(mean, wide):
+        q = Posterior(mean, jnp.full(50, 1e4))
+        sample, _ = sample_params(jax.random.key(0), q, None if wide else params)
+        return jnp.sum(jnp.square(sample.astype(jnp.float32)))
+
+    expected = jax.grad(total)(state.mean, True)
+    np.testing.assert_allclose(jax.grad(total)(state.mean, False), expected, rtol=2**-6)
+    batched = jax.vmap(jax.grad(total), (0, None))(jnp.stack([state.mean] * 2), False)
+    np.testing.assert_allclose(batched[1], expected, rtol=2**-6)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_parameter_that_a_prior_fixes_stays_where_nearest_puts_it(dtype):
+    fixed = Posterior(jnp.full(100, 1.003), jnp.full(100, jnp.inf))
+    params, nearest = jnp.ones(100, dtype), jnp.asarray(1.003, dtype)
+    for seed in range(5):
+        sample, _ = sample_params(jax.random.key(seed), fixed, params)
+        np.testing.assert_array_equal(sample, jnp.full_like(params, nearest))
+    outputs = predict_samples(lambda w: w, 3)(jax.random.key(0), fixed, params=params)
+    np.testing.assert_array_equal(outputs, jnp.full_like(outputs, nearest))
+
+
+def test_leaves_that_no_word_can_count_round_independently_of_their_noise(monkeypatch):
+    monkeypatch.setattr("ivon_jax._core.noise.COUNTED", 1000)
+    mean, ulp = jnp.full(N, 1.3), float(jnp.finfo(jnp.bfloat16).eps)
+    q = Posterior(mean, jnp.full(N, (ulp / 10) ** -2))
+    sample, noise = sample_params(jax.random.key(1), q, jnp.zeros(N, jnp.bfloat16))
+    products = np.asarray(noise * (sample.astype(jnp.float32) - mean), np.float64) / (ulp / 10) ** 2
+    assert abs(products.mean() - 1) < 5 * products.std() / np.sqrt(N)
+
+
 def test_the_mean_is_rounded_to_nearest():
-    params = jnp.full(100, 1.0, jnp.bfloat16)
-    state = ivon(0.1, ess=1e6).init(params)
-    state = state._replace(mean=state.mean + 1e-3)
-    assert posterior_mean(state).dtype == jnp.float32
-    outputs = predict_samples(lambda w: w, 2)(
-        jax.random.key(0), Posterior(state.mean, jnp.full(100, jnp.inf)), params=params
-    )
-    # Without noise nothing is random about the mean but its rounding, on average to itself.
-    assert set(np.unique(np.asarray(outputs, np.float32))) <= {1.0, 1.0078125}
+    params = jnp.ones(100, jnp.bfloat16)
+    q = Posterior(jnp.full(100, 1.0 + 1e-3), jnp.full(100, 1e6))
+    out = predict_at_mean(lambda w: w)(q, params=params)
+    np.testing.assert_array_equal(out, params)
+    assert posterior_mean(q).dtype == jnp.float32

@@ -73,7 +73,8 @@ def compute(options: Options) -> None:
     journal = Journal(options.results)
 
     def measure(section: str, programs: dict[str, Callable[[], Program]], items: int) -> None:
-        runs = [{"device": device.device_kind, "section": section, "method": m} for m in programs]
+        shared = {"device": device.device_kind, "section": section, "turns": options.repetitions}
+        runs = [{**shared, "method": method} for method in programs]
 
         def work(missing: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             chosen = [programs[run["method"]] for run in missing]
@@ -82,7 +83,7 @@ def compute(options: Options) -> None:
         journal.compute_all(runs, work)
 
     numbers = [scale * n for n in options.millions]
-    measure("draws", draws(numbers[0]), numbers[0])
+    measure(f"draws, {numbers[0] / 1e6:.3g}M", draws(numbers[0]), numbers[0])
     for number in numbers:
         for tree, shapes in (("one leaf", many(1, number)), ("GPT-2's tree", gpt2(number))):
             for dtype in (jnp.float32, jnp.bfloat16):
@@ -235,10 +236,10 @@ def report(journal: Journal) -> None:
     """Prints the tables, and writes them beside the results."""
     tables: dict[str, list[list[str]]] = {}
     for (device, section), runs in grouped(journal.select(), "device", "section").items():
-        (_, copied), *_ = journal.select(device=device, section="draws", method="copy")
+        _, copied = journal.select(device=device, method="copy")[-1]
         # XLA counts one read and one write.
         bandwidth = copied["bytes"] / np.median(copied["seconds"])
-        base = runs[0][1]  # AdamW, or the copy
+        base = np.array(runs[0][1]["seconds"])  # AdamW's, or the copy's
         rows = []
         for run, result in runs:
             seconds = np.array(result["seconds"])
@@ -247,7 +248,8 @@ def report(journal: Journal) -> None:
                 [
                     run["method"],
                     f"{np.median(seconds) * 1e3:.3g}",
-                    ratio_cell(seconds / np.array(base["seconds"])),
+                    # Turn by turn, or, of what was added later, against the median.
+                    ratio_cell(seconds / (base if len(base) == len(seconds) else np.median(base))),
                     f"{result['items'] / np.median(seconds):.3g}",
                     f"{speed / 1e9:.0f}",
                     f"{100 * speed / bandwidth:.0f}",

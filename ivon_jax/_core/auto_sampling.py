@@ -52,9 +52,9 @@ def auto_sample(
 
     One line turns a loop written for AdamW into variational learning: `optax.apply_updates(params,
     updates)` lands on the *next* sample θ' = m' + n', and the noise of the current one is recovered
-    as θ − m (redrawn from the key for parameters below float32). Evaluate and save
-    `posterior_mean(state)`, not the loop's parameters. The first gradient is taken at the mean; it
-    moves the mean but not `hess`.
+    as θ − m (redrawn from the key for parameters below float32, where the sum may round again).
+    Evaluate and save `posterior_mean(state)`, not the loop's parameters. The first gradient is
+    taken at the mean; it moves the mean but not `hess`.
 
     Args:
       tx: `ivon(...)`, or what contains it, as `optax.chain(optax.clip(1.0), ivon(...))`. Wrap once,
@@ -248,23 +248,24 @@ def _check_continues(state: Any, num_samples: int, *, store_mean: bool, antithet
             f"the key in the state of auto_sample is {dtype}, not uint32: the state was cast. Cast "
             "the parameters only; the state stays as init made it."
         )
-    parts = find_states(state.inner_state)
+    restart = (
+        "keep the option, or start from its mean, tx.init(posterior_mean(state, params)), and h₀."
+    )
+    parts = [part for part in find_states(state.inner_state) if jax.tree.leaves(part.hess)]
     kept = {
         "antithetic": (antithetic, not isinstance(state.mirrored, tuple)),
-        "store_mean": (store_mean, not any(map(is_lean, parts))),
+        "store_mean": (store_mean, not any(map(is_lean, parts)) if parts else store_mean),
     }
     for name, (here, there) in kept.items():
         if here != there:
             raise ValueError(
                 f"this state was made by auto_sample with {name}={there} and cannot be continued "
-                f"with {name}={here}: keep the option, or start from its mean with "
-                "tx.init(posterior_mean(state))."
+                f"with {name}={here}: {restart}"
             )
     if num_samples > 1 and not all(isinstance(part.window, Window) for part in parts):
         raise ValueError(
             f"this state was made with num_samples=1 and has no room for the sums over "
-            f"num_samples={num_samples}: keep the option, or start from its mean with "
-            "tx.init(posterior_mean(state))."
+            f"num_samples={num_samples}: {restart}"
         )
 
 

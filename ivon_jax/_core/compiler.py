@@ -1,4 +1,4 @@
-"""What is done for XLA: how results are split into kernels, in four verbs.
+"""What is done for XLA: how results are split into kernels.
 
 Nothing here changes a value. Each has a test that fails without it (tests/test_compiler.py).
 """

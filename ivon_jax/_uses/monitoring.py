@@ -250,35 +250,42 @@ def _wrong_rate(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
     step = find_states(state)[0].count
     value: Any = given(step) if callable(given) else given
     rate = float(value)
-    if rate >= 0:
+    if 0 <= rate < math.inf:
         return None
-    kind = "broken" if math.isnan(rate) else "at risk"
+    kind = "at risk" if math.isfinite(rate) else "broken"
     return Status(kind, f"the learning rate at step {step} is {rate:g}: mend the schedule.")
 
 
 def _disagreement(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
-    """Settings of the posterior's width that are not those of the state."""
-    part = find_states(state)[0]
-    ess, old_ess = float(settings.get("ess", part.ess)), float(part.ess)
-    if not math.isclose(ess, old_ess, rel_tol=1e-6):
+    """Numbers that the state and the settings both have, and that differ."""
+    parts = find_states(state)
+    ess: Any = settings.get("ess")
+    old_ess = float(parts[0].ess)
+    if _differ(ess, [old_ess]):
         return Status(
             "at risk",
             f"the state was trained with ess={old_ess:g} and the settings say {ess:g}: at the next "
-            f"step σ jumps by a factor of {math.sqrt(old_ess / ess):.3g}. with_ess(state, ess) "
-            "keeps the posterior as it is.",
+            f"step σ jumps by a factor of {math.sqrt(old_ess / ess):.3g}. "
+            "with_ess(state, ess) keeps the posterior as it is.",
         )
-    decay = settings.get("weight_decay")
-    if decay is None or isinstance(part.prior, GaussianPrior) or not part.weight_decay.size:
-        return None
-    decay, old = float(decay), float(jnp.max(part.weight_decay))
-    # Zero may be the flat prior of a mask.
-    if old == 0 or math.isclose(decay, old, rel_tol=1e-6):
-        return None
-    return Status(
-        "at risk",
-        f"the state was trained with weight_decay={old:g} and the settings say {decay:g}: from the "
-        "next step on the prior is another. If that is meant, take the step and ask again.",
-    )
+    decays = [part.weight_decay for part in parts if not isinstance(part.prior, GaussianPrior)]
+    # A mask leaves some at zero; and of several parts each has its own.
+    old = [float(jnp.max(decay)) for decay in decays if decay.size]
+    if old and _differ(settings.get("weight_decay"), old):
+        return Status(
+            "at risk",
+            f"the state was trained with weight_decay={old[0]:g} and the settings say "
+            f"{settings['weight_decay']:g}: from the next step on the prior is another. If that is "
+            "meant, take the step and ask again.",
+        )
+    return None
+
+
+def _differ(setting: Any, found: list[float]) -> bool:
+    """Whether a number that was given is none of those found; a schedule is not compared."""
+    if setting is None or callable(setting):
+        return False
+    return not any(math.isclose(float(setting), x, rel_tol=1e-6) for x in found)
 
 
 def _settings(settings: Mapping[str, Any]) -> tuple[Number, Number, Number, bool]:

@@ -102,6 +102,7 @@ def test_of_optax(case):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         result = unittest.TestResult()
         case.run(result)
+    assert not result.skipped
     said = "".join(text for _, text in result.failures + result.errors)
     expected = exception(case.id())
     assert (expected in said) if expected else not said, said
