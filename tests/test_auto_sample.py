@@ -405,3 +405,11 @@ def test_abstract_parameters_give_the_abstract_state(options):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert jax.tree.leaves(found) == jax.tree.leaves(expected)
     assert ivon(0.1, 10).init(abstract).mean == jax.eval_shape(ivon(0.1, 10).init, PARAMS).mean
+
+
+def test_keys_that_the_loop_splits_from_the_same_key_give_other_draws():
+    key = jax.random.key(0)
+    params, state = run(auto_sample(ivon(0.1, **SETTINGS), key), 1)[0]
+    for used in [key, *jax.random.split(key, 2), *jax.random.split(key, 3)]:
+        sample, _ = sample_params(used, state)
+        assert np.abs(sample["a"] - params["a"]).max() > 1e-3

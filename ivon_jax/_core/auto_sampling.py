@@ -39,6 +39,9 @@ from ivon_jax._core.trees import (
 from ivon_jax._core.windows import Draw
 
 
+_STREAM = 0x4155544F  # "AUTO": draws differ from those of `sample_params` with keys split from it
+
+
 @renamed(mc_samples="num_samples")
 def auto_sample(
     tx: optax.GradientTransformation,
@@ -219,7 +222,7 @@ def reseed(state: PyTree, key: jax.Array | int) -> PyTree:
 def _key_data(key: jax.Array | int) -> jax.Array:
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         key = jax.random.key(int(key), impl=THREEFRY)
-    return jax.random.key_data(threefry_key(key))
+    return derived_keys(threefry_key(key), _STREAM, 1)[0]
 
 
 def _with_window(state: IVONState) -> IVONState:
