@@ -383,7 +383,8 @@ def test_a_state_made_with_other_options_is_refused_with_the_remedy(begun, conti
     state = auto_sample(ivon(0.1, **SETTINGS), 0, **begun).init(PARAMS)
     with pytest.raises(ValueError, match=said) as error:
         auto_sample(ivon(0.1, **SETTINGS), 0, **continued).update(PARAMS, state, PARAMS)
-    assert "tx.init(posterior_mean(state, params))" in str(error.value)
+    remedy = "params = posterior_mean(state, params); state = tx.init(params)"
+    assert remedy in str(error.value)
     tx = auto_sample(ivon(0.1, **SETTINGS), 0, **continued)
     tx.update(PARAMS, tx.init(posterior_mean(state, PARAMS)), PARAMS)
 

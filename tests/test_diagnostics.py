@@ -265,12 +265,16 @@ def test_a_rate_that_is_negative_or_nan_is_reported(rate, said):
     schedule = {**SETTINGS, "learning_rate": lambda step: jnp.where(step < 3, 0.1, rate)}
     assert str(learning_status(state, schedule)).startswith(said)
     assert learning_status(state, SETTINGS).kind == "yes"
+    # Also after the step that it has spoilt.
+    spoilt = state._replace(mean=jax.tree.map(lambda x: x * np.float32(rate), state.mean))
+    assert "learning rate" in learning_status(spoilt, schedule).message
 
 
 def test_settings_that_change_the_width_of_a_restored_posterior_are_reported():
     state = trained(SETTINGS)
     kind, message = learning_status(state, {**SETTINGS, "ess": 5000.0})
-    assert kind == "at risk" and "jumps by a factor of 0.1" in message and "with_ess" in message
+    assert kind == "at risk"
+    assert "jumps by a factor of 0.1" in message and "steps 100 times" in message
     kind, message = learning_status(state, {**SETTINGS, "weight_decay": 0.4})
     assert kind == "at risk" and "trained with weight_decay=0.2" in message
     assert learning_status(state, {**SETTINGS, "weight_decay": 0.0}).kind == "at risk"

@@ -250,3 +250,13 @@ def test_a_donated_run_compiles_once_and_keeps_its_types():
     for _ in range(3):
         params, state = step(params, state)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), (params, state)) == types
+
+
+def test_a_lean_state_is_not_continued_with_parameters_that_were_cast():
+    tx = auto_sample(ivon(0.1, 10), 0, store_mean=False)
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    for use in (lambda: tx.update(narrow, state, narrow), lambda: posterior_mean(state, narrow)):
+        with pytest.raises(TypeError, match="these are bfloat16 at"):
+            use()

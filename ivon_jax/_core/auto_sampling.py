@@ -15,6 +15,7 @@ from ivon_jax._core.state import (
     AutoSampleState,
     IVONState,
     Window,
+    check_recoverable,
     current_noise,
     find_states,
     gaussian_mean,
@@ -26,7 +27,6 @@ from ivon_jax._core.state import (
     without_means,
 )
 from ivon_jax._core.trees import (
-    Owned,
     PyTree,
     also_abstract,
     copy_array,
@@ -37,7 +37,6 @@ from ivon_jax._core.trees import (
     wide_dtype,
 )
 from ivon_jax._core.windows import Draw
-
 
 _STREAM = 0x4155544F  # "AUTO": draws differ from those of `sample_params` with keys split from it
 
@@ -108,7 +107,7 @@ def auto_sample(
         if num_samples > 1:
             inner_state = map_states(_with_window, inner_state)
         if not store_mean:
-            _check_recoverable(owned_leaves(inner_state), params)
+            check_recoverable(owned_leaves(inner_state), params)
             inner_state = without_means(inner_state)
         return AutoSampleState(
             key=copy_array(key_data),
@@ -249,10 +248,11 @@ def _check_continues(state: Any, num_samples: int, *, store_mean: bool, antithet
     if dtype != jnp.uint32:
         raise TypeError(
             f"the key in the state of auto_sample is {dtype}, not uint32: the state was cast. Cast "
-            "the parameters only; the state stays as init made it."
+            "the parameters only, and restore the state as it was."
         )
     restart = (
-        "keep the option, or start from its mean, tx.init(posterior_mean(state, params)), and h₀."
+        "keep the option, or start anew from its mean: params = posterior_mean(state, params); "
+        "state = tx.init(params). Curvature, momentum and step count then start again."
     )
     parts = [part for part in find_states(state.inner_state) if jax.tree.leaves(part.hess)]
     kept = {
@@ -270,14 +270,3 @@ def _check_continues(state: Any, num_samples: int, *, store_mean: bool, antithet
             f"this state was made with num_samples=1 and has no room for the sums over "
             f"num_samples={num_samples}: {restart}"
         )
-
-
-def _check_recoverable(own: Owned, params: PyTree) -> None:
-    """Refuses parameters in which a mean that is not stored would drown in rounding."""
-    for path, p in zip(own.paths, own.split("params", params)[0], strict=True):
-        if wide_dtype(p.dtype) != p.dtype:
-            raise TypeError(
-                f"store_mean=False recovers the mean from the loop's parameters, and these are "
-                f"{p.dtype} at {path or 'the root'}, which would lose its low bits at every step: "
-                "use store_mean=True, or float32 parameters."
-            )

@@ -166,7 +166,7 @@ def check_single(state: Any) -> None:
         if wide_dtype(jnp.result_type(h)) != jnp.result_type(h):
             raise TypeError(
                 f"hess in the state of ivon() is {h.dtype}, in which its small steps are lost: the "
-                "state was cast. Cast the parameters only; the state stays as init made it."
+                "state was cast. Cast the parameters only, and restore the state as it was."
             )
 
 
@@ -215,8 +215,9 @@ def gaussian_mean(state: PyTree) -> PyTree:
     if any(map(is_lean, parts)):
         raise ValueError(
             "this state does not store the mean (auto_sample with store_mean=False): give the "
-            "loop's parameters as well, as in posterior(state, params), with the whole state of "
-            "auto_sample; what takes only a state takes that posterior."
+            "loop's parameters as well, as in posterior(state, params) or learning_status(state, "
+            "settings, params=params), with the whole state of auto_sample; what takes no "
+            "parameters takes that posterior."
         )
     return functools.reduce(_merge_owned, [part.mean for part in parts])
 
@@ -253,6 +254,17 @@ def with_means(state: PyTree, params: PyTree | None) -> PyTree:
     return jax.tree.map(recover, state, is_leaf=is_auto_sample_state)
 
 
+def check_recoverable(own: Owned, params: PyTree) -> None:
+    """Refuses parameters in which a mean that is not stored would drown in rounding."""
+    for path, p in zip(own.paths, own.split("params", params)[0], strict=True):
+        if wide_dtype(p.dtype) != p.dtype:
+            raise TypeError(
+                f"store_mean=False recovers the mean from the loop's parameters, and these are "
+                f"{p.dtype} at {path or 'the root'}, which would lose its low bits at every step: "
+                "use store_mean=True, or float32 parameters."
+            )
+
+
 def without_means(state: PyTree) -> PyTree:
     """The state with every mean left out."""
 
@@ -273,6 +285,7 @@ def current_noise(state: AutoSampleState) -> list[jax.Array]:
 def _recovered(state: AutoSampleState, params: PyTree) -> AutoSampleState:
     own = owned_leaves(state.inner_state)
     owned = own.checked("params", params)
+    check_recoverable(own, params)
     noise = [jnp.where(state.at_mean, 0, n) for n in current_noise(state)]
     mean = own.join(means_of(owned, noise))
 

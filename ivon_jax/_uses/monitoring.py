@@ -193,6 +193,9 @@ def learning_status(
       no: no step has been taken.
     """
     numbers = {name: float(x) for name, x in diagnostics(state, settings, params=params).items()}
+    mistake = _wrong_rate(state, settings)
+    if mistake:
+        return mistake
     if numbers["nonfinite"]:
         return Status(
             "broken",
@@ -200,7 +203,7 @@ def learning_status(
             "not finite. Start again with a smaller learning rate, a larger hess_init or a "
             "clip_radius.",
         )
-    mistake = _wrong_rate(state, settings) or _disagreement(state, settings)
+    mistake = _disagreement(state, settings)
     if mistake:
         return mistake
     signal = numbers["signal_to_noise/p50"]
@@ -262,11 +265,13 @@ def _disagreement(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
     ess: Any = settings.get("ess")
     old_ess = float(parts[0].ess)
     if _differ(ess, [old_ess]):
+        ratio = ess / old_ess
         return Status(
             "at risk",
             f"the state was trained with ess={old_ess:g} and the settings say {ess:g}: at the next "
-            f"step σ jumps by a factor of {math.sqrt(old_ess / ess):.3g}. "
-            "with_ess(state, ess) keeps the posterior as it is.",
+            f"step σ jumps by a factor of {ratio**-0.5 if ratio > 0 else math.inf:.3g}. If "
+            "that is meant, take the step and ask again. with_ess(state, ess) keeps σ, and makes "
+            f"steps {ratio:.3g} times as long: divide the learning rate by that.",
         )
     decays = [part.weight_decay for part in parts if not isinstance(part.prior, GaussianPrior)]
     # A mask leaves some at zero; and of several parts each has its own.
