@@ -15,6 +15,7 @@ from ivon_jax import (
     sample_params,
     with_ess,
 )
+from ivon_jax._uses import monitoring
 
 SETTINGS = {"learning_rate": 0.2, "ess": 50.0, "hess_init": 0.5, "weight_decay": 0.2, "b2": 0.9}
 PARAMS = {"b": jnp.array([0.5]), "w": jnp.array([[1.0, -2.0], [3.0, 4.0]])}
@@ -285,3 +286,12 @@ def test_settings_that_change_the_width_of_a_restored_posterior_are_reported():
     assert learning_status(state, named).kind == "yes"
     moved = learning_status(with_ess(state, 25.0), {**SETTINGS, "ess": 25.0})
     assert "trained with" not in moved.message
+
+
+def test_it_is_compiled_once_for_a_structure():
+    state = trained(SETTINGS)
+    learning_status(state, SETTINGS)
+    before = monitoring._compiled_numbers._cache_size()
+    for steps in (2, 4):
+        learning_status(trained(SETTINGS, steps), {**SETTINGS, "learning_rate": 0.1 * steps})
+    assert monitoring._compiled_numbers._cache_size() == before

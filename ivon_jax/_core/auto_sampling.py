@@ -74,12 +74,15 @@ def auto_sample(
         between, by a step that depends on ε, and h is biased upwards.
 
     Returns:
-      A transformation whose `update(grads, state, params)` needs the loop's parameters.
+      A transformation whose `update(grads, state, params)` takes the loop's parameters. Without
+      them the sample is drawn again, where all leaves are `ivon`'s and at least float32; the loop
+      then adds one rounding of its parameters per step, which nothing corrects.
 
     Raises:
       TypeError: if `key` is no key or integer, or parameters are below float32 with
         `store_mean=False`.
-      ValueError: if `num_samples` is not positive, `tx` has no `ivon()`, or `params` is missing.
+      ValueError: if `num_samples` is not positive, `tx` has no `ivon()`, or `params` are missing
+        where they are needed.
 
     Example:
       >>> from ivon_jax import auto_sample, ivon, posterior_mean
@@ -121,11 +124,11 @@ def auto_sample(
     def update(
         grads: PyTree, state: AutoSampleState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, AutoSampleState]:
-        if params is None:
-            raise ValueError("auto_sample needs the sample: call tx.update(grads, state, params).")
         if {"noise", "hess"} & extra_args.keys():
             raise ValueError("auto_sample draws its own noise: leave noise= and hess= out.")
         _check_continues(state, num_samples, store_mean=store_mean, antithetic=antithetic)
+        if params is None:
+            params = _drawn_again(state, grads)
         own = owned_leaves(state.inner_state)
         owned = own.checked("params", params)
         if not store_mean:
@@ -238,6 +241,25 @@ def _noise_of(state: AutoSampleState, owned: list[jax.Array]) -> list[jax.Array]
     narrow = [wide_dtype(p.dtype) != p.dtype for p in owned]
     drawn = current_noise(state) if any(narrow) else noise
     return [d if low else n for d, n, low in zip(drawn, noise, narrow, strict=True)]
+
+
+def _drawn_again(state: AutoSampleState, grads: PyTree) -> PyTree:
+    """The loop's parameters, for a loop that does not hand them over."""
+    asked = "call tx.update(grads, state, params)"
+    if any(map(is_lean, find_states(state.inner_state))):
+        raise ValueError(f"store_mean=False recovers the mean from the sample: {asked}.")
+    own = owned_leaves(state.inner_state)
+    owned, others = own.split("grads", grads)
+    narrow = any(wide_dtype(g.dtype) != g.dtype for g in owned)
+    if narrow or jax.tree.leaves(others):
+        raise ValueError(
+            f"{asked}: without params auto_sample knows leaves that ivon() owns, in float32 or "
+            "float64, and no others."
+        )
+    means = jax.tree.leaves(gaussian_mean(state.inner_state))
+    noise = [jnp.where(state.at_mean, 0, n) for n in current_noise(state)]
+    key = jax.random.wrap_key_data(state.draw_key, impl=THREEFRY)
+    return unflatten_like(grads, samples(key, means, noise, [g.dtype for g in owned]))
 
 
 def _check_continues(state: Any, num_samples: int, *, store_mean: bool, antithetic: bool) -> None:

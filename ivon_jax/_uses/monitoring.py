@@ -15,12 +15,15 @@ from ivon_jax._core.rule import LeafPrior, bias_correction, direction
 from ivon_jax._core.state import (
     GaussianPrior,
     IVONState,
+    Posterior,
     find_states,
+    gaussian,
+    is_auto_sample_state,
     leaf_priors,
     precision_leaves,
     with_means,
 )
-from ivon_jax._core.trees import PyTree
+from ivon_jax._core.trees import Owned, PyTree
 from ivon_jax._uses.pruning import lower_quantiles, ratio_leaves
 
 PERCENTILES = (1, 25, 50, 75, 99)
@@ -29,6 +32,9 @@ MOVED = 0.1
 
 EXPLODED = 1e3
 """A median of h above this multiple of h₀ counts as divergence."""
+
+TAMPERED = 6.0
+"""A loop's parameters that are farther from the mean, in σ, are no sample: a draw is within 5.3."""
 
 GUARD = 0.1
 """The `precision_floor` that `learning_status` recommends."""
@@ -51,7 +57,7 @@ def diagnostics(
     loss: Number | jax.Array | None = None,
     params: PyTree | None = None,
 ) -> dict[str, jax.Array]:
-    """Numbers for a logger that describe the posterior; pure, so that it runs under jit.
+    """Numbers for a logger that describe the posterior; pure, and compiled once per structure.
 
     Nothing is sorted or gathered: memory and communication do not grow with the network.
 
@@ -61,7 +67,7 @@ def diagnostics(
         `debias` and, for the risk, `learning_rate` are read; the others are in the state.
       num_examples: N, the size of the training set, for the temperature N/λ.
       loss: the training loss, a mean per example averaged over posterior samples, for the ELBO.
-      params: the loop's parameters, where the mean is not stored (`store_mean=False`).
+      params: the loop's parameters; needed where the mean is not stored (`store_mean=False`).
 
     Returns:
       A dictionary of float32 scalars. Elements that a general prior fixes count in `fixed` only:
@@ -80,6 +86,9 @@ def diagnostics(
         99th percentile of h+δ; above one, a quiet weight that wakes up may set off a divergence.
         Zero where a clip radius bounds the steps;
       * `kl`: KL(q‖prior) in nats, without the elements with a flat prior, of share `kl/flat`;
+      * `sample/distance`, with `params` and a state of `auto_sample`: the largest |θ−m|/σ, beyond
+        what rounding to a dtype below float32 explains. A draw is within 5.3; more means that
+        something changes the updates or the parameters behind the optimizer's back;
       * `temperature`: N/λ, with `num_examples`;
       * `elbo`: −λ·loss − KL in nats, and `elbo/per_example`, that over λ, with `loss`.
 
@@ -95,10 +104,39 @@ def diagnostics(
       >>> print(f"{numbers['sigma/p50']:.2f} {numbers['hess/moved']:.2f}")
       0.10 0.00
     """
-    hess_init, clip_radius, b1, debias = _settings(settings)
-    state = with_means(state, params)
-    parts = find_states(state)
+    constants = _settings(settings)
+    parts = find_states(with_means(state, params))
     _check_one_ess(parts)
+    given: dict[str, Any] = {}
+    if params is not None and any(map(is_auto_sample_state, _nodes(state))):
+        given["distance"] = _sample_distance(gaussian(state, params), params)
+    if "learning_rate" in settings:
+        rate: Any = settings["learning_rate"]
+        given["learning_rate"] = rate(parts[0].count) if callable(rate) else rate
+    if num_examples is not None:
+        given["num_examples"] = check_number("num_examples", num_examples, low=0.0, open_low=True)
+    if loss is not None:
+        check_scalar("loss", loss)
+        given["loss"] = loss
+    # Numbers that are traced or injected are not hashable, and compiled with all around them.
+    plain = all(isinstance(x, int | float) for x in constants)
+    return (_compiled_numbers if plain else _numbers)(constants, parts, given)
+
+
+class _Constants(NamedTuple):
+    """The arguments of `ivon` that the numbers depend on."""
+
+    hess_init: Number
+    clip_radius: Number
+    b1: Number
+    debias: bool
+
+
+def _numbers(
+    constants: _Constants, parts: list[IVONState], given: dict[str, Any]
+) -> dict[str, jax.Array]:
+    """What `diagnostics` returns, from the states and the numbers that it was given."""
+    hess_init, clip_radius, b1, debias = constants
     leaves = [leaf for part in parts for leaf in _leaves(part, b1, debias)]
     ess = parts[0].ess
     number = float(sum(x.hess.size for x in leaves))
@@ -120,7 +158,7 @@ def diagnostics(
     sigma = percentiles("sigma", precisions, from_top=True)
     gains = [_largest_gain(x, hess_init) for x in leaves]
     gain = jnp.max(jnp.stack(gains)) if gains else jnp.ones([], jnp.float32)
-    kl = kl_divergence(state, prior_of(state)).astype(jnp.float32)
+    kl = kl_divergence(parts, prior_of(parts)).astype(jnp.float32)
     broken = _total(~jnp.isfinite(x.mean) | ~jnp.isfinite(x.hess) for x in leaves)
     numbers = {
         "step": jnp.max(jnp.stack([part.count for part in parts])),
@@ -140,32 +178,34 @@ def diagnostics(
         "kl": kl,
         "kl/flat": share(lambda x: jnp.broadcast_to(x.delta == 0, x.hess.shape)),
     }
-    if "learning_rate" in settings:
-        rate: Any = settings["learning_rate"]
-        rate = rate(parts[0].count) if callable(rate) else rate
+    if "learning_rate" in given:
         delta = jnp.min(jnp.stack([jnp.min(x.delta) for x in leaves])) if leaves else 0.0
         busy = jnp.maximum((numbers["hess/p99"] + delta) / (hess_init + delta), 1)
-        risk = MARGIN * rate * gain * busy * (1 - b1) / (2 * (1 + b1))
+        risk = MARGIN * given["learning_rate"] * gain * busy * (1 - b1) / (2 * (1 + b1))
         numbers["update/risk"] = jnp.where(jnp.isinf(jnp.asarray(clip_radius)), risk, 0.0)
-    if num_examples is not None:
-        count = check_number("num_examples", num_examples, low=0.0, open_low=True)
-        numbers["temperature"] = count / ess
-    if loss is not None:
-        check_scalar("loss", loss)
-        numbers["elbo"] = -ess * jnp.asarray(loss, jnp.float32) - kl
+    if "distance" in given:
+        numbers["sample/distance"] = given["distance"]
+    if "num_examples" in given:
+        numbers["temperature"] = given["num_examples"] / ess
+    if "loss" in given:
+        numbers["elbo"] = -ess * jnp.asarray(given["loss"], jnp.float32) - kl
         numbers["elbo/per_example"] = numbers["elbo"] / ess
     return {name: jnp.asarray(x, jnp.float32) for name, x in numbers.items()}
+
+
+_compiled_numbers = jax.jit(_numbers, static_argnums=0)
 
 
 class Status(NamedTuple):
     """An answer to "is my posterior learning?"; `str(status)` is one line of both.
 
     Attributes:
-      kind: "yes", "no", "at risk" (of diverging) or "broken" (not finite).
+      kind: "yes", "no", "at risk" (of diverging), "broken" (not finite) or "tampered" (the loop's
+        parameters are no sample of the posterior).
       message: what was found, and what to change.
     """
 
-    kind: Literal["yes", "no", "at risk", "broken"]
+    kind: Literal["yes", "no", "at risk", "broken", "tampered"]
     message: str
 
     def __str__(self) -> str:
@@ -181,7 +221,8 @@ def learning_status(
       state: as in `diagnostics`.
       settings: as in `diagnostics`; with the `learning_rate` divergence is warned of, and with
         `ess` and `weight_decay` a state that was trained under others.
-      params: as in `diagnostics`.
+      params: as in `diagnostics`; after `auto_sample`, with them it is noticed if something changes
+        the loop's parameters.
 
     Returns:
       A `Status(kind, message)`.
@@ -192,16 +233,27 @@ def learning_status(
       >>> print(learning_status(ivon(0.1, **settings).init(jnp.ones(3)), settings))
       no: no step has been taken.
     """
-    numbers = {name: float(x) for name, x in diagnostics(state, settings, params=params).items()}
+    found = jax.device_get(diagnostics(state, settings, params=params))
+    numbers = {name: float(x) for name, x in found.items()}
     mistake = _wrong_rate(state, settings)
     if mistake:
         return mistake
+    distance = numbers.get("sample/distance", 0.0)
+    if distance > TAMPERED:
+        return Status(
+            "tampered",
+            f"the loop's parameters are up to {distance:.3g} σ from the mean, and a draw is within "
+            "5.3: something changes the updates or the parameters after auto_sample, such as "
+            "optax.transforms.freeze, reduce_on_plateau, a clip or loaded weights. Put it inside "
+            "the optimizer (optax.partition, inject_hyperparams), or call "
+            "with_mean(state, params).",
+        )
     if numbers["nonfinite"]:
         return Status(
             "broken",
             f"{numbers['nonfinite'] * numbers['num_parameters']:.0f} elements of mean or hess are "
             "not finite. Start again with a smaller learning rate, a larger hess_init or a "
-            "clip_radius.",
+            "clip_radius; and see that nothing changes the parameters after auto_sample.",
         )
     mistake = _disagreement(state, settings)
     if mistake:
@@ -245,6 +297,25 @@ def learning_status(
         f"{found}; median |m|/σ is {signal:.3g}, and "
         f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped.",
     )
+
+
+def _nodes(state: PyTree) -> list[Any]:
+    return jax.tree.leaves(state, is_leaf=is_auto_sample_state)
+
+
+@jax.jit
+def _sample_distance(q: Posterior, params: PyTree) -> jax.Array:
+    """The largest |θ−m|/σ, of elements that are free."""
+    own = Owned(q.mean)
+    precisions = own.checked("the precision", q.precision)
+    largest = jnp.zeros([], jnp.float32)
+    for m, s, p in zip(own.leaves, precisions, own.checked("params", params), strict=True):
+        # The sample is rounded once, and the sum that lands on it once more.
+        slack = 2 * jnp.asarray(jnp.finfo(p.dtype).eps, m.dtype) * (jnp.abs(m) + jax.lax.rsqrt(s))
+        beyond = jnp.maximum(jnp.abs(p.astype(m.dtype) - m) - slack, 0) * jnp.sqrt(s)
+        beyond = jnp.where(jnp.isfinite(beyond), beyond, 0)  # fixed, or broken
+        largest = jnp.maximum(largest, jnp.max(beyond, initial=0).astype(jnp.float32))
+    return largest
 
 
 def _wrong_rate(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
@@ -293,15 +364,14 @@ def _differ(setting: Any, found: list[float]) -> bool:
     return not any(math.isclose(float(setting), x, rel_tol=1e-6) for x in found)
 
 
-def _settings(settings: Mapping[str, Any]) -> tuple[Number, Number, Number, bool]:
+def _settings(settings: Mapping[str, Any]) -> _Constants:
     unknown = set(settings) - set(_DEFAULTS) - {"learning_rate", "ess"}
     if unknown:
         raise TypeError(
             f"settings must be the keyword arguments of ivon(); unknown: {', '.join(unknown)}."
         )
     known = {**_DEFAULTS, **settings}
-    names = ("hess_init", "clip_radius", "b1", "debias")
-    return tuple(known[name] for name in names)
+    return _Constants(*(known[name] for name in _Constants._fields))
 
 
 def _check_one_ess(parts: list[IVONState]) -> None:
