@@ -14,9 +14,10 @@ from ivon_jax._core.posteriors import (
 )
 from ivon_jax._core.sampling import sample_params
 from ivon_jax._core.state import IVONState, Posterior
+from ivon_jax._uses.advice import Status, learning_status
 from ivon_jax._uses.linearization import Linearized, linearize, probit_log_probs
 from ivon_jax._uses.merging import merge, task_arithmetic
-from ivon_jax._uses.monitoring import Status, diagnostics, learning_status
+from ivon_jax._uses.monitoring import diagnostics
 from ivon_jax._uses.perturbation import LeaveOneOut, Sensitivity, leave_one_out, sensitivity
 from ivon_jax._uses.prediction import (
     Moments,

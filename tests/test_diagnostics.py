@@ -13,7 +13,6 @@ from ivon_jax import (
     posterior,
     prior_of,
     sample_params,
-    with_ess,
 )
 from ivon_jax._uses import monitoring
 
@@ -121,30 +120,11 @@ def test_several_states_are_counted_together():
     assert numbers["num_parameters"] == 5 and numbers["hess/p50"] == 1.0
 
 
-def test_the_status_says_what_is_wrong():
-    assert str(learning_status(ivon(**SETTINGS).init(PARAMS), SETTINGS)).startswith("no: no step")
-    good = str(learning_status(trained(SETTINGS), SETTINGS))
-    assert good.startswith("yes: after 3 steps") and "\n" not in good
-    slow = {**SETTINGS, "b2": 0.99999}
-    status, message = learning_status(trained(slow), slow)
-    assert status == "no" and message.startswith("h stays near its start") and "Lower b2" in message
-    assert "0.003 % of the way" in message
-    clipped = {**SETTINGS, "clip_radius": 1e-3}
-    assert "100 % of the steps are clipped" in learning_status(trained(clipped), clipped).message
-    broken = trained(SETTINGS, scale=np.nan)
-    assert str(learning_status(broken, SETTINGS)).startswith("broken: 5 elements")
-    exploded = trained(SETTINGS)
-    exploded = exploded._replace(hess=jax.tree.map(lambda h: h + 1e4, exploded.hess))
-    assert str(learning_status(exploded, SETTINGS)).startswith("no: h has exploded")
-    nothing = ivon(0.1, 10).init({})
-    assert "no free element" in learning_status(nothing._replace(count=1), {}).message
-
-
 def test_fixed_elements_are_not_counted():
     """97 fixed elements, and 3 whose h has moved."""
     precision = jnp.full(100, jnp.inf).at[:3].set(1.0)
-    settings = {"ess": 10.0, "prior": Posterior(jnp.zeros(100), precision)}
-    state = ivon(0.1, **settings).init(jnp.ones(100))
+    settings = {"learning_rate": 0.1, "ess": 10.0, "prior": Posterior(jnp.zeros(100), precision)}
+    state = ivon(**settings).init(jnp.ones(100))
     state = state._replace(count=jnp.int32(5), hess=state.hess.at[:3].set(jnp.arange(3.0) + 4))
     numbers = diagnostics(state, settings)
     np.testing.assert_allclose(numbers["fixed"], 0.97, rtol=1e-6)
@@ -238,54 +218,12 @@ def test_the_gain_and_the_risk_of_a_weight_that_has_lost_its_curvature():
     assert diagnostics(state, {**settings, "clip_radius": 1.0})["update/risk"] == 0
     del settings["learning_rate"]
     assert "update/risk" not in diagnostics(state, settings)
-    assert not str(learning_status(state, settings)).startswith("at risk")
-
-
-def test_samples_that_are_mostly_noise_are_reported_before_the_first_step():
-    for ess, expected in ((1.0, "at risk: the samples are mostly noise"), (1e3, "no: no step")):
-        status = learning_status(ivon(0.1, ess, hess_init=0.01).init(jnp.ones(3)), {})
-        assert str(status).startswith(expected)
 
 
 def test_models_of_more_than_two_billion_parameters_are_counted():
     layers = [jax.ShapeDtypeStruct((30_000, 10_000), jnp.float32)] * 10
     state = jax.eval_shape(lambda p: ivon(0.1, ess=1e9).init(p), layers)
     assert jax.eval_shape(lambda s: diagnostics(s, {}), state)["num_parameters"].shape == ()
-
-
-@pytest.mark.parametrize(
-    ("rate", "said"),
-    [
-        (-0.1, "at risk: the learning rate at step 3 is -0.1"),
-        (np.nan, "broken: the learning rate"),
-        (np.inf, "broken: the learning rate"),
-    ],
-)
-def test_a_rate_that_is_negative_or_nan_is_reported(rate, said):
-    state = trained(SETTINGS)
-    schedule = {**SETTINGS, "learning_rate": lambda step: jnp.where(step < 3, 0.1, rate)}
-    assert str(learning_status(state, schedule)).startswith(said)
-    assert learning_status(state, SETTINGS).kind == "yes"
-    # Also after the step that it has spoilt.
-    spoilt = state._replace(mean=jax.tree.map(lambda x: x * np.float32(rate), state.mean))
-    assert "learning rate" in learning_status(spoilt, schedule).message
-
-
-def test_settings_that_change_the_width_of_a_restored_posterior_are_reported():
-    state = trained(SETTINGS)
-    kind, message = learning_status(state, {**SETTINGS, "ess": 5000.0})
-    assert kind == "at risk"
-    assert "jumps by a factor of 0.1" in message and "steps 100 times" in message
-    kind, message = learning_status(state, {**SETTINGS, "weight_decay": 0.4})
-    assert kind == "at risk" and "trained with weight_decay=0.2" in message
-    assert learning_status(state, {**SETTINGS, "weight_decay": 0.0}).kind == "at risk"
-    # What is a schedule or not named is not compared.
-    annealed = {**SETTINGS, "ess": lambda step: 100.0 + step, "weight_decay": lambda step: 0.1}
-    assert learning_status(state, annealed).kind == "yes"
-    named = {name: SETTINGS[name] for name in ("hess_init", "b2")}
-    assert learning_status(state, named).kind == "yes"
-    moved = learning_status(with_ess(state, 25.0), {**SETTINGS, "ess": 25.0})
-    assert "trained with" not in moved.message
 
 
 def test_it_is_compiled_once_for_a_structure():

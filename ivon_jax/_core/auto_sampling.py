@@ -26,6 +26,7 @@ from ivon_jax._core.state import (
     with_means,
     without_means,
 )
+from ivon_jax._core.tampering import checked
 from ivon_jax._core.trees import (
     PyTree,
     also_abstract,
@@ -49,6 +50,7 @@ def auto_sample(
     num_samples: int = 1,
     store_mean: bool = True,
     antithetic: bool = False,
+    check: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the training loop's parameters at a posterior sample.
 
@@ -72,6 +74,10 @@ def auto_sample(
       antithetic: whether every second sample mirrors the one before, m' − εσ' after m + εσ. With
         an even `num_samples` both are taken at one mean. With `num_samples=1` the mean moves in
         between, by a step that depends on ε, and h is biased upwards.
+      check: whether each call verifies that the loop's parameters are the sample that was drawn,
+        and that nothing after `ivon` in `tx` has changed its updates. If not, `update` raises, or
+        under `jit` returns NaN. It costs a second draw; `learning_status(..., params=params)` now
+        and then costs almost nothing and finds most of it.
 
     Returns:
       A transformation whose `update(grads, state, params)` takes the loop's parameters. Without
@@ -81,8 +87,8 @@ def auto_sample(
     Raises:
       TypeError: if `key` is no key or integer, or parameters are below float32 with
         `store_mean=False`.
-      ValueError: if `num_samples` is not positive, `tx` has no `ivon()`, or `params` are missing
-        where they are needed.
+      ValueError: if `num_samples` is not positive, `tx` has no `ivon()`, `params` are missing
+        where they are needed, or `check` finds something or has no stored mean to compare with.
 
     Example:
       >>> from ivon_jax import auto_sample, ivon, posterior_mean
@@ -100,6 +106,8 @@ def auto_sample(
       True
     """
     num_samples = check_positive("num_samples", num_samples)
+    if check and not store_mean:
+        raise ValueError("check=True compares the parameters with the stored mean: store_mean=True")
     key_data = _key_data(key)
     inner = optax.with_extra_args_support(tx)
 
@@ -127,6 +135,7 @@ def auto_sample(
         if {"noise", "hess"} & extra_args.keys():
             raise ValueError("auto_sample draws its own noise: leave noise= and hess= out.")
         _check_continues(state, num_samples, store_mean=store_mean, antithetic=antithetic)
+        handed_over = params is not None
         if params is None:
             params = _drawn_again(state, grads)
         own = owned_leaves(state.inner_state)
@@ -142,6 +151,9 @@ def auto_sample(
         updates, inner_state = inner.update(
             grads, state.inner_state, params, noise=draw, **extra_args
         )
+        own_updates, other_updates = own.split("updates", updates)
+        if check:
+            inner_state = checked(state, inner_state, owned, own_updates, handed_over=handed_over)
         key, draw_key = derived_keys(jax.random.wrap_key_data(state.key, impl=THREEFRY), 0, 2)
         new_state = state._replace(
             key=key,
@@ -163,7 +175,7 @@ def auto_sample(
         new_key = jax.random.wrap_key_data(new_state.draw_key, impl=THREEFRY)
         moved = samples(new_key, means, noise, dtypes)
         moves = [difference(x, p, p.dtype) for x, p in zip(moved, owned, strict=True)]
-        joined = own.join(moves, own.split("updates", updates)[1])
+        joined = own.join(moves, other_updates)
         updates = unflatten_like(updates, jax.tree.leaves(joined))
         if not store_mean:
             new_state = new_state._replace(inner_state=without_means(inner_state))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ivon_jax._core.axes import varying_axes
-from ivon_jax._core.trees import Owned, PyTree
+from ivon_jax._core.trees import Owned, PyTree, place
 
 Number = float | jax.Array
 _P = ParamSpec("_P")
@@ -44,9 +44,10 @@ def check_number(
     open_low: bool = False,
     allow_inf: bool = False,
 ) -> Number:
-    """A Python float for a concrete number in [low, high), or the traced number as it is.
+    """A Python float for a concrete number in [low, high), or the traced number.
 
-    With `open_low`, `low` itself is refused; with `allow_inf`, +inf is accepted.
+    With `open_low`, `low` itself is refused; with `allow_inf`, +inf is accepted. A traced number
+    that turns out to be outside becomes NaN, which everything that uses it will show.
     """
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         _check_array(name, value)
@@ -54,7 +55,12 @@ def check_number(
         hint = " For a schedule use optax.inject_hyperparams(ivon)." if callable(value) else ""
         raise TypeError(f"{name} must be a real number; got {value!r}.{hint}")
     if isinstance(value, jax.core.Tracer):
-        return value
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            value = value.astype(jnp.float32)
+        proper = (value > low if open_low else value >= low) & (
+            (value < high) | (allow_inf and value == math.inf)
+        )
+        return jnp.where(proper, value, jnp.nan)
     number = float(cast(Any, value))
     below = number <= low if open_low else number < low
     with np.errstate(over="ignore", under="ignore"):
@@ -130,7 +136,7 @@ def check_precision(name: str, precision: PyTree) -> None:
         proper = jnp.all(x >= 0)
         if is_concrete(proper) and not bool(proper):
             raise ValueError(
-                f"{name} must be >= 0 (+inf: fixed); at {jax.tree_util.keystr(path) or 'the root'} "
+                f"{name} must be >= 0 (+inf: fixed); at {place(path)} "
                 f"the smallest is {float(jnp.min(x)):g}."
             )
 
@@ -139,7 +145,7 @@ def check_floating(own: Owned, name: str, leaves: list[jax.Array]) -> None:
     """Refuses owned leaves that are not real floating arrays, with their path."""
     for path, x in zip(own.paths, leaves, strict=True):
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} must be real and floating; got {x.dtype} at {path}.")
+            raise TypeError(f"{name} must be real and floating; got {x.dtype} at {place(path)}.")
 
 
 def check_axis_name(name: str, value: Any) -> None:

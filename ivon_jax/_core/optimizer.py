@@ -29,6 +29,7 @@ from ivon_jax._core.trees import (
     also_abstract,
     copy_array,
     difference,
+    place,
     unflatten_like,
     wide_dtype,
 )
@@ -74,7 +75,8 @@ def ivon(
     The old precision and ĥ use the λ and δ of the state, under which the noise was drawn; the rest
     of the step uses, and the new state stores, those given here. The state owns the mean:
     `updates` is the new mean minus `params`, whatever these were. Nothing after `ivon` in a chain
-    may change the updates. After editing parameters call `with_mean`.
+    may change the updates. After editing parameters call `with_mean`; only before the first step
+    `params` other than the mean are taken for loaded weights, and become the mean.
 
     Args:
       learning_rate: α, a number or a schedule of the step count.
@@ -219,6 +221,8 @@ def ivon(
             check_floating(own, "params", base)
             own.check_shapes("params", base)
             dtypes = [p.dtype for p in base]
+            at_mean = ~jnp.asarray(noise.at_sample) if isinstance(noise, Draw) else True
+            state = _with_loaded(state, base, at_mean)
         take_step = functools.partial(step, source.update(state, params))
         if hess is not None:
             g, h = mean_statistics(own, g, "hess", hess, lambda _, h: h)
@@ -237,6 +241,22 @@ def ivon(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
+def _with_loaded(state: IVONState, params: list[jax.Array], at_mean: Any) -> IVONState:
+    """Before the first step parameters that are not the mean were loaded after `init`: adopt them.
+
+    What differs in its last bit only, such as a mean that was rounded to bfloat16, was not loaded.
+    """
+    first = (state.count == 0) & at_mean
+
+    def adopt(m: jax.Array, p: jax.Array, prior: rule.LeafPrior) -> jax.Array:
+        ulp = jnp.asarray(jnp.finfo(p.dtype).eps, m.dtype) * jnp.abs(m)
+        p = p.astype(m.dtype)
+        return prior.where_fixed(m, jnp.where(first & (jnp.abs(p - m) > ulp), p, m))
+
+    means = map(adopt, jax.tree.leaves(state.mean), params, leaf_priors(state))
+    return state._replace(mean=unflatten_like(state.mean, list(means)))
+
+
 def _no_update(leaf: Any) -> Any:
     """A zero update; gradients of integer leaves have the dtype float0 and stay as they are."""
     return leaf if jnp.result_type(leaf) == jax.dtypes.float0 else jnp.zeros_like(leaf)
@@ -247,12 +267,12 @@ def _owned_mean(path: Any, param: Any) -> jax.Array | optax.MaskedNode:
         dtype = jnp.result_type(param)
     except TypeError as error:
         raise TypeError(
-            f"params hold {type(param).__name__} at {jax.tree_util.keystr(path)}, which is not an "
+            f"params hold {type(param).__name__} at {place(path)}, which is not an "
             "array: filter the tree first, e.g. equinox.filter(model, equinox.is_inexact_array)."
         ) from error
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
-            f"params are complex ({dtype}) at {jax.tree_util.keystr(path)}: IVON's posterior is a "
+            f"params are complex ({dtype}) at {place(path)}: IVON's posterior is a "
             "real Gaussian. Use optax.contrib.split_real_and_imaginary, or optax.masked."
         )
     if not jnp.issubdtype(dtype, jnp.floating):

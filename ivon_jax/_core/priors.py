@@ -12,9 +12,15 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from ivon_jax._core.checks import Number, check_floating, check_number, check_precision
+from ivon_jax._core.checks import (
+    Number,
+    check_floating,
+    check_number,
+    check_precision,
+    is_concrete,
+)
 from ivon_jax._core.state import GaussianPrior, IVONState, Posterior
-from ivon_jax._core.trees import Owned, PyTree, copy_array, is_masked, without_nnx
+from ivon_jax._core.trees import Owned, PyTree, copy_array, is_masked, place, without_nnx
 
 DEFAULT_WEIGHT_DECAY = 1e-4
 
@@ -94,6 +100,10 @@ def prior_source(
             "prior of mean 0 and precision ess·δ."
         )
     check_precision("prior.precision", prior.precision)
+    for path, x in jax.tree_util.tree_leaves_with_path(prior.mean):
+        undefined = jnp.any(jnp.isnan(x))
+        if is_concrete(undefined) and bool(undefined):
+            raise ValueError(f"prior.mean is NaN at {place(path)}: was its run diverging?")
     return GeneralPrior(prior)
 
 

@@ -10,7 +10,7 @@ from ivon_jax._core.axes import whole_first_axis, zeros_of
 from ivon_jax._core.compiler import kept_on_cpu, materialized
 from ivon_jax._core.noise import THREEFRY, displaced, gaussian_noise, samples
 from ivon_jax._core.state import Posterior, gaussian
-from ivon_jax._core.trees import Owned, PyTree, wide_zeros
+from ivon_jax._core.trees import Owned, PyTree, place, wide_zeros
 
 
 def key_words(key: Any) -> jax.Array:
@@ -93,7 +93,7 @@ class PosteriorNoise:
             self._dtypes = [p.dtype for p in self._own.checked("params", params)]
         for path, m, p in zip(self._own.paths, self._own.leaves, self._dtypes, strict=True):
             if jnp.issubdtype(m.dtype, jnp.floating) != jnp.issubdtype(p, jnp.floating):
-                raise TypeError(f"params are {p} at {path}, where the mean is {m.dtype}.")
+                raise TypeError(f"params are {p} at {place(path)}, where the mean is {m.dtype}.")
 
     def draw(self, key: jax.Array, sign: jax.Array | float = 1.0) -> list[jax.Array]:
         """n = ±ε/√precision, ε ~ N(0, I), for each owned leaf; zero where it is infinite."""

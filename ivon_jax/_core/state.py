@@ -17,6 +17,7 @@ from ivon_jax._core.trees import (
     get_field,
     has_fields,
     is_masked,
+    place,
     unflatten_like,
     wide_dtype,
     without_nnx,
@@ -260,7 +261,7 @@ def check_recoverable(own: Owned, params: PyTree) -> None:
         if wide_dtype(p.dtype) != p.dtype:
             raise TypeError(
                 f"store_mean=False recovers the mean from the loop's parameters, and these are "
-                f"{p.dtype} at {path or 'the root'}, which would lose its low bits at every step: "
+                f"{p.dtype} at {place(path)}, which would lose its low bits at every step: "
                 "use store_mean=True, or float32 parameters."
             )
 

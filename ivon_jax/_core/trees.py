@@ -103,6 +103,12 @@ def difference(mean: jax.Array, params: jax.Array, dtype: Any) -> jax.Array:
     return (target - params.astype(mean.dtype)).astype(dtype)
 
 
+def place(path: Any) -> str:
+    """How a message names the place of a leaf, from its key path or that as a string."""
+    path = path if isinstance(path, str) else jax.tree_util.keystr(path)
+    return path or "the root"
+
+
 class Owned:
     """Which leaves of the parameters are IVON's, from a tree of the state such as its mean.
 
@@ -133,9 +139,11 @@ class Owned:
                 owned.append(jnp.asarray(x))
             elif x is None or is_masked(x) or not hasattr(x, "dtype"):
                 raise ValueError(
-                    f"{name} holds {type(x).__name__} at {_at(path)}, where the state of ivon() "
+                    f"{name} holds {type(x).__name__} at {place(path)}, where the state of ivon() "
                     f"holds an array of shape {slot.shape}. Leaves that get no gradient belong "
-                    "outside ivon(): use optax.masked or optax.partition."
+                    "outside ivon(): call init with the trained part only, as in "
+                    "tx.init(equinox.filter(model, equinox.is_inexact_array)), or use "
+                    "optax.partition."
                 )
             else:
                 owned.append(x)
@@ -167,7 +175,7 @@ class Owned:
         for path, x, m in zip(self.paths, leaves, self.leaves, strict=True):
             if x.shape != m.shape:
                 raise ValueError(
-                    f"{name} has shape {x.shape} at {_at(path)}, but the state of ivon() holds "
+                    f"{name} has shape {x.shape} at {place(path)}, but the state of ivon() holds "
                     f"a leaf of shape {m.shape} there."
                 )
 
@@ -179,12 +187,12 @@ class Owned:
                 size = None if x.shape == m.shape else x.shape[0] if x.ndim else 0
                 if size is not None and (x.shape[1:] != m.shape or size == 0):
                     raise ValueError(
-                        f"{name} has shape {x.shape} at {_at(path)}; expected {m.shape}, or "
+                        f"{name} has shape {x.shape} at {place(path)}; expected {m.shape}, or "
                         f"({', '.join(['S', *map(str, m.shape)])}) with S >= 1 Monte Carlo samples "
                         "on the first axis."
                     )
                 samples = "no sample axis" if size is None else f"{size} samples"
-                found.append((size, f"{name} has {samples} at {_at(path)}"))
+                found.append((size, f"{name} has {samples} at {place(path)}"))
         for size, said in found:
             if size != found[0][0]:
                 raise ValueError(
@@ -202,11 +210,7 @@ class Owned:
         extra = [path for path in have if not path.startswith(known)]
         said = f"{name} does not have the structure of the parameters that ivon() was given: "
         kinds = (("it lacks", missing), ("it has an unknown", extra))
-        parts = [f"{what} {_at(paths[0])}" for what, paths in kinds if paths]
+        parts = [f"{what} {place(paths[0])}" for what, paths in kinds if paths]
         if parts:
             return said + " and ".join(parts) + "."
         return said + f"expected {self.treedef}, got {jax.tree.structure(tree)}."
-
-
-def _at(path: str) -> str:
-    return path or "the root"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ivon_jax._core.checks import Number, check_floating, check_number, check_precision, is_concrete
 from ivon_jax._core.state import Posterior, gaussian
-from ivon_jax._core.trees import Owned, PyTree, unflatten_like, wide_dtype, without_nnx
+from ivon_jax._core.trees import Owned, PyTree, place, unflatten_like, wide_dtype, without_nnx
 
 
 def merge(
@@ -153,7 +153,7 @@ def _merge_leaf(
     agree = ~jnp.any(fixed, axis=0) | (all_fixed & jnp.all(same, axis=0))
     if is_concrete(agree) and not bool(jnp.all(agree)):
         raise ValueError(
-            f"elements with infinite precision are fixed, but at {path or 'the root'} the models "
+            f"elements with infinite precision are fixed, but at {place(path)} the models "
             "(or the base) differ in their values or in whether they are fixed. Give them a finite "
             "precision, or leave them out of the merge."
         )
@@ -174,7 +174,7 @@ def _merge_leaf(
     proper = all_fixed | (total > 0)
     if is_concrete(proper) and not bool(jnp.all(proper)):
         raise ValueError(
-            f"the merged precision is not positive at {path or 'the root'}: smallest "
+            f"the merged precision is not positive at {place(path)}: smallest "
             f"{float(jnp.min(total)):g}. Where it is zero no model knows anything (add a small "
             "constant, or give base=); where it is negative more is removed than the models "
             "contain (use weights nearer to zero, or a base with a smaller precision)."

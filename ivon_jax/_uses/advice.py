@@ -1,0 +1,209 @@
+"""Whether a posterior is learning, and what to change if it is not."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ivon_jax._core.state import GaussianPrior, find_states
+from ivon_jax._core.tampering import CHANGED
+from ivon_jax._core.trees import PyTree
+from ivon_jax._uses.monitoring import MOVED, arguments, diagnostics
+
+EXPLODED = 1e3
+"""A median of h above this multiple of h₀ counts as divergence."""
+
+INFLATED = 10.0
+"""A median of h above this multiple of h₀ is worth asking where it comes from."""
+
+TAMPERED = 6.0
+"""A loop's parameters that are farther from the mean, in σ, are no sample: a draw is within 5.3."""
+
+GUARD = 0.1
+"""The `precision_floor` that `learning_status` recommends."""
+
+
+class Status(NamedTuple):
+    """An answer to "is my posterior learning?"; `str(status)` is one line of both.
+
+    Attributes:
+      kind: "yes", "no", "at risk" (of diverging, or of learning something else than is meant),
+        "broken" (not finite) or "tampered" (the loop's parameters are no sample of the posterior).
+      message: what was found, and what to change.
+    """
+
+    kind: Literal["yes", "no", "at risk", "broken", "tampered"]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}"
+
+
+def learning_status(
+    state: PyTree, settings: Mapping[str, Any], *, params: PyTree | None = None
+) -> Status:
+    """Answers "is my posterior learning?", on the host.
+
+    Args:
+      state: as in `diagnostics`.
+      settings: as in `diagnostics`, the `learning_rate` among them, without which a divergence
+        cannot be seen; with `ess` and `weight_decay` a state that was trained under others is.
+      params: the loop's parameters: with them it is noticed if something changes them behind the
+        optimizer's back. Needed where the mean is not stored.
+
+    Returns:
+      A `Status(kind, message)`.
+
+    Raises:
+      TypeError: if `settings` lacks the `learning_rate`, or has a key that is no argument of
+        `ivon`.
+      ValueError: as `diagnostics`.
+
+    Example:
+      >>> from ivon_jax import ivon, learning_status
+      >>> settings = dict(learning_rate=0.1, ess=100, hess_init=0.5)
+      >>> print(learning_status(ivon(**settings).init(jnp.ones(3)), settings))
+      no: no step has been taken.
+    """
+    if "learning_rate" not in settings:
+        raise TypeError(
+            "settings lack the learning_rate (a number, or the schedule that ivon() was given), "
+            "without which no divergence can be seen: pass all arguments of ivon()."
+        )
+    found = jax.device_get(diagnostics(state, settings, params=params))
+    numbers = {name: float(x) for name, x in found.items()}
+    return (
+        _wrong_rate(state, settings)
+        or _spoilt(numbers)
+        or _disagreement(state, settings)
+        or _not_begun(numbers)
+        or _curvature(numbers, arguments(settings))
+    )
+
+
+def _wrong_rate(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
+    """A learning rate, now or by the schedule for the next step, that cannot be meant."""
+    given: Any = settings["learning_rate"]
+    step = find_states(state)[0].count
+    value: Any = given(step) if callable(given) else given
+    rate = float(value)
+    if 0 <= rate < math.inf:
+        return None
+    kind = "at risk" if math.isfinite(rate) else "broken"
+    return Status(kind, f"the learning rate at step {step} is {rate:g}: mend the schedule.")
+
+
+def _spoilt(numbers: dict[str, float]) -> Status | None:
+    """Parameters that are no sample, or a state that is not finite."""
+    distance = numbers.get("sample/distance", 0.0)
+    if distance > TAMPERED:
+        return Status(
+            "tampered",
+            f"the loop's parameters are up to {distance:.3g} σ from the mean, and a draw is within "
+            f"5.3: {CHANGED}",
+        )
+    if numbers["nonfinite"]:
+        return Status(
+            "broken",
+            f"{numbers['nonfinite'] * numbers['num_parameters']:.0f} elements of mean or hess are "
+            "not finite. Start again with a smaller learning rate, a larger hess_init or a "
+            "clip_radius; and see that nothing changes the parameters after ivon, and that no "
+            "injected hyperparameter is out of its range.",
+        )
+    return None
+
+
+def _disagreement(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
+    """Numbers that the state and the settings both have, and that differ."""
+    parts = find_states(state)
+    ess: Any = settings.get("ess")
+    old_ess = float(parts[0].ess)
+    if _differ(ess, [old_ess]):
+        ratio = ess / old_ess
+        return Status(
+            "at risk",
+            f"the state was trained with ess={old_ess:g} and the settings say {ess:g}: at the next "
+            f"step σ jumps by a factor of {ratio**-0.5 if ratio > 0 else math.inf:.3g}. If "
+            "that is meant, take the step and ask again. with_ess(state, ess) keeps σ, and makes "
+            f"steps {ratio:.3g} times as long: divide the learning rate by that.",
+        )
+    decays = [part.weight_decay for part in parts if not isinstance(part.prior, GaussianPrior)]
+    # A mask leaves some at zero; and of several parts each has its own.
+    old = [float(jnp.max(decay)) for decay in decays if decay.size]
+    if old and _differ(settings.get("weight_decay"), old):
+        return Status(
+            "at risk",
+            f"the state was trained with weight_decay={old[0]:g} and the settings say "
+            f"{settings['weight_decay']:g}: from the next step on the prior is another. If that is "
+            "meant, take the step and ask again.",
+        )
+    return None
+
+
+def _not_begun(numbers: dict[str, float]) -> Status | None:
+    """No step, or nothing that a step could change."""
+    signal = numbers["signal_to_noise/p50"]
+    if not numbers["step"] and signal < 0.5:
+        return Status(
+            "at risk",
+            f"the samples are mostly noise before the first step (median |m|/σ {signal:.2g}): "
+            "raise hess_init or ess.",
+        )
+    if not numbers["step"]:
+        return Status("no", "no step has been taken.")
+    if numbers["fixed"] == 1 or not numbers["num_parameters"]:
+        return Status("no", "there is no free element to learn.")
+    return None
+
+
+def _curvature(numbers: dict[str, float], given: Mapping[str, Any]) -> Status:
+    """What has become of h, and of the steps that it scales."""
+    b2, hess_init = float(given["b2"]), float(given["hess_init"])
+    median = numbers["hess/p50"] / hess_init
+    found = (
+        f"after {numbers['step']:.0f} steps {100 * numbers['hess/moved']:.0f} % of h has moved by "
+        f"more than {100 * MOVED:.0f} % of h₀ (median h/h₀ {median:.3g})"
+    )
+    if median > INFLATED and numbers["hess/inflated"] > 0.5:
+        return Status(
+            "no",
+            f"h is inflated by large gradients, and the steps are as much shorter: {found}; for "
+            f"{100 * numbers['hess/inflated']:.0f} % of the elements (1-b2)·ess·g²/2 is most of h. "
+            "Lower ess, or raise b2 towards 1; a larger hess_init does not help.",
+        )
+    if median > EXPLODED:
+        return Status("no", f"h has exploded: {found}. Raise hess_init, or lower the rate.")
+    if numbers["update/risk"] > 1:
+        return Status(
+            "at risk",
+            "a step of the weight with the least curvature is "
+            f"{numbers['update/gain']:.3g} times as long as under h₀, which diverges if it wakes "
+            f"up: set precision_floor={GUARD:g}, or lower the learning rate or hess_init.",
+        )
+    clipped = f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped"
+    if numbers["update/clipped"] > 0.5:
+        return Status(
+            "at risk",
+            f"{clipped}, so that each is α(h₀+δ)ξ = {numbers['update/longest']:.2g} long whatever "
+            "the gradient: compare that with a rate of AdamW that trains this network, as "
+            "recipes.rate_from_adamw does, and change the learning rate or the clip_radius.",
+        )
+    if numbers["hess/moved"] < 0.05:
+        memory = 1 - b2 ** numbers["step"]
+        return Status(
+            "no",
+            f"h stays near its start: {found}; with b2={b2:g} it can have gone "
+            f"{100 * memory:.2g} % of the way. Lower b2 or hess_init, raise the learning rate, or "
+            "train longer.",
+        )
+    signal = numbers["signal_to_noise/p50"]
+    return Status("yes", f"{found}; median |m|/σ is {signal:.3g}, and {clipped}.")
+
+
+def _differ(setting: Any, found: list[float]) -> bool:
+    """Whether a number that was given is none of those found; a schedule is not compared."""
+    if setting is None or callable(setting):
+        return False
+    return not any(math.isclose(float(setting), x, rel_tol=1e-6) for x in found)

@@ -1,0 +1,115 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ivon_jax import auto_sample, ivon, learning_status, posterior_mean, with_ess
+from tests.test_diagnostics import PARAMS, SETTINGS, trained
+
+RATE = {"learning_rate": 0.1}
+
+
+def test_the_status_says_what_is_wrong():
+    assert str(learning_status(ivon(**SETTINGS).init(PARAMS), SETTINGS)).startswith("no: no step")
+    good = str(learning_status(trained(SETTINGS), SETTINGS))
+    assert good.startswith("yes: after 3 steps") and "\n" not in good
+    slow = {**SETTINGS, "b2": 0.99999}
+    status, message = learning_status(trained(slow), slow)
+    assert status == "no" and message.startswith("h stays near its start") and "Lower b2" in message
+    assert "0.003 % of the way" in message
+    clipped = {**SETTINGS, "clip_radius": 1e-3}
+    kind, message = learning_status(trained(clipped), clipped)
+    # α(h₀+δ)ξ = 0.2 · 0.7 · 1e-3
+    assert kind == "at risk" and message.startswith("100 % of the steps are clipped")
+    assert "= 0.00014 long" in message and "rate_from_adamw" in message
+    broken = trained(SETTINGS, scale=np.nan)
+    assert str(learning_status(broken, SETTINGS)).startswith("broken: 5 elements")
+    exploded = trained(SETTINGS)
+    exploded = exploded._replace(hess=jax.tree.map(lambda h: h + 1e4, exploded.hess))
+    assert str(learning_status(exploded, SETTINGS)).startswith("no: h has exploded")
+    nothing = ivon(0.1, 10).init({})
+    assert "no free element" in learning_status(nothing._replace(count=1), RATE).message
+
+
+def test_samples_that_are_mostly_noise_are_reported_before_the_first_step():
+    for ess, expected in ((1.0, "at risk: the samples are mostly noise"), (1e3, "no: no step")):
+        status = learning_status(
+            ivon(0.1, ess, hess_init=0.01).init(jnp.ones(3)), {**RATE, "hess_init": 0.01}
+        )
+        assert str(status).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [
+        (-0.1, "at risk: the learning rate at step 3 is -0.1"),
+        (np.nan, "broken: the learning rate"),
+        (np.inf, "broken: the learning rate"),
+    ],
+)
+def test_a_rate_that_is_negative_or_nan_is_reported(rate, said):
+    state = trained(SETTINGS)
+    schedule = {**SETTINGS, "learning_rate": lambda step: jnp.where(step < 3, 0.1, rate)}
+    assert str(learning_status(state, schedule)).startswith(said)
+    assert learning_status(state, SETTINGS).kind == "yes"
+    # Also after the step that it has spoilt.
+    spoilt = state._replace(mean=jax.tree.map(lambda x: x * np.float32(rate), state.mean))
+    assert "learning rate" in learning_status(spoilt, schedule).message
+
+
+def test_settings_that_change_the_width_of_a_restored_posterior_are_reported():
+    state = trained(SETTINGS)
+    kind, message = learning_status(state, {**SETTINGS, "ess": 5000.0})
+    assert kind == "at risk"
+    assert "jumps by a factor of 0.1" in message and "steps 100 times" in message
+    kind, message = learning_status(state, {**SETTINGS, "weight_decay": 0.4})
+    assert kind == "at risk" and "trained with weight_decay=0.2" in message
+    assert learning_status(state, {**SETTINGS, "weight_decay": 0.0}).kind == "at risk"
+    # What is a schedule or not named is not compared.
+    annealed = {**SETTINGS, "ess": lambda step: 100.0 + step, "weight_decay": lambda step: 0.1}
+    assert learning_status(state, annealed).kind == "yes"
+    named = {name: SETTINGS[name] for name in ("learning_rate", "hess_init", "b2")}
+    assert learning_status(state, named).kind == "yes"
+    moved = learning_status(with_ess(state, 25.0), {**SETTINGS, "ess": 25.0})
+    assert "trained with" not in moved.message
+
+
+def test_the_learning_rate_is_required():
+    with pytest.raises(TypeError, match="settings lack the learning_rate"):
+        learning_status(trained(SETTINGS), {"hess_init": 0.5})
+
+
+def quadratic(settings, steps=10_000):
+    """The gradient 2(p−f) from p = 10 with f = −1, in an `auto_sample` loop."""
+    tx = auto_sample(ivon(**settings), 0)
+    params = jnp.array([10.0])
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(2 * (params + 1), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = (params, tx.init(params))
+    (_, state), _ = jax.jit(lambda s: jax.lax.scan(step, s, length=steps))(start)
+    return state
+
+
+INFLATED = {"learning_rate": 0.1, "ess": 1e6, "b2": 0.999}
+
+
+@pytest.mark.parametrize("ess", [1e6, 1e8])
+def test_a_mean_that_is_stuck_because_large_gradients_inflate_h_is_reported(ess):
+    settings = {**INFLATED, "ess": ess}
+    state = quadratic(settings)
+    assert posterior_mean(state)[0] > 5  # far from −1
+    kind, message = learning_status(state, settings)
+    assert kind == "no" and message.startswith("h is inflated") and "Lower ess" in message
+
+
+@pytest.mark.parametrize("remedy", [{"ess": 1e4}, {"b2": 0.99999}])
+def test_the_remedies_for_an_inflated_h_work(remedy):
+    settings = {**INFLATED, **remedy}
+    state = quadratic(settings)
+    np.testing.assert_allclose(posterior_mean(state), -1, atol=0.01)
+    assert "inflated" not in learning_status(state, settings).message
