@@ -176,11 +176,13 @@ def _curvature(numbers: dict[str, float], given: Mapping[str, Any]) -> Status:
     if median > EXPLODED:
         return Status("no", f"h has exploded: {found}. Raise hess_init, or lower the rate.")
     if numbers["update/risk"] > 1:
+        guarded = float(given["precision_floor"]) >= GUARD
+        guard = "" if guarded else f"set precision_floor={GUARD:g}, or "
         return Status(
             "at risk",
             "a step of the weight with the least curvature is "
             f"{numbers['update/gain']:.3g} times as long as under h₀, which diverges if it wakes "
-            f"up: set precision_floor={GUARD:g}, or lower the learning rate or hess_init.",
+            f"up: {guard}lower the learning rate or hess_init.",
         )
     clipped = f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped"
     if numbers["update/clipped"] > 0.5:
