@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from ivon_jax import ivon, posterior_mean, sample_params
+from ivon_jax import ivon, posterior, posterior_mean, sample_params
 from ivon_jax._core.optimizer import PRECISION_FLOOR
 
 PARAMS = {"a": {"w": jnp.arange(6.0).reshape(3, 2) / 6.0}, "b": jnp.ones(2)}
@@ -420,3 +420,54 @@ def test_a_prefix_mask_inside_a_prefix_of_optax_masked():
     inner = ivon(0.1, 10, mask={"e": {"k": True, "b": False}, "d": True})
     state = optax.masked(inner, {"e": False, "d": True}).init(params)
     np.testing.assert_array_equal(state.inner_state.weight_decay, np.float32([1e-4, 1e-4]))
+
+
+OUT_OF_RANGE = {
+    "ess": (0.0, -1.0, np.inf),
+    "weight_decay": (-0.1,),
+    "hess_init": (0.0, -1.0),
+    "b1": (1.0, -0.1),
+    "b2": (1.0, 1.5, -0.1),
+    "learning_rate": (-0.1, np.inf),
+    "clip_radius": (0.0, -1.0),
+    "precision_floor": (1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
+)
+def test_an_injected_number_that_leaves_its_range_shows_as_nan(name, value):
+    numbers = {"learning_rate": 0.1, "ess": 10.0, "clip_radius": 1.0, "weight_decay": 0.1}
+    numbers = {"hess_init": 0.5, "b1": 0.9, "b2": 0.9, "precision_floor": 0.1, **numbers}
+    tx = optax.inject_hyperparams(ivon)(**numbers)
+    state = tx.init(PARAMS)
+    noise = jax.tree.map(lambda x: 0.1 * jnp.ones_like(x), PARAMS)
+    for injected, broken in ((numbers[name], False), (value, True)):
+        hyperparams = {**state.hyperparams, name: jnp.float32(injected)}
+        changed = state._replace(hyperparams=hyperparams)
+        _, new = jax.jit(tx.update)(PARAMS, changed, PARAMS, noise=noise)
+        # The mean, or at the latest the posterior of the next step.
+        seen = jax.tree.leaves(posterior(new))
+        assert any(bool(jnp.any(jnp.isnan(x))) for x in seen) == broken
+
+
+def test_an_infinite_clip_radius_may_be_injected():
+    tx = optax.inject_hyperparams(ivon)(0.1, ess=10.0, clip_radius=np.inf)
+    _, new = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS, hess=PARAMS)
+    assert np.all(np.isfinite(posterior(new).mean["b"]))
+
+
+def test_a_leaf_at_the_root_has_a_name():
+    tx = ivon(0.1, 10)
+    state = tx.init(jnp.ones(2))
+    with pytest.raises(TypeError, match="got int32 at the root"):
+        tx.update(jnp.ones(2, jnp.int32), state, hess=jnp.ones(2))
+    with pytest.raises(TypeError, match=r"complex64.*at the root"):
+        tx.init(jnp.ones(2, jnp.complex64))
+
+
+def test_a_leaf_without_a_gradient_is_refused_with_both_remedies():
+    state = ivon(0.1, 10).init(PARAMS)
+    with pytest.raises(ValueError, match=r"trained part only.*optax.partition"):
+        ivon(0.1, 10).update({**PARAMS, "b": None}, state, hess=PARAMS)

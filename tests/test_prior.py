@@ -298,3 +298,9 @@ def test_an_injected_weight_decay_has_to_be_named_to_be_changed():
     assert state.inner_state.weight_decay == 0.5
     default = optax.inject_hyperparams(ivon)(learning_rate=0.1, ess=10.0).init(PARAMS)
     assert "weight_decay" not in default.hyperparams
+
+
+def test_a_prior_whose_mean_is_nan_is_refused():
+    nan = Posterior({"w": jnp.array([0.0, jnp.nan])}, {"w": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"prior.mean is NaN at \['w'\]"):
+        ivon(0.1, 10, prior=nan)

@@ -145,3 +145,35 @@ def test_the_rate_of_gpt2_is_that_of_adamw_over_the_longest_step():
     np.testing.assert_allclose(rate, s["learning_rate"], rtol=2e-3)
     with pytest.raises(ValueError, match="clip_radius must be > 0 and finite"):
         recipes.rate_from_adamw(3e-4, 1e-3, float("inf"))
+
+
+def test_the_ess_of_a_squared_error_gives_the_standard_deviation_of_the_exact_posterior():
+    """The slope of y = wx + noise s under a flat prior has the variance s²/Σx²."""
+    n, s = 500, 0.1
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(n), jnp.float32)
+    y = 0.7 * x + s * jnp.asarray(np.random.default_rng(1).standard_normal(n), jnp.float32)
+    exact = s / np.sqrt(np.sum(np.asarray(x) ** 2))
+    found = {}
+    for ess in (recipes.ess_for_squared_error(n, s), float(n)):
+        tx = auto_sample(ivon(0.05, ess, hess_init=2.0, b2=0.999, weight_decay=0.0), 0)
+
+        def step(carry, _, tx=tx):
+            w, state = carry
+            grads = jax.grad(lambda w: jnp.mean((y - w * x) ** 2))(w)
+            updates, state = tx.update(grads, state, w)
+            return (optax.apply_updates(w, updates), state), None
+
+        w = jnp.float32(0.7)
+        (_, state), _ = jax.jit(lambda start, step=step: jax.lax.scan(step, start, length=4000))(
+            (w, tx.init(w))
+        )
+        found[ess] = float(posterior(state).precision) ** -0.5
+    np.testing.assert_allclose(found[25_000.0], exact, rtol=0.05)
+    # With λ = N it is that of s² = ½.
+    np.testing.assert_allclose(found[500.0], exact * 0.5**0.5 / s, rtol=0.05)
+
+
+@pytest.mark.parametrize("numbers", [(0, 1.0), (10, 0.0), (10, -1.0), (10, np.nan)])
+def test_the_ess_of_a_squared_error_needs_positive_numbers(numbers):
+    with pytest.raises(ValueError, match="must be > 0"):
+        recipes.ess_for_squared_error(*numbers)
