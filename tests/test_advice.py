@@ -4,7 +4,14 @@ import numpy as np
 import optax
 import pytest
 
-from ivon_jax import auto_sample, ivon, learning_status, posterior_mean, with_ess
+from ivon_jax import (
+    auto_sample,
+    diagnostics,
+    ivon,
+    learning_status,
+    posterior_mean,
+    with_ess,
+)
 from tests.test_diagnostics import PARAMS, SETTINGS, trained
 
 RATE = {"learning_rate": 0.1}
@@ -22,7 +29,19 @@ def test_the_status_says_what_is_wrong():
     kind, message = learning_status(trained(clipped), clipped)
     # α(h₀+δ)ξ = 0.2 · 0.7 · 1e-3
     assert kind == "at risk" and message.startswith("100 % of the steps are clipped")
-    assert "= 0.00014 long" in message and "rate_from_adamw" in message
+    assert "is 0.00014 long" in message and "go by the training loss" in message
+    # As h₀ and ξ of a transformer with the rate of a convolutional network.
+    short = {"learning_rate": 0.1, "ess": 1e6, "hess_init": 1e-3, "clip_radius": 1e-3}
+    kind, message = learning_status(trained(short), short)
+    assert kind == "at risk" and "is 1.1e-07 long" in message and "raise the learn" in message
+    summed = trained(SETTINGS)
+    summed = summed._replace(hess=jax.tree.map(lambda h: h + 100.0, summed.hess))
+    kind, message = learning_status(summed, SETTINGS)
+    assert kind == "at risk" and "Is the loss a mean?" in message
+    done = learning_status(
+        trained(SETTINGS), {**SETTINGS, "learning_rate": lambda step: jnp.float32(0)}
+    )
+    assert done.kind == "yes" and "The rate is 0" in done.message
     broken = trained(SETTINGS, scale=np.nan)
     assert str(learning_status(broken, SETTINGS)).startswith("broken: 5 elements")
     exploded = trained(SETTINGS)
@@ -113,3 +132,29 @@ def test_the_remedies_for_an_inflated_h_work(remedy):
     state = quadratic(settings)
     np.testing.assert_allclose(posterior_mean(state), -1, atol=0.01)
     assert "inflated" not in learning_status(state, settings).message
+
+
+@pytest.mark.parametrize(("name", "value"), [("ess", 0.0), ("ess", -5.0), ("weight_decay", -1.0)])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_injected_number_out_of_its_range_is_named(name, value, steps):
+    settings = {"learning_rate": 0.1, "ess": 100.0, "weight_decay": 0.1}
+    tx = auto_sample(optax.inject_hyperparams(ivon)(**settings), 0)
+    params, state = PARAMS, tx.init(PARAMS)
+    _, state = jax.jit(tx.update)(PARAMS, state, params)
+    hyperparams = {**state.inner_state.hyperparams, name: jnp.float32(value)}
+    state = state._replace(inner_state=state.inner_state._replace(hyperparams=hyperparams))
+    for _ in range(steps):
+        _, state = jax.jit(tx.update)(PARAMS, state, params)
+    kind, message = learning_status(state, settings)
+    # Before the step the state does not know of it yet.
+    assert (kind == "broken" and message.startswith(f"{name} in the state is nan")) == bool(steps)
+
+
+def test_a_long_step_is_that_of_the_leaf_with_the_largest_decay():
+    settings = {**SETTINGS, "clip_radius": 0.1, "mask": {"b": True, "w": False}}
+    numbers = diagnostics(trained(settings), settings)
+    np.testing.assert_allclose(numbers["update/longest"], 0.2 * (0.5 + 0.2) * 0.1, rtol=1e-6)
+    numbers = diagnostics(trained(settings), {**settings, "rescale_lr": False})
+    np.testing.assert_allclose(numbers["update/longest"], 0.2 * 0.1, rtol=1e-6)
+    warming = {**SETTINGS, "learning_rate": lambda step: jnp.float32(0)}
+    assert diagnostics(trained(warming), warming)["update/longest"] == jnp.inf

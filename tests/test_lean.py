@@ -183,7 +183,8 @@ def test_what_needs_the_mean_takes_the_parameters_of_the_loop():
         diagnostics(full, SETTINGS),
     )
     np.testing.assert_allclose(numbers["kl"], expected["kl"], rtol=1e-5)
-    assert learning_status(state, SETTINGS, params=params) == learning_status(full, SETTINGS)
+    settings = {"learning_rate": 0.1, **SETTINGS}
+    assert learning_status(state, settings, params=params) == learning_status(full, settings)
     chex.assert_trees_all_equal(prior_of(state), prior_of(full))
 
 

@@ -57,7 +57,7 @@ def test_samples_that_nobody_touches_are_not_suspected(dtype, ess, options):
         distance = diagnostics(state, settings, params=params)["sample/distance"]
         assert distance < 5.4
         # What rounding explains is not counted, and with ess = 1e9 explains all in bfloat16.
-        assert distance > 3 or (dtype, ess) == (jnp.bfloat16, 1e9)
+        assert distance > 2 or (dtype, ess) == (jnp.bfloat16, 1e9)
 
 
 def test_parameters_far_from_the_mean_of_an_explicit_loop_are_noticed():
@@ -145,6 +145,13 @@ PARTITION = optax.partition(
 RIGHT = {
     "alone": checked(ivon(**SETTINGS)),
     "accumulated": checked(ivon(**SETTINGS), num_samples=2),
+    "lean": checked(ivon(**SETTINGS), store_mean=False),
+    "one of two skips a step": checked(
+        optax.partition(
+            {"a": optax.apply_if_finite(ivon(**SETTINGS), 3), "b": ivon(**SETTINGS)},
+            {"a": "a", "b": "b"},
+        )
+    ),
     "antithetic": checked(ivon(**SETTINGS), antithetic=True),
     "chain": checked(optax.chain(optax.clip(1.0), ivon(**SETTINGS))),
     "inject_hyperparams": checked(optax.inject_hyperparams(ivon)(**SETTINGS)),
@@ -165,16 +172,21 @@ def test_a_check_finds_nothing_where_nothing_is_changed(name):
         assert not is_nan(ended(RIGHT[name]))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("ess", [1.0, 1e9])
-def test_a_check_is_not_misled_by_rounding(dtype, ess):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("ess", [1.0, 1e12])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_a_check_is_not_misled_by_rounding(dtype, ess, scale):
+    """Nor by weights that cross zero in a step, or are there."""
     tx = checked(ivon(**{**SETTINGS, "ess": ess}))
-    params = jax.tree.map(lambda x: x.astype(dtype), {**PARAMS, "big": jnp.linspace(-3, 3, 20_000)})
+    params = {**PARAMS, "big": jnp.linspace(-3, 3, 20_000), "zero": jnp.zeros(10)}
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
     state = tx.init(params)
     for _ in range(6):
-        updates, state = jax.jit(tx.update)(jax.tree.map(jnp.sin, params), state, params)
+        grads = jax.tree.map(lambda x: (scale * jnp.sin(x)).astype(dtype), params)
+        updates, state = jax.jit(tx.update)(grads, state, params)
         params = optax.apply_updates(params, updates)
-    assert not is_nan(params)
+        kind = learning_status(state, SETTINGS | {"ess": ess}, params=params).kind
+        assert not is_nan(params) and kind != "tampered"
 
 
 def test_a_check_goes_on_after_with_mean():
@@ -192,9 +204,31 @@ def test_a_check_goes_on_after_with_mean():
         tx.update(gradient(params), state, jax.tree.map(lambda x: x + 1, params))
 
 
-def test_a_check_needs_a_stored_mean():
-    with pytest.raises(ValueError, match="store_mean=True"):
-        checked(ivon(**SETTINGS), store_mean=False)
+def test_a_state_made_with_another_check_is_refused():
+    state = auto_sample(ivon(**SETTINGS), 0).init(PARAMS)
+    with pytest.raises(ValueError, match="check=False and cannot be continued with check=True"):
+        checked(ivon(**SETTINGS)).update(PARAMS, state, PARAMS)
+
+
+def test_training_at_the_mean_is_noticed_and_so_is_another_sample():
+    tx = auto_sample(ivon(**SETTINGS), 0)
+    params, state = run(tx, 5)[-1]
+    found = diagnostics(state, SETTINGS, params=params)
+    np.testing.assert_allclose(found["sample/agreement"], 1, atol=1e-3)
+    other, _ = sample_params(jax.random.key(3), state)
+    for instead in (posterior_mean(state), other):
+        kind, message = learning_status(state, SETTINGS, params=instead)
+        assert kind == "tampered" and "0 is the mean, or another sample" in message
+    # After with_mean the loop is at the mean.
+    moved = with_mean(state, posterior_mean(state))
+    assert learning_status(moved, SETTINGS, params=posterior_mean(state)).kind != "tampered"
+
+
+def test_loaded_weights_are_announced_before_the_first_step():
+    state = auto_sample(ivon(**SETTINGS), 0).init(PARAMS)
+    loaded = jax.tree.map(lambda x: x + 3.0, PARAMS)
+    kind, message = learning_status(state, SETTINGS, params=loaded)
+    assert kind == "no" and "at the first step they become the mean" in message
 
 
 # Weights that are loaded after `init`.
@@ -240,6 +274,11 @@ def test_in_an_explicit_loop_they_become_the_mean_too():
     updates, state = tx.update(gradient(sample), state, LOADED, noise=noise)
     np.testing.assert_allclose(state.mean["a"], LOADED["a"], atol=0.1)
     np.testing.assert_allclose(optax.apply_updates(LOADED, updates)["a"], state.mean["a"])
+    # The sample in the place of the parameters is no other model.
+    start = tx.init(PARAMS)
+    _, moved = tx.update(gradient(sample), start, sample, noise=noise)
+    _, expected = tx.update(gradient(sample), start, PARAMS, noise=noise)
+    np.testing.assert_array_equal(moved.mean["a"], expected.mean["a"])
     # Once a step has been taken the state owns the mean.
     _, later = tx.update(gradient(sample), state, PARAMS, noise=noise)
     np.testing.assert_allclose(later.mean["a"], LOADED["a"], atol=0.1)
@@ -270,10 +309,37 @@ def test_what_a_prior_fixes_cannot_be_loaded():
 # What loops do to parameters, and how to do it: the table in docs/training_loops.md.
 
 
-def test_a_part_that_is_frozen_by_partition_or_selective_transform_stays():
-    for tx in (RIGHT["partition"], RIGHT["selective_transform"]):
-        (trained,) = {"a", "b"} - {k for k, v in ended(tx).items() if np.array_equal(v, PARAMS[k])}
-        assert trained in PARAMS
+@pytest.mark.parametrize(("name", "frozen"), [("partition", "b"), ("selective_transform", "a")])
+def test_a_part_that_is_frozen_by_partition_or_selective_transform_stays(name, frozen):
+    found = ended(RIGHT[name])
+    assert [k for k in PARAMS if np.array_equal(found[k], PARAMS[k])] == [frozen]
+
+
+def test_loaded_weights_survive_a_first_step_that_is_rejected():
+    tx = auto_sample(optax.apply_if_finite(ivon(**FLAT), 3), 0)
+    params, state = LOADED, tx.init(PARAMS)
+    bad = jax.tree.map(lambda x: x * jnp.nan, params)
+    for grads in (bad, gradient(params)):
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(posterior_mean(state)["a"], LOADED["a"], atol=0.1)
+
+
+def test_a_schedule_that_misses_its_end_by_a_rounding_is_no_error():
+    for steps in (10, 20, 333):
+        schedule = optax.linear_schedule(0.1, 0.0, steps)
+        tx = auto_sample(optax.inject_hyperparams(ivon)(schedule, ess=1e4), 0)
+
+        def step(carry, _, tx=tx):
+            params, state = carry
+            updates, state = tx.update(gradient(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        with jax.numpy_dtype_promotion("standard"):
+            start = (PARAMS, tx.init(PARAMS))
+            run_all = jax.jit(lambda s, step=step, n=steps: jax.lax.scan(step, s, length=n + 3))
+            (params, _), _ = run_all(start)
+        assert not is_nan(params)
 
 
 def test_a_rate_that_is_injected_can_follow_a_plateau():

@@ -26,7 +26,7 @@ from ivon_jax._core.state import (
     with_means,
     without_means,
 )
-from ivon_jax._core.tampering import checked
+from ivon_jax._core.tampering import checked, with_loaded_means
 from ivon_jax._core.trees import (
     PyTree,
     also_abstract,
@@ -74,10 +74,11 @@ def auto_sample(
       antithetic: whether every second sample mirrors the one before, m' − εσ' after m + εσ. With
         an even `num_samples` both are taken at one mean. With `num_samples=1` the mean moves in
         between, by a step that depends on ε, and h is biased upwards.
-      check: whether each call verifies that the loop's parameters are the sample that was drawn,
-        and that nothing after `ivon` in `tx` has changed its updates. If not, `update` raises, or
-        under `jit` returns NaN. It costs a second draw; `learning_status(..., params=params)` now
-        and then costs almost nothing and finds most of it.
+      check: whether each call verifies that the loop's parameters are those that the last one
+        asked for, and that nothing after `ivon` in `tx` has changed its updates. If not, `update`
+        raises, or under `jit` the mean becomes NaN. The state then holds a copy of the parameters:
+        for a new loop's first steps. `learning_status(..., params=params)` costs nothing and finds
+        most of it.
 
     Returns:
       A transformation whose `update(grads, state, params)` takes the loop's parameters. Without
@@ -88,7 +89,7 @@ def auto_sample(
       TypeError: if `key` is no key or integer, or parameters are below float32 with
         `store_mean=False`.
       ValueError: if `num_samples` is not positive, `tx` has no `ivon()`, `params` are missing
-        where they are needed, or `check` finds something or has no stored mean to compare with.
+        where they are needed, or `check` finds something.
 
     Example:
       >>> from ivon_jax import auto_sample, ivon, posterior_mean
@@ -106,15 +107,13 @@ def auto_sample(
       True
     """
     num_samples = check_positive("num_samples", num_samples)
-    if check and not store_mean:
-        raise ValueError("check=True compares the parameters with the stored mean: store_mean=True")
     key_data = _key_data(key)
     inner = optax.with_extra_args_support(tx)
 
     @also_abstract
     def init(params: PyTree) -> AutoSampleState:
         inner_state = inner.init(params)
-        find_states(inner_state)
+        owned = owned_leaves(inner_state).split("params", params)[0]
         if num_samples > 1:
             inner_state = map_states(_with_window, inner_state)
         if not store_mean:
@@ -127,6 +126,7 @@ def auto_sample(
             at_mean=jnp.array(True),
             inner_state=inner_state,
             mirrored=jnp.array(False) if antithetic else (),
+            expected=list(map(copy_array, owned)) if check else (),
         )
 
     def update(
@@ -134,7 +134,8 @@ def auto_sample(
     ) -> tuple[PyTree, AutoSampleState]:
         if {"noise", "hess"} & extra_args.keys():
             raise ValueError("auto_sample draws its own noise: leave noise= and hess= out.")
-        _check_continues(state, num_samples, store_mean=store_mean, antithetic=antithetic)
+        options = {"store_mean": store_mean, "antithetic": antithetic, "check": check}
+        _check_continues(state, num_samples, options)
         handed_over = params is not None
         if params is None:
             params = _drawn_again(state, grads)
@@ -148,6 +149,8 @@ def auto_sample(
             at_sample=jnp.logical_not(state.at_mean),
             closes=calls >= num_samples,  # or what a run with another number has begun
         )
+        if store_mean:  # after the noise, which is not read at the first call
+            state = with_loaded_means(state, owned)
         updates, inner_state = inner.update(
             grads, state.inner_state, params, noise=draw, **extra_args
         )
@@ -175,6 +178,9 @@ def auto_sample(
         new_key = jax.random.wrap_key_data(new_state.draw_key, impl=THREEFRY)
         moved = samples(new_key, means, noise, dtypes)
         moves = [difference(x, p, p.dtype) for x, p in zip(moved, owned, strict=True)]
+        if check:
+            landed = [(p + u).astype(p.dtype) for p, u in zip(owned, moves, strict=True)]
+            new_state = new_state._replace(expected=landed)
         joined = own.join(moves, other_updates)
         updates = unflatten_like(updates, jax.tree.leaves(joined))
         if not store_mean:
@@ -274,7 +280,7 @@ def _drawn_again(state: AutoSampleState, grads: PyTree) -> PyTree:
     return unflatten_like(grads, samples(key, means, noise, [g.dtype for g in owned]))
 
 
-def _check_continues(state: Any, num_samples: int, *, store_mean: bool, antithetic: bool) -> None:
+def _check_continues(state: Any, num_samples: int, options: dict[str, bool]) -> None:
     """Refuses what is no state of `auto_sample`, or lacks or has fields that the options do not."""
     if not is_auto_sample_state(state):
         raise TypeError(f"expected the state of auto_sample; got {type(state).__name__}.")
@@ -289,11 +295,13 @@ def _check_continues(state: Any, num_samples: int, *, store_mean: bool, antithet
         "state = tx.init(params). Curvature, momentum and step count then start again."
     )
     parts = [part for part in find_states(state.inner_state) if jax.tree.leaves(part.hess)]
-    kept = {
-        "antithetic": (antithetic, not isinstance(state.mirrored, tuple)),
-        "store_mean": (store_mean, not any(map(is_lean, parts)) if parts else store_mean),
+    made_with = {
+        "antithetic": not isinstance(state.mirrored, tuple),
+        "store_mean": not any(map(is_lean, parts)) if parts else options["store_mean"],
+        "check": not isinstance(state.expected, tuple),
     }
-    for name, (here, there) in kept.items():
+    for name, there in made_with.items():
+        here = options[name]
         if here != there:
             raise ValueError(
                 f"this state was made by auto_sample with {name}={there} and cannot be continued "

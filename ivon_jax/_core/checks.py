@@ -47,7 +47,8 @@ def check_number(
     """A Python float for a concrete number in [low, high), or the traced number.
 
     With `open_low`, `low` itself is refused; with `allow_inf`, +inf is accepted. A traced number
-    that turns out to be outside becomes NaN, which everything that uses it will show.
+    that turns out to be outside becomes NaN, which everything that uses it will show; by how much
+    a schedule in float32 misses its end is forgiven.
     """
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         _check_array(name, value)
@@ -57,10 +58,9 @@ def check_number(
     if isinstance(value, jax.core.Tracer):
         if not jnp.issubdtype(value.dtype, jnp.floating):
             value = value.astype(jnp.float32)
-        proper = (value > low if open_low else value >= low) & (
-            (value < high) | (allow_inf and value == math.inf)
-        )
-        return jnp.where(proper, value, jnp.nan)
+        above_low = value > low if open_low else value >= low - 1e-6
+        below_high = value <= high if math.isfinite(high) or allow_inf else value < high
+        return jnp.where(above_low & below_high, jnp.maximum(value, low), jnp.nan)
     number = float(cast(Any, value))
     below = number <= low if open_low else number < low
     with np.errstate(over="ignore", under="ignore"):

@@ -23,6 +23,7 @@ from ivon_jax._core.checks import (
 from ivon_jax._core.compiler import materialized
 from ivon_jax._core.priors import prior_source
 from ivon_jax._core.state import IVONState, Posterior, check_single, leaf_priors
+from ivon_jax._core.tampering import with_loaded
 from ivon_jax._core.trees import (
     Owned,
     PyTree,
@@ -76,7 +77,7 @@ def ivon(
     of the step uses, and the new state stores, those given here. The state owns the mean:
     `updates` is the new mean minus `params`, whatever these were. Nothing after `ivon` in a chain
     may change the updates. After editing parameters call `with_mean`; only before the first step
-    `params` other than the mean are taken for loaded weights, and become the mean.
+    `params` that are neither mean nor sample were loaded after `init`, and become the mean.
 
     Args:
       learning_rate: α, a number or a schedule of the step count.
@@ -221,8 +222,9 @@ def ivon(
             check_floating(own, "params", base)
             own.check_shapes("params", base)
             dtypes = [p.dtype for p in base]
-            at_mean = ~jnp.asarray(noise.at_sample) if isinstance(noise, Draw) else True
-            state = _with_loaded(state, base, at_mean)
+            if not isinstance(noise, Draw):
+                own_noise = None if noise is None else own.split("noise", noise)[0]
+                state = with_loaded(state, base, state.count == 0, own_noise)
         take_step = functools.partial(step, source.update(state, params))
         if hess is not None:
             g, h = mean_statistics(own, g, "hess", hess, lambda _, h: h)
@@ -239,22 +241,6 @@ def ivon(
 
     # optax types a state as any tree of arrays.
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def _with_loaded(state: IVONState, params: list[jax.Array], at_mean: Any) -> IVONState:
-    """Before the first step parameters that are not the mean were loaded after `init`: adopt them.
-
-    What differs in its last bit only, such as a mean that was rounded to bfloat16, was not loaded.
-    """
-    first = (state.count == 0) & at_mean
-
-    def adopt(m: jax.Array, p: jax.Array, prior: rule.LeafPrior) -> jax.Array:
-        ulp = jnp.asarray(jnp.finfo(p.dtype).eps, m.dtype) * jnp.abs(m)
-        p = p.astype(m.dtype)
-        return prior.where_fixed(m, jnp.where(first & (jnp.abs(p - m) > ulp), p, m))
-
-    means = map(adopt, jax.tree.leaves(state.mean), params, leaf_priors(state))
-    return state._replace(mean=unflatten_like(state.mean, list(means)))
 
 
 def _no_update(leaf: Any) -> Any:

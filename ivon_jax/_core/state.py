@@ -102,6 +102,8 @@ class AutoSampleState(NamedTuple):
       at_mean: whether the loop's current parameters are the mean and not a sample, bool.
       inner_state: state of the wrapped transformation.
       mirrored: with `antithetic`, whether their noise was negated, bool; otherwise `()`.
+      expected: with `check`, a list of the owned parameters as the loop should have them; otherwise
+        `()`.
     """
 
     key: jax.Array
@@ -110,6 +112,7 @@ class AutoSampleState(NamedTuple):
     at_mean: jax.Array
     inner_state: Any
     mirrored: jax.Array | tuple[()] = ()
+    expected: list[jax.Array] | tuple[()] = ()
 
 
 def is_ivon_state(node: Any) -> bool:
@@ -136,6 +139,11 @@ def find_states(state: PyTree) -> list[IVONState]:
             "optimizer's init or update returned; the optimizer must contain ivon()."
         )
     return [_as_state(node) for node in nodes]
+
+
+def as_auto_sample_state(node: Any) -> AutoSampleState:
+    """A node for which `is_auto_sample_state` holds, of plain arrays."""
+    return AutoSampleState(**without_nnx({f: get_field(node, f) for f in AutoSampleState._fields}))
 
 
 def map_states(f: Callable[[Any], Any], state: PyTree) -> PyTree:
@@ -249,8 +257,7 @@ def with_means(state: PyTree, params: PyTree | None) -> PyTree:
             return node
         if not any(map(is_lean, find_states(get_field(node, "inner_state")))):
             return node
-        plain = without_nnx({f: get_field(node, f) for f in AutoSampleState._fields})
-        return _recovered(AutoSampleState(**plain), params)
+        return _recovered(as_auto_sample_state(node), params)
 
     return jax.tree.map(recover, state, is_leaf=is_auto_sample_state)
 

@@ -1,29 +1,74 @@
-"""Noticing what changes parameters or their updates behind the optimizer's back."""
+"""Parameters that a loop has changed: loaded before the first step, or unknown to the optimizer."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ivon_jax._core.axes import varying_axes
 from ivon_jax._core.checks import is_concrete
+from ivon_jax._core.rule import LeafPrior
 from ivon_jax._core.state import (
     AutoSampleState,
     IVONState,
     Posterior,
+    as_auto_sample_state,
     current_noise,
     find_states,
     gaussian,
     gaussian_mean,
+    is_auto_sample_state,
+    is_lean,
+    leaf_priors,
     map_states,
+    owned_leaves,
 )
-from ivon_jax._core.trees import Owned, PyTree
+from ivon_jax._core.trees import Owned, PyTree, unflatten_like
 
 CHANGED = (
-    "something changes the parameters or their updates behind the optimizer's back: a "
-    "transformation after ivon (optax.transforms.freeze, reduce_on_plateau, a projection), or a "
-    "line of the loop (clipping, averaging or loading weights). Put it inside the optimizer, by "
-    "optax.partition or inject_hyperparams, or call with_mean(state, params) after the change."
+    "something changes the parameters or their updates behind the optimizer's back. A "
+    "transformation after ivon (optax.transforms.freeze, reduce_on_plateau, a projection) belongs "
+    "inside: use optax.partition, or inject_hyperparams. After a line of the loop that edits "
+    "parameters (clipping, averaging, loading) call with_mean(state, params); evaluate a copy of "
+    "the mean, and go on with the loop's parameters."
 )
+
+
+def with_loaded(
+    state: IVONState, params: list[jax.Array], when: jax.Array, noise: list[jax.Array] | None = None
+) -> IVONState:
+    """The state with parameters as its mean that were loaded after `init`.
+
+    Those are neither the mean, but for the last bit (a mean may have been rounded to bfloat16), nor
+    the sample of the noise.
+    """
+
+    def adopt(m: jax.Array, p: jax.Array, prior: LeafPrior, n: jax.Array | None) -> jax.Array:
+        if varying_axes(jax.typeof(p)) - varying_axes(jax.typeof(m)):
+            return m  # each device has a sample of its own
+        wide = p.astype(m.dtype)
+        loaded = when & (jnp.abs(wide - m) > _spacing(p, jnp.abs(m)))
+        if n is not None and n.shape == m.shape and jnp.issubdtype(n.dtype, jnp.floating):
+            n = n.astype(m.dtype)
+            loaded &= jnp.abs(wide - (m + n)) > 4 * _spacing(p, jnp.abs(m) + jnp.abs(n))
+        return prior.where_fixed(m, jnp.where(loaded, wide, m))
+
+    every = noise or [None] * len(params)
+    means = list(map(adopt, jax.tree.leaves(state.mean), params, leaf_priors(state), every))
+    return state._replace(mean=unflatten_like(state.mean, means))
+
+
+def with_loaded_means(state: AutoSampleState, owned: list[jax.Array]) -> AutoSampleState:
+    """The same for the states in that of `auto_sample`, as long as the loop is at the mean."""
+    params = owned_leaves(state.inner_state).join(owned)
+
+    def adopt(node: Any) -> IVONState:
+        (part,) = find_states(node)
+        mine = Owned(part.hess).split("params", params)[0]
+        return with_loaded(part, mine, (part.count == 0) & state.at_mean)
+
+    return state._replace(inner_state=map_states(adopt, state.inner_state))
 
 
 def checked(
@@ -62,33 +107,66 @@ def checked(
 
 
 def _params_changed(state: AutoSampleState, owned: list[jax.Array]) -> jax.Array:
-    """Whether the loop's parameters are farther than σ/10 from the sample that was drawn.
-
-    Not before the first step, where weights that were loaded become the mean.
-    """
-    q = gaussian(state.inner_state)
-    sigmas = [jax.lax.rsqrt(s) for s in jax.tree.leaves(q.precision)]
-    noise = [jnp.where(state.at_mean, 0, n) for n in current_noise(state)]
-    leaves = zip(owned, jax.tree.leaves(q.mean), noise, sigmas, strict=True)
-    begun = _any(part.count > 0 for part in find_states(state.inner_state))
-    return (begun | ~state.at_mean) & _any(
-        jnp.abs(p.astype(m.dtype) - (m + n)) > 0.1 * sigma + _rounding(p, jnp.abs(m) + sigma)
-        for p, m, n, sigma in leaves
-    )
+    """Whether the loop's parameters are not what the last step asked for, or `with_mean` set."""
+    means = jax.tree.leaves(gaussian_mean(state.inner_state))
+    changed = [
+        jnp.abs(p - jnp.where(state.at_mean, m.astype(p.dtype), e)) > 4 * _spacing(p, jnp.abs(p))
+        for p, e, m in zip(owned, state.expected, means, strict=True)
+    ]
+    # At the first call they may be loaded, or differ where a prior fixes the mean.
+    begun = _any(part.count > 0 for part in find_states(state.inner_state)) | ~state.at_mean
+    return begun & _any(changed)
 
 
 def _updates_changed(
     old: PyTree, new: PyTree, owned: list[jax.Array], updates: list[jax.Array]
 ) -> jax.Array:
-    """Whether a step of the mean is not what the transformations around `ivon` have returned."""
-    counts = zip(find_states(old), find_states(new), strict=True)
-    stepped = _any(after.count > before.count for before, after in counts)
-    means = jax.tree.leaves(gaussian_mean(new))
-    wide = [p.astype(m.dtype) for p, m in zip(owned, means, strict=True)]
-    return stepped & _any(
-        jnp.abs(u.astype(m.dtype) - (m - w)) > _rounding(p, jnp.abs(m) + jnp.abs(w))
-        for u, p, w, m in zip(updates, owned, wide, means, strict=True)
-    )
+    """Whether a step of a mean is not what the transformations around `ivon` have returned."""
+    own = owned_leaves(new)
+    params, updates = own.join(owned), own.join(updates)
+    changed = []
+    for before, after in zip(find_states(old), find_states(new), strict=True):
+        mine = Owned(after.mean)
+        leaves = zip(
+            mine.leaves, mine.split("", params)[0], mine.split("", updates)[0], strict=True
+        )
+        for m, p, u in leaves:
+            wide = p.astype(m.dtype)
+            off = jnp.abs(u.astype(m.dtype) - (m - wide))
+            wrong = off > 4 * _spacing(p, jnp.abs(m) + jnp.abs(wide))
+            changed.append((after.count > before.count) & wrong)
+    return _any(changed)
+
+
+def sample_agreement(state: PyTree, params: PyTree) -> jax.Array | None:
+    """Σw(θ−m)n / Σw n² of the drawn noise n: 1 for the sample, 0 for the mean or another sample.
+
+    The weights w = 1/(σ²+ε²), with ε the spacing of the parameters, count only what their dtype
+    can show; it is 1 where that is too little to tell. None where nothing is drawn or the mean is
+    recovered from the sample.
+    """
+    nodes = jax.tree.leaves(state, is_leaf=is_auto_sample_state)
+    nodes = [as_auto_sample_state(node) for node in nodes if is_auto_sample_state(node)]
+    if len(nodes) != 1 or any(map(is_lean, find_states(nodes[0].inner_state))):
+        return None
+    return _agreement(nodes[0], params)
+
+
+@jax.jit
+def _agreement(state: AutoSampleState, params: PyTree) -> jax.Array:
+    q = gaussian(state.inner_state)
+    own = Owned(q.mean)
+    found = square = error = jnp.zeros([], jnp.float32)
+    leaves = (own.leaves, jax.tree.leaves(q.precision), current_noise(state))
+    for m, s, n, p in zip(*leaves, own.checked("params", params), strict=True):
+        spacing = _spacing(p, jnp.abs(m))
+        weight = jnp.where(jnp.isinf(s), 0, 1 / (1 / s + spacing**2))
+        found += jnp.sum(weight * n * (p.astype(m.dtype) - m)).astype(found.dtype)
+        square += jnp.sum(weight * n**2).astype(found.dtype)
+        error += jnp.sum((weight * n * spacing) ** 2).astype(found.dtype)
+    # Five standard errors of what rounding at random adds.
+    clear = ~state.at_mean & (5 * jnp.sqrt(error) < 0.1 * square)
+    return jnp.where(clear, found / square, 1.0)
 
 
 @jax.jit
@@ -98,21 +176,20 @@ def sample_distance(q: Posterior, params: PyTree) -> jax.Array:
     precisions = own.checked("the precision", q.precision)
     largest = jnp.zeros([], jnp.float32)
     for m, s, p in zip(own.leaves, precisions, own.checked("params", params), strict=True):
-        # The sample is rounded once, and the sum that lands on it once more.
-        slack = 2 * _eps(p, m.dtype) * (jnp.abs(m) + jax.lax.rsqrt(s))
+        # The sum that lands on the sample is rounded as the old parameter was, which may have been
+        # as large as the largest one.
+        size = jnp.max(jnp.abs(m), initial=0) + jax.lax.rsqrt(s)
+        slack = 2 * _spacing(p, size)
         beyond = jnp.maximum(jnp.abs(p.astype(m.dtype) - m) - slack, 0) * jnp.sqrt(s)
         beyond = jnp.where(jnp.isfinite(beyond), beyond, 0)  # fixed, or broken
         largest = jnp.maximum(largest, jnp.max(beyond, initial=0).astype(jnp.float32))
     return largest
 
 
-def _rounding(p: jax.Array, size: jax.Array) -> jax.Array:
-    """More than the sums of a step can round, for parameters of the dtype of `p`."""
-    return 8 * _eps(p, size.dtype) * size
-
-
-def _eps(p: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return jnp.asarray(jnp.finfo(p.dtype).eps, dtype)
+def _spacing(p: jax.Array, size: jax.Array) -> jax.Array:
+    """How far apart numbers of this size are in the dtype of the parameters, at most."""
+    info = jnp.finfo(p.dtype)
+    return jnp.asarray(info.eps, size.dtype) * size + jnp.asarray(info.tiny, size.dtype)
 
 
 def _any(flags: Iterable[jax.Array]) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ivon_jax._core.state import GaussianPrior, find_states
 from ivon_jax._core.tampering import CHANGED
@@ -15,8 +16,14 @@ from ivon_jax._uses.monitoring import MOVED, arguments, diagnostics
 EXPLODED = 1e3
 """A median of h above this multiple of h₀ counts as divergence."""
 
+LARGE = 100.0
+"""A median of h above this multiple of h₀ is what a summed loss makes."""
+
 INFLATED = 10.0
 """A median of h above this multiple of h₀ is worth asking where it comes from."""
+
+SHORT = 1e-6
+"""Steps that are never longer train no network."""
 
 TAMPERED = 6.0
 """A loop's parameters that are farther from the mean, in σ, are no sample: a draw is within 5.3."""
@@ -76,9 +83,11 @@ def learning_status(
     numbers = {name: float(x) for name, x in found.items()}
     return (
         _wrong_rate(state, settings)
-        or _spoilt(numbers)
+        or _changed(numbers)
+        or _broken(state, numbers)
         or _disagreement(state, settings)
         or _not_begun(numbers)
+        or _clipped(numbers)
         or _curvature(numbers, arguments(settings))
     )
 
@@ -95,22 +104,53 @@ def _wrong_rate(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
     return Status(kind, f"the learning rate at step {step} is {rate:g}: mend the schedule.")
 
 
-def _spoilt(numbers: dict[str, float]) -> Status | None:
-    """Parameters that are no sample, or a state that is not finite."""
+def _changed(numbers: dict[str, float]) -> Status | None:
+    """Parameters that are no sample, or not the one that was drawn."""
     distance = numbers.get("sample/distance", 0.0)
+    if distance > TAMPERED and not numbers["step"]:
+        return Status(
+            "no",
+            "no step has been taken, and the parameters are not those that init was given: at the "
+            "first step they become the mean. To evaluate before, call with_mean(state, params).",
+        )
     if distance > TAMPERED:
         return Status(
             "tampered",
             f"the loop's parameters are up to {distance:.3g} σ from the mean, and a draw is within "
             f"5.3: {CHANGED}",
         )
+    agreement = numbers.get("sample/agreement", 1.0)
+    if abs(agreement - 1) > 0.1:
+        return Status(
+            "tampered",
+            "the loop's parameters are not the sample that auto_sample has drawn (their noise is "
+            f"{agreement:.2g} times that one; 0 is the mean, or another sample): {CHANGED}",
+        )
+    return None
+
+
+def _broken(state: PyTree, numbers: dict[str, float]) -> Status | None:
+    """A state that is not finite, and where it may come from."""
+    for part in find_states(state):
+        decays = np.asarray(part.weight_decay, np.float32)  # empty with a general prior
+        for name, value, proper in (
+            ("ess", float(part.ess), float(part.ess) > 0),
+            ("weight_decay", float(np.min(decays, initial=0)), bool(np.all(decays >= 0))),
+        ):
+            if not proper:
+                return Status(
+                    "broken",
+                    f"{name} in the state is {value:g}, which is what a value out of its range "
+                    "becomes: mend what sets it, and start again from a state before that.",
+                )
     if numbers["nonfinite"]:
         return Status(
             "broken",
             f"{numbers['nonfinite'] * numbers['num_parameters']:.0f} elements of mean or hess are "
             "not finite. Start again with a smaller learning rate, a larger hess_init or a "
-            "clip_radius; and see that nothing changes the parameters after ivon, and that no "
-            "injected hyperparameter is out of its range.",
+            "clip_radius. Or a hyperparameter that is injected has left its range, or something "
+            "changes the parameters after ivon, which auto_sample(..., check=True) turns into "
+            "NaN: one step without jit says so.",
         )
     return None
 
@@ -158,6 +198,26 @@ def _not_begun(numbers: dict[str, float]) -> Status | None:
     return None
 
 
+def _clipped(numbers: dict[str, float]) -> Status | None:
+    """Steps whose length is the clip radius's, and not the gradient's."""
+    longest = numbers["update/longest"]
+    if numbers["update/clipped"] <= 0.5 or not longest:
+        return None
+    found = (
+        f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped, so that each is "
+        f"{longest:.2g} long whatever the gradient"
+    )
+    if longest < SHORT:
+        advice = "which trains no network: raise the learning rate"
+    else:
+        advice = "which may be meant, as after recipes.rate_from_adamw: go by the training loss"
+    return Status(
+        "at risk",
+        f"{found}, {advice}. A rate belongs to its hess_init and clip_radius: "
+        "recipes.rate_from_adamw(lr, hess_init, clip_radius) converts one of AdamW's.",
+    )
+
+
 def _curvature(numbers: dict[str, float], given: Mapping[str, Any]) -> Status:
     """What has become of h, and of the steps that it scales."""
     b2, hess_init = float(given["b2"]), float(given["hess_init"])
@@ -171,26 +231,31 @@ def _curvature(numbers: dict[str, float], given: Mapping[str, Any]) -> Status:
             "no",
             f"h is inflated by large gradients, and the steps are as much shorter: {found}; for "
             f"{100 * numbers['hess/inflated']:.0f} % of the elements (1-b2)·ess·g²/2 is most of h. "
-            "Lower ess, or raise b2 towards 1; a larger hess_init does not help.",
+            "Lower ess, or raise b2 towards 1. Where ess follows from the noise of the data, begin "
+            "with a smaller one, and go on by with_ess(state, ess) once the gradients are small. "
+            "And see that the loss is a mean, not a sum.",
         )
     if median > EXPLODED:
-        return Status("no", f"h has exploded: {found}. Raise hess_init, or lower the rate.")
-    if numbers["update/risk"] > 1:
-        guarded = float(given["precision_floor"]) >= GUARD
-        guard = "" if guarded else f"set precision_floor={GUARD:g}, or "
+        return Status(
+            "no",
+            f"h has exploded: {found}. Raise hess_init, or lower the rate; and see that the loss "
+            "is a mean over examples, not a sum.",
+        )
+    if median > LARGE:
+        return Status(
+            "at risk",
+            f"h is large: {found}. Is the loss a mean? A sum over n examples makes h n times as "
+            "large, and needs optax.chain(optax.scale(1 / n), ivon(...)). If it is, raise "
+            "hess_init.",
+        )
+    guarded = float(given["precision_floor"]) >= GUARD
+    if numbers["update/risk"] > 1 and not guarded:
         return Status(
             "at risk",
             "a step of the weight with the least curvature is "
             f"{numbers['update/gain']:.3g} times as long as under h₀, which diverges if it wakes "
-            f"up: {guard}lower the learning rate or hess_init.",
-        )
-    clipped = f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped"
-    if numbers["update/clipped"] > 0.5:
-        return Status(
-            "at risk",
-            f"{clipped}, so that each is α(h₀+δ)ξ = {numbers['update/longest']:.2g} long whatever "
-            "the gradient: compare that with a rate of AdamW that trains this network, as "
-            "recipes.rate_from_adamw does, and change the learning rate or the clip_radius.",
+            f"up: set precision_floor={GUARD:g}, or lower hess_init, or the learning rate by a "
+            f"factor of {numbers['update/risk']:.2g}.",
         )
     if numbers["hess/moved"] < 0.05:
         memory = 1 - b2 ** numbers["step"]
@@ -201,7 +266,10 @@ def _curvature(numbers: dict[str, float], given: Mapping[str, Any]) -> Status:
             "train longer.",
         )
     signal = numbers["signal_to_noise/p50"]
-    return Status("yes", f"{found}; median |m|/σ is {signal:.3g}, and {clipped}.")
+    clipped = f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped"
+    ended = not numbers["update/risk"] and math.isinf(float(given["clip_radius"]))
+    over = " (The rate is 0, at which nothing diverges: ask during the run as well.)" * ended
+    return Status("yes", f"{found}; median |m|/σ is {signal:.3g}, and {clipped}.{over}")
 
 
 def _differ(setting: Any, found: list[float]) -> bool:

@@ -19,7 +19,7 @@ from ivon_jax._core.state import (
     precision_leaves,
     with_means,
 )
-from ivon_jax._core.tampering import sample_distance
+from ivon_jax._core.tampering import sample_agreement, sample_distance
 from ivon_jax._core.trees import PyTree
 from ivon_jax._uses.pruning import lower_quantiles, ratio_leaves
 
@@ -76,11 +76,15 @@ def diagnostics(
         bound above which a quadratic of curvature c diverges, with c the larger of h₀+δ and the
         99th percentile of h+δ; above one, a quiet weight that wakes up may set off a divergence.
         Zero where a clip radius bounds the steps;
-      * `update/longest`, with `learning_rate`: the longest step α(h₀+δ)ξ of an element;
+      * `update/longest`, with `learning_rate`: the longest step α(h₀+δ)ξ of an element, or αξ
+        without `rescale_lr`; infinite without a clip radius;
       * `kl`: KL(q‖prior) in nats, without the elements with a flat prior, of share `kl/flat`;
       * `sample/distance`, with `params`: the largest |θ−m|/σ, beyond what rounding explains. A
         draw is within 5.3; more means that something changes the updates or the parameters behind
         the optimizer's back;
+      * `sample/agreement`, with `params` and a state of `auto_sample` that stores the mean: the
+        average of (θ−m)n/n² over the elements, for the noise n that was drawn. It is 1, or 0 where
+        a loop goes on with the mean or with another sample;
       * `temperature`: N/λ, with `num_examples`;
       * `elbo`: −λ·loss − KL in nats, and `elbo/per_example`, that over λ, with `loss`.
 
@@ -103,6 +107,9 @@ def diagnostics(
     given: dict[str, Any] = {}
     if params is not None:
         given["distance"] = sample_distance(gaussian(state, params), params)
+        agreement = sample_agreement(state, params)
+        if agreement is not None:
+            given["agreement"] = agreement
     if "learning_rate" in settings:
         rate: Any = settings["learning_rate"]
         given["learning_rate"] = rate(parts[0].count) if callable(rate) else rate
@@ -179,10 +186,15 @@ def _numbers(
         busy = jnp.maximum((numbers["hess/p99"] + delta) / (hess_init + delta), 1)
         risk = MARGIN * given["learning_rate"] * gain * busy * (1 - b1) / (2 * (1 + b1))
         numbers["update/risk"] = jnp.where(jnp.isinf(jnp.asarray(clip_radius)), risk, 0.0)
-        scale = hess_init + delta if rescale_lr else 1.0
-        numbers["update/longest"] = given["learning_rate"] * scale * jnp.asarray(clip_radius)
+        steepest = jnp.max(jnp.stack([x.rate_delta for x in leaves])) if leaves else 0.0
+        scale = hess_init + steepest if rescale_lr else 1.0
+        radius = jnp.asarray(clip_radius, jnp.float32)
+        bounded = jnp.where(jnp.isinf(radius), 0, radius) * scale * given["learning_rate"]
+        numbers["update/longest"] = jnp.where(jnp.isinf(radius), jnp.inf, bounded)
     if "distance" in given:
         numbers["sample/distance"] = given["distance"]
+    if "agreement" in given:
+        numbers["sample/agreement"] = given["agreement"]
     if "num_examples" in given:
         numbers["temperature"] = given["num_examples"] / ess
     if "loss" in given:
@@ -206,7 +218,7 @@ def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_one_ess(parts: list[IVONState]) -> None:
     ess = jnp.stack([part.ess for part in parts])
-    if is_concrete(ess) and bool(jnp.any(ess != ess[0])):
+    if len(parts) > 1 and is_concrete(ess) and bool(jnp.any(ess != ess[0])):
         raise ValueError(
             f"the state holds several IVON states with different ess ({', '.join(map(str, ess))}), "
             "which one set of numbers would mix: call diagnostics for each."
@@ -220,6 +232,7 @@ class _Leaf(NamedTuple):
     hess: jax.Array
     precision: jax.Array
     delta: jax.Array
+    rate_delta: jax.Array
     grad: jax.Array
     step: jax.Array
     free: jax.Array
@@ -233,7 +246,7 @@ def _leaves(state: IVONState, b1: Number, debias: bool) -> list[_Leaf]:
         g = g * bias_correction(b1, count, g.dtype) if debias else g
         step = direction(m, h, g, prior)
         step = jnp.where(state.count == 0, 0, prior.where_fixed(0, step))
-        return _Leaf(m, h, p, prior.delta, g, step, ~jnp.isinf(p))
+        return _Leaf(m, h, p, prior.delta, prior.rate_delta, g, step, ~jnp.isinf(p))
 
     trees = map(jax.tree.leaves, (state.mean, state.hess, state.momentum))
     return list(map(leaf, *trees, precision_leaves(state), leaf_priors(state)))

@@ -88,8 +88,8 @@ def ess_for_squared_error(num_terms: float, noise: float) -> float:
     Args:
       num_terms: N, the number of squares that the loss averages over in the whole training set:
         examples times outputs.
-      noise: s, the standard deviation of the observations, in the units of y; 1 if nothing is known
-        and y has variance 1, or the error on held-out data of a first run.
+      noise: s, the standard deviation of the observations, in the units of y. Where it is not
+        known: the error on held-out data of a first run. (`predict_moments` takes s².)
 
     Returns:
       A value for `ess`; for `recipes.start` one for `num_examples`.
