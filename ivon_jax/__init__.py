@@ -17,6 +17,7 @@ from ivon_jax._core.state import IVONState, Posterior
 from ivon_jax._uses.advice import Status, learning_status
 from ivon_jax._uses.linearization import Linearized, linearize, probit_log_probs
 from ivon_jax._uses.merging import merge, task_arithmetic
+from ivon_jax._uses.mixtures import Mixture, mixture
 from ivon_jax._uses.monitoring import diagnostics
 from ivon_jax._uses.perturbation import LeaveOneOut, Sensitivity, leave_one_out, sensitivity
 from ivon_jax._uses.prediction import (
@@ -38,10 +39,10 @@ __all__ += ["kl_divergence", "posterior", "posterior_mean", "prior_of", "with_es
 __all__ += ["AutoSampleState", "IVONState", "Posterior"]
 # Uses of the posterior.
 __all__ += ["predict_at_mean", "predict_draws", "predict_log_probs", "predict_moments"]
-__all__ += ["linearize", "predict_samples", "probit_log_probs"]
+__all__ += ["linearize", "mixture", "predict_samples", "probit_log_probs"]
 __all__ += ["leave_one_out", "merge", "prune", "sensitivity", "signal_to_noise", "task_arithmetic"]
 __all__ += ["diagnostics", "learning_status", "load", "load_metadata", "save"]
-__all__ += ["LeaveOneOut", "Linearized", "Moments", "Sensitivity", "Status"]
+__all__ += ["LeaveOneOut", "Linearized", "Mixture", "Moments", "Sensitivity", "Status"]
 __all__ += ["metrics", "recipes"]
 
 _RULE = "the rule of examples/leave_one_out.py"

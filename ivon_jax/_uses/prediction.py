@@ -2,7 +2,8 @@
 
 Every function here takes `apply_fn(params, *inputs)`, which maps a batch (examples on the leading
 axis of every input) to outputs with the same leading axis, and returns a pure function of a
-posterior and inputs. For a test temperature τ pass `posterior(state, temperature=τ)`.
+posterior and inputs. For a test temperature τ pass `posterior(state, temperature=τ)`; for several
+runs a `mixture` of their posteriors, among whose components the samples are divided.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 from ivon_jax._core.axes import varying_axes, zeros_of
 from ivon_jax._core.checks import check_positive, renamed
 from ivon_jax._core.sampling import PosteriorNoise, fold_in_groups, one_or_many, threefry_key
-from ivon_jax._core.state import gaussian
+from ivon_jax._core.state import Posterior, gaussian
 from ivon_jax._core.trees import PyTree
+from ivon_jax._uses.mixtures import as_mixture, component, num_components
 from ivon_jax._uses.networks import apply_in_batches, class_log_probs, gaussian_head
 
 
@@ -40,6 +42,11 @@ def predict_at_mean(
     apply = apply_in_batches(apply_fn, data_batch_size)
 
     def at_mean(state: PyTree, *inputs: PyTree, params: PyTree | None = None) -> PyTree:
+        if as_mixture(state) is not None:
+            raise ValueError(
+                "a mixture has one mean for each component, and no network at their average: "
+                "take predict_samples or predict_log_probs, or predict_at_mean of each component."
+            )
         return apply(PosteriorNoise(gaussian(state, params), params).mean(), *inputs)
 
     return at_mean
@@ -63,8 +70,10 @@ def predict_samples(
 
     Returns:
       `f(key, state, *inputs, params=None) -> outputs`, with the samples on a new axis 0;
-      `key`, `state` and `params` as in `sample_params`. The s-th sample is the same for every
-      batch size, and for every function in this module.
+      `key`, `state` and `params` as in `sample_params`. `state` may also be a `mixture`, a list of
+      posteriors or states, or a stack of states from `jax.vmap`: then sample s is drawn from
+      component s mod K of K. The s-th sample is the same for every batch size, and for every
+      function in this module.
 
     Example:
       >>> from ivon_jax import ivon, predict_samples
@@ -78,8 +87,8 @@ def predict_samples(
     def at_samples(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
     ) -> PyTree:
-        keys, at_key = prepare(key, state, inputs, params)
-        return jax.lax.map(at_key, keys, batch_size=sample_batch_size)
+        members, at_member = prepare(key, state, inputs, params)
+        return jax.lax.map(lambda x: at_member(*x), members, batch_size=sample_batch_size)
 
     return at_samples
 
@@ -120,12 +129,12 @@ def predict_log_probs(
     def averaged(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
     ) -> jax.Array:
-        keys, at_key = prepare(key, state, inputs, params)
-        at_keys = one_or_many(at_key)
+        members, at_member = prepare(key, state, inputs, params)
+        at_members = one_or_many(at_member)
         total, _ = fold_in_groups(
-            lambda keys: (jax.nn.logsumexp(at_keys(keys), axis=0), None),
+            lambda members: (jax.nn.logsumexp(at_members(*members), axis=0), None),
             jnp.logaddexp,
-            keys,
+            members,
             sample_batch_size,
             start=lambda x: zeros_of(x) - jnp.inf,
         )
@@ -183,18 +192,18 @@ def predict_moments(
     def moments(
         key: jax.Array, state: PyTree, *inputs: PyTree, params: PyTree | None = None
     ) -> Moments:
-        keys, at_key = prepare(key, state, inputs, params)
-        at_keys = one_or_many(at_key)
+        members, at_member = prepare(key, state, inputs, params)
+        at_members = one_or_many(at_member)
 
-        def group(keys: jax.Array) -> Any:
-            means, variances = at_keys(keys)
+        def group(members: tuple[jax.Array, ...]) -> Any:
+            means, variances = at_members(*members)
             mean = jnp.mean(means, axis=0)
             # Deviations, not squares: mean μ² − μ̄² would cancel for μ far from zero.
             squares = jnp.sum((means - mean[None]) ** 2, axis=0)
             count = jnp.full_like(mean, len(means))
             return (count, mean, squares, jnp.sum(variances, axis=0)), None
 
-        (count, mean, squares, noise), _ = fold_in_groups(group, _pool, keys, sample_batch_size)
+        (count, mean, squares, noise), _ = fold_in_groups(group, _pool, members, sample_batch_size)
         return Moments(mean, (noise + squares) / count, squares / count)
 
     return moments
@@ -253,18 +262,36 @@ def _sampled(
     num_samples: int,
     sample_batch_size: int | None,
     data_batch_size: int | None,
-) -> Callable[..., tuple[jax.Array, Callable[[jax.Array], PyTree]]]:
-    """Of a posterior and inputs: the keys of S samples, and the outputs at the sample of a key."""
+) -> Callable[..., tuple[tuple[jax.Array, ...], Callable[..., PyTree]]]:
+    """Of a posterior and inputs: S samples as keys, and the outputs at the sample of a key.
+
+    Of a mixture a sample is a key and a component, which take turns.
+    """
     check_positive("num_samples", num_samples)
     if sample_batch_size is not None:
         check_positive("sample_batch_size", sample_batch_size)
     apply = apply_in_batches(apply_fn, data_batch_size)
 
     def prepare(key: jax.Array, state: PyTree, inputs: tuple[PyTree, ...], params: PyTree) -> Any:
-        q = PosteriorNoise(gaussian(state, params), params)
         with jax.threefry_partitionable(True):
             keys = jax.random.split(threefry_key(key), num_samples)
-        return keys, lambda k: apply(q.sampled(k, q.draw(k)), *inputs)
+
+        def at_sample(q: Posterior, key: jax.Array) -> PyTree:
+            noise = PosteriorNoise(q, params)
+            return apply(noise.sampled(key, noise.draw(key)), *inputs)
+
+        several = as_mixture(state)
+        if several is None:
+            q = gaussian(state, params)
+            return (keys,), lambda key: at_sample(q, key)
+        number = num_components(several)
+        if num_samples % number:
+            raise ValueError(
+                f"num_samples={num_samples} cannot be divided equally among the {number} "
+                f"components of the mixture: take a multiple of {number}."
+            )
+        turns = jnp.arange(num_samples) % number
+        return (keys, turns), lambda key, i: at_sample(component(several, i), key)
 
     return prepare
 
