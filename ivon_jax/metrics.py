@@ -233,6 +233,39 @@ def mutual_information(sample_log_probs: jax.Array) -> jax.Array:
     return jnp.maximum(predictive_entropy(mean) - within, 0)
 
 
+def risk_coverage(log_probs: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The error rate among the most confident predictions, for every number of them.
+
+    What a model gains by abstaining: it answers the share `coverage` of which it is surest, by its
+    largest probability, and is wrong on the share `risk` of these. The mean of `risk` is the area
+    under the risk-coverage curve (Geifman & El-Yaniv 2017).
+
+    Args:
+      log_probs: log-probabilities (n, K).
+      labels: integer labels (n,).
+
+    Returns:
+      `coverage` 1/n, 2/n … 1 and `risk`, both of shape (n,). Predictions of equal confidence stay
+      in the order in which they are given.
+
+    Raises:
+      ValueError: as in `nll`.
+
+    Example:
+      >>> from ivon_jax import metrics
+      >>> log_probs = jnp.log(jnp.array([[0.9, 0.1], [0.6, 0.4]]))
+      >>> coverage, risk = metrics.risk_coverage(log_probs, jnp.array([0, 1]))
+      >>> print(coverage, risk)
+      [0.5 1. ] [0.  0.5]
+    """
+    log_probs, labels = checked_labels(log_probs, labels)
+    order = jnp.argsort(-jnp.max(log_probs, axis=-1), stable=True)
+    wrong = (_predicted(log_probs) != labels)[order].astype(log_probs.dtype)
+    wrong = jnp.where(jnp.any(jnp.isnan(log_probs)), jnp.nan, wrong)
+    answered = jnp.arange(1, len(wrong) + 1, dtype=wrong.dtype)
+    return answered / len(wrong), jnp.cumsum(wrong) / answered
+
+
 def gaussian_nll(mean: jax.Array, variance: jax.Array, targets: jax.Array) -> jax.Array:
     """Negative log-density mean ½[log 2πσ² + (y−μ)²/σ²] of a Gaussian prediction, in nats.
 

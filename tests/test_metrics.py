@@ -305,3 +305,20 @@ def test_other_bad_input_is_refused():
     for bad in ([], [[1.0]], [np.nan]):
         with pytest.raises(ValueError, match="out_scores must be a non-empty vector"):
             metrics.detection([1.0], bad)
+
+
+def test_the_risk_falls_with_coverage_where_confidence_ranks_the_errors():
+    """Against a loop: errors among the k most confident predictions."""
+    rng = np.random.default_rng(0)
+    log_probs = jax.nn.log_softmax(jnp.asarray(rng.standard_normal((50, 3)), jnp.float32) * 2)
+    labels = jnp.asarray(rng.integers(0, 3, 50))
+    coverage, risk = jax.jit(metrics.risk_coverage)(log_probs, labels)
+    surest = np.argsort(-np.max(log_probs, axis=1))
+    wrong = np.argmax(log_probs, axis=1) != np.asarray(labels)
+    expected = [wrong[surest[:k]].mean() for k in range(1, 51)]
+    np.testing.assert_allclose(risk, expected, rtol=1e-6)
+    np.testing.assert_allclose(coverage, np.arange(1, 51) / 50, rtol=1e-6)
+    np.testing.assert_allclose(risk[-1], 1 - metrics.accuracy(log_probs, labels), rtol=1e-6)
+    assert np.all(np.isnan(metrics.risk_coverage(log_probs.at[0].set(jnp.nan), labels)[1]))
+    with pytest.raises(ValueError, match="must be log-probabilities"):
+        metrics.risk_coverage(log_probs + 1, labels)

@@ -218,3 +218,15 @@ def test_outputs_that_do_not_fit_are_refused():
         predict_draws(apply, 2, noise_variance=-1.0)
     negative = predict_moments(lambda p, x: (apply(p, x), -jnp.ones((10, 3))), 2)(KEY, Q, X)
     assert np.all(np.isnan(negative.variance))
+
+
+@pytest.mark.parametrize("use", [predict_at_mean, predict_log_probs])
+def test_a_network_with_holes_fails_with_a_hint_at_params(use):
+    params = {"w": jnp.ones((4, 3)), "b": jnp.ones((1, 3))}
+    tx = optax.partition({"x": ivon(0.1, 10), "y": optax.set_to_zero()}, {"w": "x", "b": "y"})
+    f = use(lambda p, x: x @ p["w"] + p["b"])
+    args = (X,) if use is predict_at_mean else (KEY, X)
+    with pytest.raises(TypeError) as error:
+        f(*args[:-1], tx.init(params), X)
+    assert "pass them as params=" in error.value.__notes__[0]
+    assert f(*args[:-1], tx.init(params), X, params=params).shape == (10, 3)

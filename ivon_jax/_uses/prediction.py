@@ -16,7 +16,7 @@ from ivon_jax._core.axes import varying_axes, zeros_of
 from ivon_jax._core.checks import check_positive, renamed
 from ivon_jax._core.sampling import PosteriorNoise, fold_in_groups, one_or_many, threefry_key
 from ivon_jax._core.state import Posterior, gaussian
-from ivon_jax._core.trees import PyTree
+from ivon_jax._core.trees import PyTree, is_masked
 from ivon_jax._uses.mixtures import as_mixture, component, num_components
 from ivon_jax._uses.networks import apply_in_batches, class_log_probs, gaussian_head
 
@@ -47,7 +47,7 @@ def predict_at_mean(
                 "a mixture has one mean for each component, and no network at their average: "
                 "take predict_samples or predict_log_probs, or predict_at_mean of each component."
             )
-        return apply(PosteriorNoise(gaussian(state, params), params).mean(), *inputs)
+        return _applied(apply, PosteriorNoise(gaussian(state, params), params).mean(), inputs)
 
     return at_mean
 
@@ -278,7 +278,7 @@ def _sampled(
 
         def at_sample(q: Posterior, key: jax.Array) -> PyTree:
             noise = PosteriorNoise(q, params)
-            return apply(noise.sampled(key, noise.draw(key)), *inputs)
+            return _applied(apply, noise.sampled(key, noise.draw(key)), inputs)
 
         several = as_mixture(state)
         if several is None:
@@ -294,6 +294,19 @@ def _sampled(
         return (keys, turns), lambda key, i: at_sample(component(several, i), key)
 
     return prepare
+
+
+def _applied(apply: Callable[..., PyTree], params: PyTree, inputs: tuple[PyTree, ...]) -> PyTree:
+    """The outputs; an error in a network with holes gets a hint."""
+    try:
+        return apply(params, *inputs)
+    except Exception as error:
+        if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
+            error.add_note(
+                "ivon() owns a part of the parameters only, and the others are optax.MaskedNode "
+                "here: pass them as params=."
+            )
+        raise
 
 
 def _pool(a: Any, b: Any) -> Any:
