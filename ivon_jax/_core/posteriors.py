@@ -75,10 +75,12 @@ def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:
 
     Args:
       state: as in `posterior`.
-      params: the parameters; if given, leaves that IVON does not own are taken from it.
+      params: the parameters; if given, leaves that IVON does not own are taken from it. Otherwise
+        they are `optax.MaskedNode`.
 
     Returns:
-      A copy of the mean, at least float32.
+      A copy of the mean, at least float32; `optax.tree.cast_like(mean, params)` has the dtypes of a
+      bfloat16 model.
 
     Raises:
       ValueError: if `state` contains no `IVONState`, or `params` does not fit it.

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from benchmarks._shared.methods import warmup_cosine
 from benchmarks._shared.tuning import Grid
-from examples._shared.minilm import Classifier, load_encoder
+from examples._shared import minilm
 from examples._shared.training import classification_loss, train
 from ivon_jax import (
     Posterior,
@@ -46,10 +46,12 @@ class Scope(NamedTuple):
 def make_scope(name: str, num_classes: int, key: Array) -> Scope:
     """All but the embeddings ("full"), low-rank adapters ("lora"), or gains and head ("head")."""
     head = {
-        "kernel": 0.02 * jax.random.normal(key, (384, num_classes)),
+        "kernel": 0.02 * jax.random.normal(key, (minilm.WIDTH, num_classes)),
         "bias": jnp.zeros(num_classes),
     }
-    params: dict[Any, Any] = flatten_dict({"params": {"encoder": load_encoder(), "head": head}})
+    params: dict[Any, Any] = flatten_dict(
+        {"params": {"encoder": minilm.load_encoder(), "head": head}}
+    )
     kept = {path: x for path, x in params.items() if _is_trained(name, path)}
     if name == "lora":
         adapted = [p for p in params if p[-2:] in (("query", "kernel"), ("value", "kernel"))]
@@ -118,7 +120,7 @@ def fit(
 
 def make_apply(num_classes: int, build: Callable[[Any], Any]) -> Callable[..., Any]:
     """Logits from what is trained."""
-    return lambda trained, tokens: Classifier(num_classes).apply(build(trained), tokens)
+    return lambda trained, tokens: minilm.Classifier(num_classes).apply(build(trained), tokens)
 
 
 class Predictor:

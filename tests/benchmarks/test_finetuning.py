@@ -1,0 +1,118 @@
+"""The encoder against NumPy, and the fine-tuning command on a small one and made-up sentences."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("flax")
+
+from benchmarks.evidence.finetuning import data, main, methods
+from examples._shared import minilm
+
+SIZES = {"WIDTH": 8, "DEPTH": 2, "HEADS": 2, "HIDDEN": 12, "VOCABULARY": 40, "POSITIONS": 64}
+
+
+@pytest.fixture(autouse=True)
+def small_encoder(monkeypatch):
+    for name, size in SIZES.items():
+        monkeypatch.setattr(minilm, name, size)
+    monkeypatch.setattr(minilm, "load_encoder", encoder_params)
+    monkeypatch.setattr(data, "tokenize", tokenize)
+
+
+def encoder_params():
+    params = minilm.Encoder().init(jax.random.key(1), jnp.ones((1, 4), jnp.int32))["params"]
+    # Gains and biases other than one and zero.
+    return jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), params)
+
+
+def tokenize(texts, length):
+    words = [[1 + sum(map(ord, w)) % 39 for w in text.split()][:length] for text in texts]
+    return np.array([w + [0] * (length - len(w)) for w in words], np.int32)
+
+
+def normalised(x, p):
+    centered = x - x.mean(-1, keepdims=True)
+    scaled = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-12)
+    return scaled * p["scale"] + p["bias"]
+
+
+def bert(params, tokens):
+    """One sentence at a time, without padding, as the paper of BERT has it (post-norm, gelu)."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def dense(x, p):
+        return x @ p["kernel"] + p["bias"]
+
+    vectors = []
+    for sentence in tokens:
+        ids = sentence[sentence > 0]
+        x = p["words"]["embedding"][ids] + p["positions"]["embedding"][: len(ids)] + p["segment"]
+        x = normalised(x, p["norm"])
+        for i in range(minilm.DEPTH):
+            layer = p[f"layer_{i}"]
+            heads = []
+            q, k, v = (dense(x, layer["attention"][n]) for n in ("query", "key", "value"))
+            for h in np.split(np.arange(minilm.WIDTH), minilm.HEADS):
+                weights = np.exp(q[:, h] @ k[:, h].T / math.sqrt(len(h)))
+                heads.append(weights / weights.sum(-1, keepdims=True) @ v[:, h])
+            attended = dense(np.concatenate(heads, -1), layer["attention"]["out"])
+            x = normalised(x + attended, layer["attention_norm"])
+            hidden = dense(x, layer["up"])
+            hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+            x = normalised(x + dense(hidden, layer["down"]), layer["norm"])
+        vectors.append(x.mean(0))
+    return np.stack(vectors)
+
+
+def test_the_encoder_is_bert_and_does_not_see_its_padding():
+    params = encoder_params()
+    tokens = np.array([[3, 5, 7, 0, 0], [4, 4, 9, 12, 30]], np.int32)
+    found = minilm.Encoder().apply({"params": params}, tokens)
+    np.testing.assert_allclose(found, bert(params, tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_sentences_come_back_in_their_order():
+    lengths = np.random.default_rng(0).integers(1, 49, 70)
+    tokens = (np.arange(48) < lengths[:, None]).astype(np.int32)
+    found = methods.in_batches(lambda x: jnp.sum(jnp.asarray(x), axis=1), tokens, size=16)
+    np.testing.assert_array_equal(found, lengths)
+
+
+@pytest.mark.parametrize("scope", ["full", "lora", "head"])
+def test_a_scope_starts_at_the_pretrained_network_and_trains_its_part(scope):
+    made = methods.make_scope(scope, 2, jax.random.key(0))
+    built = made.build(made.start)["params"]
+    jax.tree.map(np.testing.assert_array_equal, built["encoder"], encoder_params())
+    count = sum(x.size for x in jax.tree.leaves(made.start))
+    head, width, layers = 8 * 2 + 2, 8, 2
+    layer = 4 * (width**2 + width) + 2 * width * 12 + 12 + width + 4 * width
+    expected = {
+        "full": layers * layer,
+        "lora": layers * 2 * 16 * 8,
+        "head": (2 * layers + 1) * 2 * width,
+    }
+    assert count == head + expected[scope]
+
+
+def test_the_command_chooses_tests_and_reports(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    for name in (*data.FILES["sst2"], *data.UNFAMILIAR.values()):
+        labels = rng.integers(0, 2, 70)
+        lines = [f"{y} {'good fine' if y else 'bad poor'} {rng.integers(9)} film" for y in labels]
+        (tmp_path / name).write_text("\n".join(lines))
+    grids = {"adamw": {"learning_rate": (3e-3, 1e-2)}, "ivon": {"step": (1e-2,), "sigma": (0.01,)}}
+    monkeypatch.setattr(methods, "GRIDS", grids)
+    results = tmp_path / "finetuning.jsonl"
+    argv = ["--data", str(tmp_path), "--labels", "64", "--seeds", "2", "--results", str(results)]
+    main.main(argv)
+    page = results.with_suffix(".md").read_text()
+    assert "sst2, 64 labels, full" in page and "IVON, 10 samples" in page
+    assert "auroc questions, disagreement" in page and "(chosen, at an edge)" in page
+    written = results.read_text()
+    main.main(argv)  # nothing is computed again
+    assert results.read_text() == written
+    assert "risk area" in capsys.readouterr().out
