@@ -1,12 +1,13 @@
-"""Uncertainty in the gap between two clusters of data: AdamW and IVON.
+"""Uncertainty in the gap between two clusters of data: AdamW, IVON, and a mixture of IVON runs.
 
 Run `python examples/regression_1d.py`. A network with one hidden layer is fitted to 40 points in
 [-2, -1] and [1, 2] with known noise. Look at the band between the clusters: AdamW's has the width
-of the noise everywhere, IVON's widens.
+of the noise everywhere, IVON's widens, and that of five runs (`fit_mixture`, the part to copy)
+widens further, since each of them ends in another mode of the posterior.
 
 Every seed draws a true function from the network's prior, so that exact inference would be
 calibrated: its 95 % band would hold 95 % of new points. IVON's does inside the clusters; in the gap
-and outside its diagonal Gaussian is too narrow.
+and outside one diagonal Gaussian is too narrow.
 """
 
 from collections.abc import Callable
@@ -24,11 +25,22 @@ from matplotlib.figure import Figure
 from examples._shared.reporting import COLORS, cell, format_table, save_figure
 from examples._shared.training import train
 from examples._shared.training import warmup_cosine as schedule
-from ivon_jax import Moments, auto_sample, ivon, metrics, predict_moments
+from ivon_jax import (
+    Moments,
+    Posterior,
+    auto_sample,
+    ivon,
+    metrics,
+    mixture,
+    posterior,
+    predict_moments,
+)
 
 WIDTH = 16
 NOISE = 0.1  # standard deviation of an observation, known to both methods
 NUM_TRAIN = 40
+MEMBERS = 5  # of the mixture
+SAMPLES = 500  # of a posterior, or of all members together
 BAND = 1.96  # standard deviations on either side hold 95 % of a Gaussian
 
 Array = jax.Array
@@ -45,13 +57,14 @@ class Problem(NamedTuple):
 
 
 def main(seeds: int = 10, steps: int = 20_000, figure: Path = Path("regression_1d.png")) -> None:
-    """Fits every data set by both methods, prints the table and writes the figure."""
+    """Fits every data set by all methods, prints the table and writes the figure."""
     keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.arange(seeds))
     problems = jax.vmap(draw_problem)(keys[:, 0])
-    starts = jax.vmap(draw_weights)(keys[:, 1])
+    starts = jax.vmap(draw_members)(keys[:, 1])
+    fits = {"AdamW": fit_adamw, "IVON": fit_ivon, f"{MEMBERS} of IVON": fit_mixture}
     methods = {
         name: jax.vmap(partial(fit, steps))(problems, starts, keys[:, 2])
-        for name, fit in {"AdamW": fit_adamw, "IVON": fit_ivon}.items()
+        for name, fit in fits.items()
     }
     print(f"\n{table(methods, problems)}\n")
     print(
@@ -76,6 +89,11 @@ def draw_weights(key: Array) -> Array:
     return jax.random.normal(key, (3 * WIDTH + 1,))
 
 
+def draw_members(key: Array) -> Array:
+    """Initial weights of every member; a single network takes the first."""
+    return jax.vmap(draw_weights)(jax.random.split(key, MEMBERS))
+
+
 def draw_problem(key: Array) -> Problem:
     """Draws a true function from the prior, and observations of it."""
     function_key, place_key, train_key, test_key = jax.random.split(key, 4)
@@ -94,25 +112,42 @@ def loss_fn(weights: Array, batch: tuple[Array, Array]) -> Array:
     return jnp.mean((network(weights, x) - y) ** 2) / (2 * NOISE**2)
 
 
-def fit_adamw(steps: int, problem: Problem, start: Array, key: Array) -> Moments:
+def fit_adamw(steps: int, problem: Problem, starts: Array, key: Array) -> Moments:
     """Predictions of one network: the noise is all the uncertainty it has."""
     tx = optax.adamw(schedule(1e-3, steps), weight_decay=1.0)
     run = partial(train, epochs=steps, batch_size=NUM_TRAIN)  # full batches: a step per epoch
-    weights, _ = run(tx, loss_fn, start, (problem.x, problem.y), key=key, label="AdamW")
+    weights, _ = run(tx, loss_fn, starts[0], (problem.x, problem.y), key=key, label="AdamW")
     mean = network(weights, problem.test_x)
     return Moments(mean, jnp.full_like(mean, NOISE**2), jnp.zeros_like(mean))
 
 
-def fit_ivon(steps: int, problem: Problem, start: Array, key: Array) -> Moments:
+def fit_ivon(steps: int, problem: Problem, starts: Array, key: Array) -> Moments:
     """Predictions averaged over IVON's posterior."""
-    noise_key, train_key, predict_key = jax.random.split(key, 3)
+    train_key, predict_key = jax.random.split(key)
+    q = learn(steps, problem, starts[0], train_key)
+    return predict_moments(network, SAMPLES, noise_variance=NOISE**2)(
+        predict_key, q, problem.test_x
+    )
+
+
+def fit_mixture(steps: int, problem: Problem, starts: Array, key: Array) -> Moments:
+    """Predictions averaged over the posteriors of several runs, trained in one program."""
+    train_key, predict_key = jax.random.split(key)
+    members = jax.vmap(partial(learn, steps, problem))(starts, jax.random.split(train_key, MEMBERS))
+    return predict_moments(network, SAMPLES, noise_variance=NOISE**2)(
+        predict_key, mixture(members), problem.test_x
+    )
+
+
+def learn(steps: int, problem: Problem, start: Array, key: Array) -> Posterior:
+    """One run of IVON: the posterior that it ends with."""
+    noise_key, train_key = jax.random.split(key)
     # ess = N and a prior precision of ess · weight_decay = 1: plain Bayes.
     settings: Any = {"ess": NUM_TRAIN, "weight_decay": 1 / NUM_TRAIN, "hess_init": 3.0, "b2": 0.999}
     tx = auto_sample(ivon(schedule(0.1, steps), **settings), noise_key)
-    run = partial(train, epochs=steps, batch_size=NUM_TRAIN)
+    run = partial(train, epochs=steps, batch_size=NUM_TRAIN)  # full batches: a step per epoch
     _, state = run(tx, loss_fn, start, (problem.x, problem.y), key=train_key, label="IVON")
-    predict = predict_moments(network, 500, noise_variance=NOISE**2)
-    return predict(predict_key, state, problem.test_x)
+    return posterior(state)
 
 
 def table(methods: dict[str, Moments], problems: Problem) -> str:
@@ -141,11 +176,12 @@ def table(methods: dict[str, Moments], problems: Problem) -> str:
 
 def draw(methods: dict[str, Moments], problems: Problem) -> Figure:
     """The bands on the first data set."""
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(6 * len(methods), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(methods), sharey=True)
     first = Problem(*(x[0] for x in problems))
     for ax, (method, moments) in zip(axes, methods.items(), strict=True):
-        mean, half, color = moments.mean[0], BAND * np.sqrt(moments.variance[0]), COLORS[method]
+        mean, half = moments.mean[0], BAND * np.sqrt(moments.variance[0])
+        color = COLORS.get(method, COLORS["IVON"])
         band: Any = {"color": color, "alpha": 0.3, "linewidth": 0, "label": "95 % band"}
         ax.fill_between(first.test_x, mean - half, mean + half, **band)
         ax.plot(first.test_x, mean, color=color, linewidth=2, label="mean")

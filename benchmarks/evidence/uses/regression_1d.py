@@ -1,8 +1,8 @@
 """IVON in the gap between two clusters of data against exact inference and a deep ensemble.
 
-`python benchmarks/evidence/uses/regression_1d.py` takes the problems and the two methods of
+`python benchmarks/evidence/uses/regression_1d.py` takes the problems and the three methods of
 examples/regression_1d.py, and adds five networks of AdamW and NUTS, which needs blackjax:
-`pip install -e ".[examples,hmc]"`. IVON and NUTS share prior and likelihood.
+`pip install -e ".[examples,hmc]"`. IVON, its mixture and NUTS share prior and likelihood.
 
 Settings were chosen on other data sets: nine were tried for IVON, selected by its training
 objective, the free energy; twenty for AdamW, selected, for one network and for the ensemble, by the
@@ -26,10 +26,10 @@ from benchmarks._shared.journal import parse
 from examples import regression_1d as example
 from examples._shared.reporting import cell, format_table
 from examples._shared.training import train
-from examples.regression_1d import NUM_TRAIN, Problem, network
+from examples.regression_1d import MEMBERS, NUM_TRAIN, Problem, network
 from ivon_jax import Moments
 
-CHAINS, MEMBERS = 4, 5
+CHAINS = 4
 MAX_DOUBLINGS = 8  # of a NUTS trajectory
 Array = jax.Array
 
@@ -52,15 +52,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     split = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))
     problem_keys, start_keys, keys = jnp.swapaxes(split(jnp.arange(options.seeds)), 0, 1)
     problems = jax.jit(jax.vmap(example.draw_problem))(problem_keys)
-    member_keys = jax.vmap(lambda key: jax.random.split(key, MEMBERS))(start_keys)
-    starts = jax.jit(jax.vmap(jax.vmap(example.draw_weights)))(member_keys)
+    starts = jax.jit(jax.vmap(example.draw_members))(start_keys)
     chains = jax.jit(jax.vmap(partial(run_nuts, options.draws)))(problems, starts, keys)
     ensemble = jax.vmap(partial(fit_ensemble, options.steps))(problems, starts, keys)
     functions = chains.functions.reshape(options.seeds, -1, chains.functions.shape[-1])
+
+    def fitted(fit: Any) -> Moments:
+        return jax.vmap(partial(fit, options.steps))(problems, starts, keys)
+
     methods = {
-        "AdamW": jax.vmap(partial(example.fit_adamw, options.steps))(problems, starts[:, 0], keys),
+        "AdamW": fitted(example.fit_adamw),
         f"{MEMBERS} of AdamW": ensemble,
-        "IVON": jax.vmap(partial(example.fit_ivon, options.steps))(problems, starts[:, 0], keys),
+        "IVON": fitted(example.fit_ivon),
+        f"{MEMBERS} of IVON": fitted(example.fit_mixture),
         "NUTS": jax.vmap(moments_of)(functions),
     }
     print(f"\n{example.table(methods, problems)}\n\n{true_function(methods, problems)}\n")
