@@ -86,3 +86,23 @@ def test_regression_1d(capsys, monkeypatch):
     regression_1d.main(["--seeds", "1", "--steps", "2", "--draws", "4"])
     rows = rows_of(capsys.readouterr().out)
     assert len(rows["clusters"]) == len(rows["std of f gap"]) == 4
+
+
+def test_mixtures_average_probabilities_over_disjoint_groups(capsys, monkeypatch):
+    from benchmarks.evidence.uses import mixtures
+
+    rng = np.random.default_rng(0)
+    log_probs = jax.nn.log_softmax(jnp.asarray(rng.standard_normal((11, 797, 10)), jnp.float32))
+    sets = dict.fromkeys(mixtures.example.SETS, log_probs)
+    monkeypatch.setattr(mixtures.example, "compare", lambda *_: ({"IVON": sets}, None))
+    groups = mixtures.grouped(sets, 5)
+    assert len(groups) == 2
+    expected = np.log(np.exp(log_probs[5:10]).mean(0))
+    np.testing.assert_allclose(groups[1]["letters"], expected, rtol=1e-4, atol=1e-5)
+    mixtures.main(["--seeds", "11"])
+    printed = capsys.readouterr().out
+    assert [line.split()[:2] for line in printed.splitlines() if line.startswith("IVON")] == [
+        ["IVON", str(size)] for size in mixtures.SIZES
+    ]
+    with pytest.raises(SystemExit, match="at least 10"):
+        mixtures.main(["--seeds", "3"])
