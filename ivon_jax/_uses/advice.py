@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ivon_jax._core.state import GaussianPrior, find_states
-from ivon_jax._core.tampering import CHANGED
+from ivon_jax._core.tampering import CHANGED, auto_sample_states
 from ivon_jax._core.trees import PyTree
 from ivon_jax._uses.monitoring import MOVED, arguments, diagnostics
 
@@ -21,6 +21,9 @@ LARGE = 100.0
 
 INFLATED = 10.0
 """A median of h above this multiple of h₀ is worth asking where it comes from."""
+
+ROUNDING = 1e-6
+"""By how much a schedule in float32 may miss its end at 0."""
 
 SHORT = 1e-6
 """Steps that are never longer train no network."""
@@ -37,7 +40,8 @@ class Status(NamedTuple):
 
     Attributes:
       kind: "yes", "no", "at risk" (of diverging, or of learning something else than is meant),
-        "broken" (not finite) or "tampered" (the loop's parameters are no sample of the posterior).
+        "broken" (not finite) or "tampered" (the loop's parameters are not the sample that was
+        drawn).
       message: what was found, and what to change.
     """
 
@@ -83,11 +87,10 @@ def learning_status(
     numbers = {name: float(x) for name, x in found.items()}
     return (
         _wrong_rate(state, settings)
-        or _changed(numbers)
+        or _changed(state, numbers)
         or _broken(state, numbers)
         or _disagreement(state, settings)
         or _not_begun(numbers)
-        or _clipped(numbers)
         or _curvature(numbers, arguments(settings))
     )
 
@@ -98,16 +101,17 @@ def _wrong_rate(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
     step = find_states(state)[0].count
     value: Any = given(step) if callable(given) else given
     rate = float(value)
-    if 0 <= rate < math.inf:
+    if -ROUNDING <= rate < math.inf:
         return None
     kind = "at risk" if math.isfinite(rate) else "broken"
     return Status(kind, f"the learning rate at step {step} is {rate:g}: mend the schedule.")
 
 
-def _changed(numbers: dict[str, float]) -> Status | None:
+def _changed(state: PyTree, numbers: dict[str, float]) -> Status | None:
     """Parameters that are no sample, or not the one that was drawn."""
     distance = numbers.get("sample/distance", 0.0)
-    if distance > TAMPERED and not numbers["step"]:
+    at_start = not numbers["step"] and all(bool(x.at_mean) for x in auto_sample_states(state))
+    if distance > TAMPERED and at_start:
         return Status(
             "no",
             "no step has been taken, and the parameters are not those that init was given: at the "
@@ -150,7 +154,7 @@ def _broken(state: PyTree, numbers: dict[str, float]) -> Status | None:
             "not finite. Start again with a smaller learning rate, a larger hess_init or a "
             "clip_radius. Or a hyperparameter that is injected has left its range, or something "
             "changes the parameters after ivon, which auto_sample(..., check=True) turns into "
-            "NaN: one step without jit says so.",
+            "NaN: two steps from a new state without jit, vmap or scan say so.",
         )
     return None
 
@@ -198,26 +202,6 @@ def _not_begun(numbers: dict[str, float]) -> Status | None:
     return None
 
 
-def _clipped(numbers: dict[str, float]) -> Status | None:
-    """Steps whose length is the clip radius's, and not the gradient's."""
-    longest = numbers["update/longest"]
-    if numbers["update/clipped"] <= 0.5 or not longest:
-        return None
-    found = (
-        f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped, so that each is "
-        f"{longest:.2g} long whatever the gradient"
-    )
-    if longest < SHORT:
-        advice = "which trains no network: raise the learning rate"
-    else:
-        advice = "which may be meant, as after recipes.rate_from_adamw: go by the training loss"
-    return Status(
-        "at risk",
-        f"{found}, {advice}. A rate belongs to its hess_init and clip_radius: "
-        "recipes.rate_from_adamw(lr, hess_init, clip_radius) converts one of AdamW's.",
-    )
-
-
 def _curvature(numbers: dict[str, float], given: Mapping[str, Any]) -> Status:
     """What has become of h, and of the steps that it scales."""
     b2, hess_init = float(given["b2"]), float(given["hess_init"])
@@ -248,6 +232,9 @@ def _curvature(numbers: dict[str, float], given: Mapping[str, Any]) -> Status:
             "large, and needs optax.chain(optax.scale(1 / n), ivon(...)). If it is, raise "
             "hess_init.",
         )
+    clipped = _clipped(numbers)
+    if clipped:
+        return clipped
     guarded = float(given["precision_floor"]) >= GUARD
     if numbers["update/risk"] > 1 and not guarded:
         return Status(
@@ -266,10 +253,30 @@ def _curvature(numbers: dict[str, float], given: Mapping[str, Any]) -> Status:
             "train longer.",
         )
     signal = numbers["signal_to_noise/p50"]
-    clipped = f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped"
+    share = f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped"
     ended = not numbers["update/risk"] and math.isinf(float(given["clip_radius"]))
     over = " (The rate is 0, at which nothing diverges: ask during the run as well.)" * ended
-    return Status("yes", f"{found}; median |m|/σ is {signal:.3g}, and {clipped}.{over}")
+    return Status("yes", f"{found}; median |m|/σ is {signal:.3g}, and {share}.{over}")
+
+
+def _clipped(numbers: dict[str, float]) -> Status | None:
+    """Steps whose length is the clip radius's, and not the gradient's."""
+    longest = numbers["update/longest"]
+    if numbers["update/clipped"] <= 0.5 or not longest:
+        return None
+    found = (
+        f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped, so that each is "
+        f"{longest:.2g} long whatever the gradient"
+    )
+    if longest < SHORT:
+        advice = "which trains no network: raise the learning rate"
+    else:
+        advice = "which may be meant, as after recipes.rate_from_adamw: go by the training loss"
+    return Status(
+        "at risk",
+        f"{found}, {advice}. A rate belongs to its hess_init and clip_radius: "
+        "recipes.rate_from_adamw(lr, hess_init, clip_radius) converts one of AdamW's.",
+    )
 
 
 def _differ(setting: Any, found: list[float]) -> bool:

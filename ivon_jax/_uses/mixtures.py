@@ -1,13 +1,13 @@
 """Mixtures of posteriors: several runs, each with its Gaussian."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._core.state import IVONState, Posterior, find_states, gaussian
-from ivon_jax._core.trees import PyTree
+from ivon_jax._core.state import IVONState, Posterior, find_states, gaussian, is_ivon_state
+from ivon_jax._core.trees import Owned, PyTree
 
 
 class Mixture(NamedTuple):
@@ -51,12 +51,17 @@ def mixture(members: PyTree) -> Mixture:
         return Mixture(_stacked([gaussian(member) for member in members]))
     if isinstance(members, Posterior):
         return Mixture(members)
+    if not any(map(_is_stack, find_states(members))):
+        raise ValueError(
+            "this is the state of one run: give a list of states or posteriors, or the stack of "
+            "states of a jax.vmap."
+        )
     return Mixture(jax.vmap(gaussian)(members))
 
 
 def as_mixture(state: PyTree) -> Mixture | None:
     """The mixture that a list, a stack of states or a `Mixture` stands for; None for one member."""
-    if isinstance(state, list | Mixture):
+    if isinstance(state, Mixture) or (isinstance(state, list) and all(map(_is_member, state))):
         return mixture(state)
     if isinstance(state, Posterior):
         return None
@@ -79,6 +84,17 @@ def component(q: Mixture, index: Any) -> Posterior:
     return jax.tree.map(lambda x: x[index], q.components)
 
 
+def params_of(q: Mixture, params: PyTree | None) -> Callable[[Any], PyTree]:
+    """The parameters that go with a component: its own, where they are stacked as well."""
+    if params is None:
+        return lambda _: None
+    own = Owned(q.components.mean)
+    shapes = [x.shape for x in own.split("params", params)[0]]
+    if shapes and shapes == [x.shape for x in own.leaves]:
+        return lambda index: jax.tree.map(lambda x: x[index], params)
+    return lambda _: params
+
+
 def _stacked(members: Sequence[Posterior]) -> Posterior:
     if not members:
         raise ValueError("a mixture needs at least one posterior; got an empty list.")
@@ -90,6 +106,12 @@ def _stacked(members: Sequence[Posterior]) -> Posterior:
                 f"position {i} has other leaves or shapes than the first."
             )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def _is_member(node: Any) -> bool:
+    """Whether an element of a list is a posterior or a state, and not a part of one."""
+    leaves = jax.tree.leaves(node, is_leaf=is_ivon_state)
+    return isinstance(node, Posterior) or any(map(is_ivon_state, leaves))
 
 
 def _is_stack(state: IVONState) -> bool:

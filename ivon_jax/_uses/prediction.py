@@ -17,7 +17,7 @@ from ivon_jax._core.checks import check_positive, renamed
 from ivon_jax._core.sampling import PosteriorNoise, fold_in_groups, one_or_many, threefry_key
 from ivon_jax._core.state import Posterior, gaussian
 from ivon_jax._core.trees import PyTree, is_masked
-from ivon_jax._uses.mixtures import as_mixture, component, num_components
+from ivon_jax._uses.mixtures import as_mixture, component, num_components, params_of
 from ivon_jax._uses.networks import apply_in_batches, class_log_probs, gaussian_head
 
 
@@ -72,8 +72,8 @@ def predict_samples(
       `f(key, state, *inputs, params=None) -> outputs`, with the samples on a new axis 0;
       `key`, `state` and `params` as in `sample_params`. `state` may also be a `mixture`, a list of
       posteriors or states, or a stack of states from `jax.vmap`: then sample s is drawn from
-      component s mod K of K. The s-th sample is the same for every batch size, and for every
-      function in this module.
+      component s mod K of K, and `params` may be stacked too. The s-th sample is the same for
+      every batch size, and for every function in this module.
 
     Example:
       >>> from ivon_jax import ivon, predict_samples
@@ -276,7 +276,7 @@ def _sampled(
         with jax.threefry_partitionable(True):
             keys = jax.random.split(threefry_key(key), num_samples)
 
-        def at_sample(q: Posterior, key: jax.Array) -> PyTree:
+        def at_sample(q: Posterior, key: jax.Array, params: PyTree | None = params) -> PyTree:
             noise = PosteriorNoise(q, params)
             return _applied(apply, noise.sampled(key, noise.draw(key)), inputs)
 
@@ -291,7 +291,8 @@ def _sampled(
                 f"components of the mixture: take a multiple of {number}."
             )
         turns = jnp.arange(num_samples) % number
-        return (keys, turns), lambda key, i: at_sample(component(several, i), key)
+        params_at = params_of(several, params)
+        return (keys, turns), lambda key, i: at_sample(component(several, i), key, params_at(i))
 
     return prepare
 

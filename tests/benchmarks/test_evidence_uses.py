@@ -83,9 +83,10 @@ def test_regression_1d(capsys, monkeypatch):
 
     monkeypatch.setattr(regression_1d.example, "fit_adamw", fitted)
     monkeypatch.setattr(regression_1d.example, "fit_ivon", fitted)
+    monkeypatch.setattr(regression_1d.example, "fit_mixture", fitted)
     regression_1d.main(["--seeds", "1", "--steps", "2", "--draws", "4"])
     rows = rows_of(capsys.readouterr().out)
-    assert len(rows["clusters"]) == len(rows["std of f gap"]) == 4
+    assert len(rows["clusters"]) == len(rows["std of f gap"]) == 5
 
 
 def test_mixtures_average_probabilities_over_disjoint_groups(capsys, monkeypatch):

@@ -104,14 +104,17 @@ def test_the_command_chooses_tests_and_reports(tmp_path, monkeypatch, capsys):
         labels = rng.integers(0, 2, 70)
         lines = [f"{y} {'good fine' if y else 'bad poor'} {rng.integers(9)} film" for y in labels]
         (tmp_path / name).write_text("\n".join(lines))
-    grids = {"adamw": {"learning_rate": (3e-3, 1e-2)}, "ivon": {"step": (1e-2,), "sigma": (0.01,)}}
+    grids = {
+        "adamw": {"learning_rate": (1e-3, 3e-3, 1e-2)},
+        "ivon": {"step": (1e-2,), "sigma": (0.01,)},
+    }
     monkeypatch.setattr(methods, "GRIDS", grids)
     results = tmp_path / "finetuning.jsonl"
     argv = ["--data", str(tmp_path), "--labels", "64", "--seeds", "2", "--results", str(results)]
     main.main(argv)
     page = results.with_suffix(".md").read_text()
     assert "sst2, 64 labels, full" in page and "IVON, 10 samples" in page
-    assert "auroc questions, disagreement" in page and "(chosen, at an edge)" in page
+    assert "auroc questions, disagreement" in page and "(chosen" in page
     written = results.read_text()
     main.main(argv)  # nothing is computed again
     assert results.read_text() == written

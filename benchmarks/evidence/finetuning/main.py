@@ -150,7 +150,10 @@ def compute(options: Options) -> None:
         for values in settings(methods.GRIDS[method]):
             run = {"stage": "validation", **options.identity, "method": method, "values": values}
             nll = journal.compute(run, lambda v=values, m=method: study.validated(m, v))["nll"]
-            best = min(best, (nll, values), key=lambda x: x[0])
+            if nll < best[0]:  # not NaN
+                best = nll, values
+        if not best[1]:
+            raise SystemExit(f"every setting of {method} diverged")
         for seed in range(options.seeds):
             run = {"stage": "test", **options.identity, "method": method, "values": best[1]}
             run["seed"] = seed
@@ -201,13 +204,14 @@ def test_rows(runs: Any) -> Sequence[Sequence[str]]:
 
 
 def setting_rows(runs: Any) -> Sequence[Sequence[str]]:
-    """Validation scores of every setting; the chosen one is marked."""
+    """Validation scores of every setting; the chosen one is marked, and an edge of three values."""
     rows = [["setting", "accuracy", "NLL", "ECE", "NLL at the mean"]]
+    grids = {m: {k: v for k, v in g.items() if len(v) > 2} for m, g in methods.GRIDS.items()}
     for method in dict.fromkeys(run["method"] for run, _ in runs):
         mine = [(run, result) for run, result in runs if run["method"] == method]
-        chosen = min(mine, key=lambda x: x[1]["nll"])[0]["values"]
+        chosen = min(mine, key=lambda x: np.nan_to_num(x[1]["nll"], nan=np.inf))[0]["values"]
         for run, result in mine:
-            edges = at_edges(methods.GRIDS[method], run["values"])
+            edges = at_edges(grids[method], run["values"])
             mark = f" (chosen{', at an edge' if edges else ''})" if run["values"] == chosen else ""
             point = f"{result['nll, point']:.4f}" if "nll, point" in result else ""
             scored = [f"{result[name]:.4f}" for name in ("accuracy", "nll", "ece")]
