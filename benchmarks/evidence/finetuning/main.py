@@ -193,8 +193,8 @@ def test_rows(runs: Any) -> Sequence[Sequence[str]]:
             columns[title] = (results, f", {suffix}" if suffix else "")
     seeds = {len(results) for results, _ in columns.values()}
     rows = [[f"{'/'.join(map(str, sorted(seeds)))} seeds", *columns]]
-    plain = [name for name in runs[-1][1] if "point" not in name and "disagree" not in name]
-    for name in [*plain, *(n for n in runs[-1][1] if "disagree" in n)]:
+    names = dict.fromkeys(name for _, result in runs for name in result)
+    for name in (name for name in names if not name.endswith(", point")):
         values = [
             [result[name + suffix] for result in results if name + suffix in result]
             for results, suffix in columns.values()
