@@ -118,7 +118,7 @@ def auto_sample(
         if num_samples > 1:
             inner_state = map_states(_with_window, inner_state)
         if not store_mean:
-            check_recoverable(owned_leaves(inner_state), params)
+            check_recoverable(own, params)
             inner_state = without_means(inner_state)
         return AutoSampleState(
             key=copy_array(key_data),

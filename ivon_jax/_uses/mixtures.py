@@ -23,8 +23,8 @@ class Mixture(NamedTuple):
 def mixture(members: PyTree) -> Mixture:
     """The mixture q(θ) = mean_k N(θ; m_k, σ_k²) of several runs.
 
-    A Gaussian describes one mode of the true posterior; runs from different initial weights end in
-    different ones. Train them in one program, by `jax.vmap` over `init` and the step.
+    A Gaussian describes one mode of the true posterior, and runs from different initial weights may
+    end in different ones. Train them in one program, by `jax.vmap` over `init` and the step.
 
     Args:
       members: a list of posteriors or states; or one of them with the members on axis 0 of every
