@@ -40,19 +40,17 @@ def with_loaded(
 ) -> IVONState:
     """The state with parameters as its mean that were loaded after `init`.
 
-    Those are neither the mean, but for the last bit (a mean may have been rounded to bfloat16), nor
-    the sample of the noise.
+    Those are neither the mean, which may have been rounded, nor the sample of the noise.
     """
 
+    @jax.jit  # traced once for leaves of one shape
     def adopt(m: jax.Array, p: jax.Array, prior: LeafPrior, n: jax.Array | None) -> jax.Array:
         if varying_axes(jax.typeof(p)) - varying_axes(jax.typeof(m)):
             return m  # each device has a sample of its own
-        wide = p.astype(m.dtype)
-        loaded = when & (jnp.abs(wide - m) > _spacing(p, jnp.abs(m)))
+        loaded = when & _differ(p, m)
         if n is not None and n.shape == m.shape and jnp.issubdtype(n.dtype, jnp.floating):
-            n = n.astype(m.dtype)
-            loaded &= jnp.abs(wide - (m + n)) > 4 * _spacing(p, jnp.abs(m) + jnp.abs(n))
-        return prior.where_fixed(m, jnp.where(loaded, wide, m))
+            loaded &= _differ(p, m + n.astype(m.dtype))
+        return prior.where_fixed(m, jnp.where(loaded, p.astype(m.dtype), m))
 
     every = noise or [None] * len(params)
     means = list(map(adopt, jax.tree.leaves(state.mean), params, leaf_priors(state), every))
@@ -191,6 +189,13 @@ def sample_distance(q: Posterior, params: PyTree) -> jax.Array:
         beyond = jnp.where(jnp.isfinite(beyond), beyond, 0)  # fixed, or broken
         largest = jnp.maximum(largest, jnp.max(beyond, initial=0).astype(jnp.float32))
     return largest
+
+
+def _differ(p: jax.Array, x: jax.Array) -> jax.Array:
+    """Where parameters are not `x`, which may have been rounded to their dtype."""
+    if p.dtype == x.dtype:
+        return p != x
+    return jnp.abs(p.astype(x.dtype) - x) > _spacing(p, jnp.abs(x))
 
 
 def _spacing(p: jax.Array, size: jax.Array) -> jax.Array:
