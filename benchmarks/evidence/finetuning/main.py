@@ -4,7 +4,7 @@
     python benchmarks/evidence/finetuning/main.py --report               # tables
 
 DIR holds the files named in `data.FILES`. MiniLM-L6 (22.7M parameters, `_shared/minilm.py` says how
-to install it) is trained for four epochs with a head on its mean token. Every method tries the six
+to install it) is trained for four epochs with a head on its mean token. Every method tries the nine
 settings of `methods.GRIDS` with the first seed, takes that with the lowest NLL on 500 validation
 sentences (IVON's of five posterior samples), and is tested once with each seed. On two cores a
 setting takes some three minutes, a seed eight.
@@ -143,7 +143,7 @@ def compute(options: Options) -> None:
     if options.data is None:
         raise SystemExit("name the folder of the sentences with --data DIR")
     study = Study(options, options.data)
-    total = sum(6 + options.seeds for _ in options.methods)
+    total = sum(9 + options.seeds for _ in options.methods)
     journal = Journal(options.results, total=total)
     for method in options.methods:
         best: tuple[float, dict[str, float]] = (np.inf, {})

@@ -28,11 +28,11 @@ Array = jax.Array
 EPOCHS, BATCH_SIZE, RANK = 4, 32, 8
 HESS_INIT, CLIP_RADIUS, WEIGHT_DECAY = 1e-2, 1e-2, 1e-5  # of IVON
 
-# Six settings each. `step` is α(h₀+δ)ξ, the longest step, which is what AdamW's rate is; `sigma`
+# Nine settings each. `step` is α(h₀+δ)ξ, the longest step, which is what AdamW's rate is; `sigma`
 # is the initial σ, which ess keeps.
 GRIDS: dict[str, Grid] = {
-    "adamw": {"learning_rate": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)},
-    "ivon": {"step": (3e-5, 1e-4), "sigma": (0.003, 0.005, 0.008)},
+    "adamw": {"learning_rate": (1e-5, 1.5e-5, 2e-5, 3e-5, 5e-5, 7e-5, 1e-4, 2e-4, 5e-4)},
+    "ivon": {"step": (2e-5, 3e-5, 1e-4), "sigma": (0.003, 0.005, 0.008)},
 }
 
 
