@@ -44,17 +44,25 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Attention and a perceptron, each followed by a sum and a normalisation."""
 
+    dropout: float
+
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
         """As in `Attention`."""
+        drop = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
         attended = Attention(name="attention")(x, mask)
-        x = LayerNorm(EPSILON, name="attention_norm")(x + attended)
+        x = LayerNorm(EPSILON, name="attention_norm")(x + drop(attended))
         hidden = nn.gelu(nn.Dense(HIDDEN, name="up")(x), approximate=False)
-        return LayerNorm(EPSILON, name="norm")(x + nn.Dense(WIDTH, name="down")(hidden))
+        return LayerNorm(EPSILON, name="norm")(x + drop(nn.Dense(WIDTH, name="down")(hidden)))
 
 
 class Encoder(nn.Module):
-    """Sentences to vectors: the mean over the last layer's tokens."""
+    """Sentences to vectors: the mean over the last layer's tokens.
+
+    Dropout acts where `apply` is given `rngs={"dropout": key}`; attention itself has none.
+    """
+
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
@@ -64,8 +72,9 @@ class Encoder(nn.Module):
         x = x + nn.Embed(POSITIONS, WIDTH, name="positions")(jnp.arange(tokens.shape[1]))[None]
         x = x + self.param("segment", nn.initializers.zeros, (WIDTH,))[None, None]
         x = LayerNorm(EPSILON, name="norm")(x)
+        x = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(x)
         for i in range(DEPTH):
-            x = Layer(name=f"layer_{i}")(x, mask)
+            x = Layer(self.dropout, name=f"layer_{i}")(x, mask)
         return jnp.sum(x * mask[..., None], axis=1) / jnp.sum(mask, axis=1, keepdims=True)
 
 
@@ -73,11 +82,13 @@ class Classifier(nn.Module):
     """A linear layer on the encoder's vectors."""
 
     num_classes: int
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
         """Maps tokens (n, length) to logits (n, num_classes)."""
-        return nn.Dense(self.num_classes, name="head")(Encoder(name="encoder")(tokens))
+        vectors = Encoder(self.dropout, name="encoder")(tokens)
+        return nn.Dense(self.num_classes, name="head")(vectors)
 
 
 def folder_of_package() -> Path:

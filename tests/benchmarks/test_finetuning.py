@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("flax")
 
-from benchmarks.evidence.finetuning import data, main, methods
+from benchmarks.evidence.finetuning import data, laplace, main, methods
 from examples._shared import minilm
+from ivon_jax import metrics
 
 SIZES = {"WIDTH": 8, "DEPTH": 2, "HEADS": 2, "HIDDEN": 12, "VOCABULARY": 40, "POSITIONS": 64}
 
@@ -82,10 +83,45 @@ def test_sentences_come_back_in_their_order():
     np.testing.assert_array_equal(found, lengths)
 
 
+def test_batches_hold_every_sentence_once_an_epoch_cut_to_what_they_need():
+    lengths = np.random.default_rng(0).integers(1, 49, 600)
+    tokens = (np.arange(48) < lengths[:, None]).astype(np.int32)
+    batches = list(data.grouped_batches(tokens, np.random.default_rng(1), 32, epochs=2))
+    assert len(batches) == 2 * (600 // 32)
+    first = np.concatenate([rows for rows, _ in batches[:18]])
+    assert len(set(first.tolist())) == 18 * 32
+    for rows, width in batches:
+        assert lengths[rows].max() <= width <= lengths[rows].max() + 7 and width % 8 == 0
+    assert np.mean([width for _, width in batches]) < 0.8 * 48
+
+
+def test_the_last_layers_laplace_approximation_is_the_hessian_of_its_loss():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(20, 3)), rng.normal(size=(3, 4))
+
+    def loss(w):  # of classes first, as the Gaussian has them
+        inputs = jnp.concatenate([x, jnp.ones((20, 1))], axis=1)
+        return jax.nn.logsumexp(inputs @ w.reshape(3, 4).T, axis=1).sum()
+
+    flat = w.ravel()
+    with jax.enable_x64(True):
+        inputs = np.concatenate([x, np.ones((20, 1))], axis=1)
+        log_probs = np.asarray(jax.nn.log_softmax(inputs @ w.T))
+        hessian = jax.hessian(loss)(jnp.asarray(flat))
+    last = laplace.fit_last_layer(log_probs, x)
+    found = last.eigenvectors * last.eigenvalues @ last.eigenvectors.T
+    np.testing.assert_allclose(found, hessian, atol=1e-10)
+    # A large prior precision leaves the point; a small one makes predictions less sure.
+    sure = last.predict(log_probs, x, 1e12)
+    np.testing.assert_allclose(sure, log_probs, atol=1e-5)
+    unsure = last.predict(log_probs, x, 0.01)
+    assert metrics.predictive_entropy(unsure).mean() > metrics.predictive_entropy(sure).mean()
+
+
 @pytest.mark.parametrize("scope", ["full", "lora", "head"])
 def test_a_scope_starts_at_the_pretrained_network_and_trains_its_part(scope):
     made = methods.make_scope(scope, 2, jax.random.key(0))
-    built = made.build(made.start)["params"]
+    built = methods.adapted(made.base, made.start)["params"]
     jax.tree.map(np.testing.assert_array_equal, built["encoder"], encoder_params())
     count = sum(x.size for x in jax.tree.leaves(made.start))
     head, width, layers = 8 * 2 + 2, 8, 2
@@ -98,24 +134,37 @@ def test_a_scope_starts_at_the_pretrained_network_and_trains_its_part(scope):
     assert count == head + expected[scope]
 
 
+def test_dropout_acts_only_with_a_key():
+    made = methods.make_scope("full", 2, jax.random.key(0))
+    tokens = np.array([[3, 5, 7, 0], [4, 4, 9, 12]], np.int32)
+    one, two, none, again = (
+        methods.logits(2, made.start, made.base, tokens, key)
+        for key in (jax.random.key(0), jax.random.key(1), None, None)
+    )
+    assert jnp.abs(one - two).max() > 1e-4 and jnp.abs(one - none).max() > 1e-4
+    np.testing.assert_array_equal(none, again)
+
+
 def test_the_command_chooses_tests_and_reports(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
-    for name in (*data.FILES["sst2"], *data.UNFAMILIAR.values()):
+    for name in (*data.FILES["sst2"], *data.UNFAMILIAR["sst2"].values()):
         labels = rng.integers(0, 2, 70)
         lines = [f"{y} {'good fine' if y else 'bad poor'} {rng.integers(9)} film" for y in labels]
-        (tmp_path / name).write_text("\n".join(lines))
+        (tmp_path / name).write_text("\n".join([*lines, "1"]))  # a line without a sentence
     grids = {
         "adamw": {"learning_rate": (1e-3, 3e-3, 1e-2)},
+        "dropout": {"learning_rate": (3e-3,)},
         "ivon": {"step": (1e-2,), "sigma": (0.01,)},
     }
-    monkeypatch.setattr(methods, "GRIDS", grids)
+    monkeypatch.setattr(methods, "grid", lambda method, scope: grids[method])
     results = tmp_path / "finetuning.jsonl"
     argv = ["--data", str(tmp_path), "--labels", "64", "--seeds", "2", "--results", str(results)]
     main.main(argv)
     page = results.with_suffix(".md").read_text()
-    assert "sst2, 64 labels, full" in page and "IVON, 10 samples" in page
-    assert "auroc questions, disagreement" in page and "(chosen" in page
+    assert "sst2, 64 labels, full" in page and "(chosen" in page
+    rows = {line.split("  ")[0] for line in page.splitlines()}
+    assert rows.issuperset(main.WAYS.values())
     written = results.read_text()
     main.main(argv)  # nothing is computed again
     assert results.read_text() == written
-    assert "risk area" in capsys.readouterr().out
+    assert "questions, disagreement" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Labelled sentences, one `label sentence` a line, as tokens of the pretrained encoder."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,10 @@ FILES = {
     "sst2": ("stsa.binary.train", "stsa.binary.dev", "stsa.binary.test"),
     "trec": ("TREC.train.all", None, "TREC.test.all"),
 }
-UNFAMILIAR = {"questions": "TREC.test.all", "plots and opinions": "subj.all"}
+UNFAMILIAR = {
+    "sst2": {"questions": "TREC.test.all", "products": "custrev.all"},
+    "trec": {"reviews": "stsa.binary.test", "products": "custrev.all"},
+}
 NUM_UNFAMILIAR = NUM_VALIDATION = 500
 
 
@@ -49,9 +53,36 @@ def load_task(folder: Path, name: str, num_labels: int) -> Task:
     return Task(train, validation, read(folder / test_file), int(everything.labels.max()) + 1)
 
 
-def load_unfamiliar(folder: Path) -> dict[str, np.ndarray]:
-    """Tokens of sentences that are no film reviews."""
-    return {name: read(folder / file).tokens[:NUM_UNFAMILIAR] for name, file in UNFAMILIAR.items()}
+def grouped_batches(
+    tokens: np.ndarray, rng: np.random.Generator, batch_size: int, epochs: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows of batches of sentences about as long as each other, and the width that these need.
+
+    In every epoch the sentences are put in random order and then sorted by length within each 256
+    of them, and their batches are put in random order; an incomplete last one is left out. Most of
+    the work on padding is saved.
+    """
+    lengths = (tokens > 0).sum(1)
+    for _ in range(epochs):
+        order = rng.permutation(len(lengths))
+        pools = (
+            pool[np.argsort(lengths[pool])] for pool in np.split(order, range(256, len(order), 256))
+        )
+        rows = np.concatenate(list(pools))
+        rows = rows[: len(rows) // batch_size * batch_size].reshape(-1, batch_size)
+        for batch in rng.permutation(rows):
+            yield batch, width(lengths[batch], tokens.shape[1])
+
+
+def width(lengths: np.ndarray, longest: int) -> int:
+    """Tokens that a batch is cut to: a multiple of eight, so that few programs are compiled."""
+    return min(-(-int(lengths.max()) // 8) * 8, longest)
+
+
+def load_unfamiliar(folder: Path, task: str) -> dict[str, np.ndarray]:
+    """Tokens of sentences that are not of the task's kind, the first ones of each file."""
+    files = UNFAMILIAR[task].items()
+    return {name: read(folder / file).tokens[:NUM_UNFAMILIAR] for name, file in files}
 
 
 def read(path: Path) -> Sentences:
@@ -59,6 +90,6 @@ def read(path: Path) -> Sentences:
     if not path.is_file():
         raise SystemExit(f"looked for {path.name} in {path.parent}: it is not there; see {PAGE}")
     lines = path.read_text(encoding="latin-1").split("\n")  # not at latin-1's other line ends
-    pairs = [line.strip().split(" ", 1) for line in lines if line.strip()]
+    pairs = [line.split(" ", 1) for line in map(str.strip, lines) if " " in line]  # not the empty
     labels = np.array([int(label) for label, _ in pairs], np.int32)
     return Sentences(tokenize([text for _, text in pairs], LENGTH), labels)

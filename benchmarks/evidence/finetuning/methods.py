@@ -1,4 +1,4 @@
-"""What is trained of the encoder, by AdamW and by IVON, and what a fitted network predicts."""
+"""What is trained of the encoder and how, and what a fitted network predicts."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,8 +12,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from benchmarks._shared.methods import warmup_cosine
 from benchmarks._shared.tuning import Grid
+from benchmarks.evidence.finetuning.data import Sentences, grouped_batches, width
 from examples._shared import minilm
-from examples._shared.training import classification_loss, train
+from examples._shared.training import classification_loss
 from ivon_jax import (
     Posterior,
     auto_sample,
@@ -25,22 +26,29 @@ from ivon_jax import (
 )
 
 Array = jax.Array
-EPOCHS, BATCH_SIZE, RANK = 4, 32, 8
+EPOCHS, BATCH_SIZE, RANK, DROPOUT = 4, 32, 8, 0.1
 HESS_INIT, CLIP_RADIUS, WEIGHT_DECAY = 1e-2, 1e-2, 1e-5  # of IVON
 
-# Nine settings each. `step` is α(h₀+δ)ξ, the longest step, which is what AdamW's rate is; `sigma`
-# is the initial σ, which ess keeps.
-GRIDS: dict[str, Grid] = {
-    "adamw": {"learning_rate": (1e-5, 1.5e-5, 2e-5, 3e-5, 5e-5, 7e-5, 1e-4, 2e-4, 5e-4)},
-    "ivon": {"step": (2e-5, 3e-5, 1e-4), "sigma": (0.003, 0.005, 0.008)},
-}
+# Nine settings each, adapters and gains with longer steps. `step` is α(h₀+δ)ξ, the longest step,
+# which is what AdamW's rate is; `sigma` is the initial σ, which ess keeps.
+FULL_RATES = (1e-5, 1.5e-5, 2e-5, 3e-5, 5e-5, 7e-5, 1e-4, 2e-4, 5e-4)
+FEW_RATES = (1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3, 3e-3, 5e-3)
+IVON_FULL: Grid = {"step": (2e-5, 3e-5, 1e-4), "sigma": (0.003, 0.005, 0.008)}
+IVON_FEW: Grid = {"step": (3e-4, 1e-3, 3e-3), "sigma": (0.005, 0.01, 0.02)}
+
+
+def grid(method: str, scope: str) -> Grid:
+    """The settings that are tried."""
+    if method == "ivon":
+        return IVON_FULL if scope == "full" else IVON_FEW
+    return {"learning_rate": FULL_RATES if scope == "full" else FEW_RATES}
 
 
 class Scope(NamedTuple):
-    """What is trained: its initial values, and the network that they stand for."""
+    """What is trained, at its initial values, and the pretrained parameters that it adapts."""
 
-    start: dict
-    build: Callable[[Any], Any]
+    start: Any
+    base: Any
 
 
 def make_scope(name: str, num_classes: int, key: Array) -> Scope:
@@ -49,9 +57,8 @@ def make_scope(name: str, num_classes: int, key: Array) -> Scope:
         "kernel": 0.02 * jax.random.normal(key, (minilm.WIDTH, num_classes)),
         "bias": jnp.zeros(num_classes),
     }
-    params: dict[Any, Any] = flatten_dict(
-        {"params": {"encoder": minilm.load_encoder(), "head": head}}
-    )
+    base = {"params": {"encoder": minilm.load_encoder(), "head": head}}
+    params: dict[Any, Any] = flatten_dict(base)
     kept = {path: x for path, x in params.items() if _is_trained(name, path)}
     if name == "lora":
         adapted = [p for p in params if p[-2:] in (("query", "kernel"), ("value", "kernel"))]
@@ -59,17 +66,7 @@ def make_scope(name: str, num_classes: int, key: Array) -> Scope:
             rows, columns = params[path].shape
             a = jax.random.normal(jax.random.fold_in(key, i), (rows, RANK)) / rows**0.5
             kept |= {(*path, "a"): a, (*path, "b"): jnp.zeros((RANK, columns))}
-
-    def build(trained: Any) -> Any:
-        flat: dict[Any, Any] = flatten_dict(trained)
-        new = {path: flat.get(path, x) for path, x in params.items()}
-        for path in flat:
-            if path[-1] == "a":
-                base = path[:-1]
-                new[base] = params[base] + 2.0 * flat[path] @ flat[(*base, "b")]
-        return unflatten_dict(new)
-
-    return Scope(unflatten_dict(kept), build)
+    return Scope(unflatten_dict(kept), base)
 
 
 def _is_trained(scope: str, path: tuple[str, ...]) -> bool:
@@ -77,6 +74,33 @@ def _is_trained(scope: str, path: tuple[str, ...]) -> bool:
         return True
     embedding = not any(part.startswith("layer_") for part in path)
     return {"full": not embedding, "lora": False, "head": path[-2].endswith("norm")}[scope]
+
+
+def adapted(base: Any, trained: Any) -> Any:
+    """The parameters of the network: `base`, where `trained` has nothing in place of it."""
+    old: dict[Any, Any] = flatten_dict(base)
+    flat: dict[Any, Any] = flatten_dict(trained)
+    new = {path: flat.get(path, x) for path, x in old.items()}
+    for path in flat:
+        if path[-1] == "a":
+            at = path[:-1]
+            new[at] = old[at] + 2.0 * flat[path] @ flat[(*at, "b")]
+    return unflatten_dict(new)
+
+
+def logits(num_classes: int, trained: Any, base: Any, tokens: Array, key: Any = None) -> Any:
+    """The network's logits (n, classes); with a key dropout acts."""
+    network = minilm.Classifier(num_classes, 0.0 if key is None else DROPOUT)
+    return network.apply(
+        adapted(base, trained), tokens, rngs={} if key is None else {"dropout": key}
+    )
+
+
+@jax.jit
+def features(trained: Any, base: Any, tokens: Array) -> Any:
+    """The vectors (n, WIDTH) that the head sees."""
+    params = adapted(base, trained)["params"]["encoder"]
+    return minilm.Encoder().apply({"params": params}, tokens)
 
 
 def settings_of(values: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
@@ -92,56 +116,92 @@ def settings_of(values: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
     }
 
 
-@partial(jax.jit, static_argnames=("method", "build", "num_classes", "num_steps"))
-def fit(
+def optimizer(method: str, values: Mapping[str, Any], num_steps: int, key: Array) -> Any:
+    """Gradients clipped to norm 1, then IVON with its sampling, or AdamW."""
+    if method != "ivon":
+        tx = optax.adamw(warmup_cosine(values["learning_rate"], num_steps), weight_decay=0.01)
+        return optax.chain(optax.clip_by_global_norm(1.0), tx)
+    tx = ivon(**settings_of(values, num_steps))
+    return auto_sample(optax.chain(optax.clip_by_global_norm(1.0), tx), key)
+
+
+@partial(jax.jit, static_argnames=("method", "num_classes", "num_steps"), donate_argnames="carry")
+def step(
     method: str,
-    build: Callable[[Any], Any],
     num_classes: int,
     num_steps: int,
-    start: Any,
-    data: Any,
+    carry: Any,
+    base: Any,
+    batch: Any,
+    key: Any,
+    values: Any,
+) -> Any:
+    """One step; compiled once for each width of `batch`."""
+    params, state, count = carry
+    noise_key, drop_key = jax.random.split(key)
+    drop = jax.random.fold_in(drop_key, count) if method == "dropout" else None
+    apply = lambda trained, tokens: logits(num_classes, trained, base, tokens, drop)  # noqa: E731
+    grads = jax.grad(classification_loss(apply))(params, batch)
+    tx = optimizer(method, values, num_steps, noise_key)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, count + 1
+
+
+def fit(
+    method: str,
+    num_classes: int,
+    scope: Scope,
+    data: Sentences,
     key: Array,
     values: Mapping[str, Any],
+    epochs: int = EPOCHS,
 ) -> Any:
     """Trains; returns the parameters of AdamW, or the posterior of IVON."""
-    apply = make_apply(num_classes, build)
-    noise_key, shuffle_key = jax.random.split(key)
-    if method == "adamw":
-        schedule = warmup_cosine(values["learning_rate"], num_steps)
-        tx = optax.adamw(schedule, weight_decay=0.01)
-    else:
-        tx = ivon(**settings_of(values, num_steps))
-    tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
-    tx = auto_sample(tx, noise_key) if method == "ivon" else tx
-    how = {"epochs": EPOCHS, "batch_size": BATCH_SIZE, "progress": False}
-    params, state = train(tx, classification_loss(apply), start, data, key=shuffle_key, **how)
-    return params if method == "adamw" else posterior(state)
-
-
-def make_apply(num_classes: int, build: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Logits from what is trained."""
-    return lambda trained, tokens: minilm.Classifier(num_classes).apply(build(trained), tokens)
+    step_key, shuffle_key = jax.random.split(key)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(shuffle_key)))
+    num_steps = epochs * (len(data.labels) // BATCH_SIZE)
+    tx = optimizer(method, values, num_steps, jax.random.split(step_key)[0])
+    start = jax.tree.map(jnp.array, scope.start)
+    carry: Any = (start, jax.jit(tx.init)(start), jnp.zeros((), jnp.int32))
+    for rows, wide in grouped_batches(data.tokens, rng, BATCH_SIZE, epochs):
+        batch = data.tokens[rows, :wide], data.labels[rows]
+        carry = step(method, num_classes, num_steps, carry, scope.base, batch, step_key, values)
+    params, state, _ = carry
+    return posterior(state) if method == "ivon" else params
 
 
 class Predictor:
-    """Log-probabilities of a network at a point and at samples, compiled once per length."""
+    """Log-probabilities of a network at a point and at samples, compiled once per width."""
 
-    def __init__(self, apply: Callable[..., Any], num_samples: int):
-        self._point = jax.jit(lambda params, x: jax.nn.log_softmax(apply(params, x)))
-        self._mean = jax.jit(predict_at_mean(lambda p, x: jax.nn.log_softmax(apply(p, x))))
-        self._samples = jax.jit(
-            predict_samples(lambda p, x: jax.nn.log_softmax(apply(p, x)), num_samples)
-        )
+    def __init__(self, num_classes: int, num_samples: int):
+        def apply(params: Any, base: Any, tokens: Array, key: Any = None) -> Array:
+            return jax.nn.log_softmax(logits(num_classes, params, base, tokens, key))
 
-    def __call__(self, fitted: Any, key: Array, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        """At the "point" (n, classes), and of a posterior at "samples" (S, n, classes)."""
-        if not isinstance(fitted, Posterior):
-            return {"point": in_batches(partial(self._point, fitted), tokens)}
-        samples = partial(self._samples, key, fitted)
-        return {
-            "point": in_batches(partial(self._mean, fitted), tokens),
-            "samples": in_batches(samples, tokens, axis=1),
-        }
+        def dropped(params: Any, base: Any, tokens: Array, key: Array) -> Array:
+            return jax.lax.map(
+                lambda k: apply(params, base, tokens, k), jax.random.split(key, num_samples)
+            )
+
+        self._point, self._dropped = jax.jit(apply), jax.jit(dropped)
+        self._mean = jax.jit(predict_at_mean(apply))
+        self._samples = jax.jit(predict_samples(apply, num_samples))
+
+    def __call__(
+        self, method: str, fitted: Any, base: Any, key: Array, tokens: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """At the "point" (n, classes), and of a posterior or of dropout at "samples" (S, n, …)."""
+        if isinstance(fitted, Posterior):
+            point, samples = (
+                partial(self._mean, fitted, base),
+                partial(self._samples, key, fitted, base),
+            )
+        else:
+            point = partial(self._point, fitted, base)
+            samples = lambda x: self._dropped(fitted, base, x, key)  # noqa: E731
+        found = {"point": in_batches(point, tokens)}
+        if method != "adamw":
+            found["samples"] = in_batches(samples, tokens, axis=1)
+        return found
 
 
 def in_batches(
@@ -153,8 +213,7 @@ def in_batches(
     parts = []
     for first in range(0, len(order), size):
         rows = order[first : first + size]
-        width = min(-(-int(lengths[rows].max()) // 8) * 8, tokens.shape[1])
         filled = np.resize(rows, size)  # the last batch repeats itself, so that shapes are few
-        out = np.asarray(f(tokens[filled, :width]))
+        out = np.asarray(f(tokens[filled, : width(lengths[rows], tokens.shape[1])]))
         parts.append(out.take(range(len(rows)), axis))
     return np.concatenate(parts, axis).take(np.argsort(order), axis)
