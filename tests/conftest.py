@@ -79,3 +79,30 @@ def script_rules(request: pytest.FixtureRequest):
         patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {QUICK_FLAGS}")
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             yield
+
+
+@pytest.fixture
+def small_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MiniLM in small, with random parameters, and a word as a token."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from examples._shared import minilm
+
+    sizes = {"WIDTH": 8, "DEPTH": 2, "HEADS": 2, "HIDDEN": 12, "VOCABULARY": 40, "POSITIONS": 64}
+    for name, size in sizes.items():
+        monkeypatch.setattr(minilm, name, size)
+
+    def load_encoder():
+        params = minilm.Encoder().init(jax.random.key(1), jnp.ones((1, 4), jnp.int32))["params"]
+        # Gains and biases other than one and zero.
+        return jax.tree.map(
+            lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), params
+        )
+
+    def tokenize(texts, length):
+        words = [[1 + sum(map(ord, w)) % 39 for w in text.split()][:length] for text in texts]
+        return np.array([w + [0] * (length - len(w)) for w in words], np.int32)
+
+    monkeypatch.setattr(minilm, "load_encoder", load_encoder)
+    monkeypatch.setattr(minilm, "tokenize", tokenize)

@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 WIDTH, DEPTH, HEADS, HIDDEN = 384, 6, 12, 1536
 VOCABULARY, POSITIONS = 30_522, 512
@@ -89,6 +90,29 @@ class Classifier(nn.Module):
         """Maps tokens (n, length) to logits (n, num_classes)."""
         vectors = Encoder(self.dropout, name="encoder")(tokens)
         return nn.Dense(self.num_classes, name="head")(vectors)
+
+
+def adapters(params: Any, rank: int, key: Array) -> dict[str, Any]:
+    """LoRA: factors "a", random, and "b", zero, for the queries' and the values' matrices."""
+    found = {}
+    for i, (path, x) in enumerate(flatten_dict(params).items()):
+        if path[-2:] in (("query", "kernel"), ("value", "kernel")):
+            a = jax.random.normal(jax.random.fold_in(key, i), (x.shape[0], rank))
+            found[(*path, "a")] = a / x.shape[0] ** 0.5
+            found[(*path, "b")] = jnp.zeros((rank, x.shape[1]))
+    return unflatten_dict(found)
+
+
+def adapted(base: Any, trained: Any) -> Any:
+    """`base` with what is in `trained`: leaves in place of its own, or factors, W + 2AB."""
+    old: dict[Any, Any] = flatten_dict(base)
+    flat: dict[Any, Any] = flatten_dict(trained)
+    new = {path: flat.get(path, x) for path, x in old.items()}
+    for *path, name in flat:
+        if name == "a":
+            at = tuple(path)
+            new[at] = old[at] + 2.0 * flat[(*at, "a")] @ flat[(*at, "b")]
+    return unflatten_dict(new)
 
 
 def folder_of_package() -> Path:

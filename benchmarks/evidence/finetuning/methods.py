@@ -60,13 +60,10 @@ def make_scope(name: str, num_classes: int, key: Array) -> Scope:
     base = {"params": {"encoder": minilm.load_encoder(), "head": head}}
     params: dict[Any, Any] = flatten_dict(base)
     kept = {path: x for path, x in params.items() if _is_trained(name, path)}
+    trained = unflatten_dict(kept)
     if name == "lora":
-        adapted = [p for p in params if p[-2:] in (("query", "kernel"), ("value", "kernel"))]
-        for i, path in enumerate(adapted):
-            rows, columns = params[path].shape
-            a = jax.random.normal(jax.random.fold_in(key, i), (rows, RANK)) / rows**0.5
-            kept |= {(*path, "a"): a, (*path, "b"): jnp.zeros((RANK, columns))}
-    return Scope(unflatten_dict(kept), base)
+        trained = {"params": trained["params"] | minilm.adapters(base, RANK, key)["params"]}
+    return Scope(trained, base)
 
 
 def _is_trained(scope: str, path: tuple[str, ...]) -> bool:
@@ -76,30 +73,18 @@ def _is_trained(scope: str, path: tuple[str, ...]) -> bool:
     return {"full": not embedding, "lora": False, "head": path[-2].endswith("norm")}[scope]
 
 
-def adapted(base: Any, trained: Any) -> Any:
-    """The parameters of the network: `base`, where `trained` has nothing in place of it."""
-    old: dict[Any, Any] = flatten_dict(base)
-    flat: dict[Any, Any] = flatten_dict(trained)
-    new = {path: flat.get(path, x) for path, x in old.items()}
-    for path in flat:
-        if path[-1] == "a":
-            at = path[:-1]
-            new[at] = old[at] + 2.0 * flat[path] @ flat[(*at, "b")]
-    return unflatten_dict(new)
-
-
 def logits(num_classes: int, trained: Any, base: Any, tokens: Array, key: Any = None) -> Any:
     """The network's logits (n, classes); with a key dropout acts."""
     network = minilm.Classifier(num_classes, 0.0 if key is None else DROPOUT)
     return network.apply(
-        adapted(base, trained), tokens, rngs={} if key is None else {"dropout": key}
+        minilm.adapted(base, trained), tokens, rngs={} if key is None else {"dropout": key}
     )
 
 
 @jax.jit
 def features(trained: Any, base: Any, tokens: Array) -> Any:
     """The vectors (n, WIDTH) that the head sees."""
-    params = adapted(base, trained)["params"]["encoder"]
+    params = minilm.adapted(base, trained)["params"]["encoder"]
     return minilm.Encoder().apply({"params": params}, tokens)
 
 
