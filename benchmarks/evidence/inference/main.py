@@ -1,0 +1,225 @@
+"""How close approximations come to the exact posterior, by what they predict.
+
+`python benchmarks/evidence/inference/main.py` (needs `hmc`: `pip install -e ".[examples,hmc]"`)
+draws from the posterior of three small problems by NUTS and compares, as the approximate-inference
+competition of NeurIPS 2021 did: the share of test inputs on which the most probable class is the
+same (agreement), the total variation distance between class probabilities, and for a regression the
+Wasserstein distance W₂ between the distributions of the function, averaged over inputs. Every
+method knows likelihood and prior and has the same number of gradients in all, which ensembles and
+mixtures divide among their runs. Of sixteen settings it takes that with the best log-likelihood on a
+quarter of the training data, and is then run with each seed. Ten minutes on two cores.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks._shared.journal import Evidence, Journal, Runs, command, grouped, write_tables
+from benchmarks._shared.methods import average
+from benchmarks._shared.tuning import at_edges, described, settings
+from benchmarks.evidence.inference import methods
+from benchmarks.evidence.inference.problems import PROBLEMS, Problem, held_out, run_nuts
+from examples._shared.reporting import cell
+
+Array = jax.Array
+NAMES = {
+    ("map", 1): "mode (MAP)",
+    ("map", 2): "ensemble of 2",
+    ("map", 4): "ensemble of 4",
+    ("map", 8): "ensemble of 8",
+    ("laplace", 1): "Laplace, full, linearised",
+    ("dropout", 1): "MC-dropout",
+    ("swag", 1): "SWAG",
+    ("swag", 4): "SWAG, 4 runs",
+    ("ivon", 1): "IVON",
+    ("ivon", 2): "IVON, mixture of 2",
+    ("ivon", 4): "IVON, mixture of 4",
+    ("ivon", 8): "IVON, mixture of 8",
+}
+QUANTILES = (np.arange(200) + 0.5) / 200
+
+
+@dataclass(frozen=True)
+class Options(Evidence):
+    """The command line."""
+
+    results: Path = Path("inference.jsonl")
+    gradients: int = 16_000
+    """Of 50 examples each, in all runs of a method together."""
+    draws: int = 1000
+    """Of each of four chains of NUTS."""
+    seeds: int = 5
+    problems: tuple[str, ...] = tuple(PROBLEMS)
+
+
+def compute(options: Options) -> None:
+    """The reference, the settings and the comparison of every problem."""
+    unknown = set(options.problems) - set(PROBLEMS)
+    if unknown:
+        raise SystemExit(f"no problem {', '.join(unknown)}: choose from {', '.join(PROBLEMS)}")
+    total = len(options.problems) * (1 + len(NAMES) * (16 + options.seeds))
+    journal = Journal(options.results, total=total)
+    for name in options.problems:
+        problem = PROBLEMS[name]()
+        reference = Exact(problem, options)
+        journal.compute(
+            {"stage": "nuts", "problem": name, "draws": options.draws}, reference.report
+        )
+        part = held_out(problem)
+        for method, runs in NAMES:
+            common = {"problem": name, "method": method, "runs": runs}
+            common["gradients"] = options.gradients
+            tried = settings(methods.GRIDS[method])
+
+            def trial(values: Any, part=part, method=method, runs=runs) -> dict[str, float]:
+                outputs = predicted(part, method, runs, options, 0, values)
+                return {"nll": nll(part, outputs)}
+
+            found = [
+                journal.compute({"stage": "tuning", **common, "values": v}, partial(trial, v))[
+                    "nll"
+                ]
+                for v in tried
+            ]
+            best = tried[int(np.argmin(np.nan_to_num(found, nan=np.inf)))]
+
+            def final(seed: int, values=best, method=method, runs=runs) -> dict[str, float]:
+                outputs = predicted(problem, method, runs, options, seed, values)  # noqa: B023
+                return compared(problem, outputs, reference.outputs)  # noqa: B023
+
+            for seed in range(options.seeds):
+                run = {"stage": "compare", **common, "draws": options.draws}
+                run |= {"values": best, "seed": seed}
+                journal.compute(run, partial(final, seed))
+
+
+class Exact:
+    """What NUTS predicts; it runs when it is first asked."""
+
+    def __init__(self, problem: Problem, options: Options):
+        self._run = partial(run_nuts, problem, options.draws)
+        self._problem, self._found = problem, None
+
+    def report(self) -> dict[str, float]:
+        """Convergence, cost and score."""
+        found = self._reference()
+        again = run_nuts(self._problem, len(found.outputs) // 4, seed=1)
+        return {
+            "parameters": sum(
+                x.size for x in jax.tree.leaves(self._problem.init(jax.random.key(0)))
+            ),
+            "rhat": found.rhat,
+            "ess": found.ess,
+            "gradients": found.gradients,
+            "divergences": found.divergences,
+            **compared(self._problem, again.outputs, found.outputs),
+        }
+
+    @property
+    def outputs(self) -> Array:
+        """Of all draws."""
+        return self._reference().outputs
+
+    def _reference(self) -> Any:
+        if self._found is None:
+            self._found = self._run()
+        return self._found
+
+
+def predicted(
+    problem: Problem, method: str, runs: int, options: Options, seed: int, values: Any
+) -> Array:
+    """Outputs on the test set."""
+    key = jax.random.key(seed)
+    return methods.predictions(problem, method, runs, options.gradients, key, values)
+
+
+def nll(problem: Problem, outputs: Array) -> float:
+    """Minus the mean log-likelihood of the test set, averaged over samples."""
+    if problem.noise is None:
+        log_p = average(outputs)
+        return -float(jnp.mean(jnp.take_along_axis(log_p, problem.test.y[:, None], 1)))
+    log_p = average(-0.5 * ((outputs - problem.test.y) / problem.noise) ** 2)
+    return -float(jnp.mean(log_p) - 0.5 * jnp.log(2 * jnp.pi * problem.noise**2))
+
+
+def compared(problem: Problem, outputs: Array, exact: Array) -> dict[str, float]:
+    """Distances from the predictions of NUTS."""
+    found = {"nll": nll(problem, outputs)}
+    if problem.noise is None:
+        p, q = np.exp(average(outputs)), np.exp(average(exact))
+        found["agreement"] = float(np.mean(p.argmax(-1) == q.argmax(-1)))
+        found["total variation"] = float(0.5 * np.abs(p - q).sum(-1).mean())
+        return found
+    of, by = (np.quantile(np.asarray(x), QUANTILES, axis=0) for x in (outputs, exact))
+    found["W2"] = float(np.sqrt(((of - by) ** 2).mean(0)).mean())
+    found["standard deviation"] = float(np.std(np.asarray(outputs), axis=0).mean())
+    return found
+
+
+def report(journal: Journal) -> None:
+    """A table for each problem, and all settings."""
+    tables = {}
+    for (name,), runs in grouped(journal.select(stage="nuts"), "problem").items():
+        reference = runs[-1][1]
+        compared = journal.select(stage="compare", problem=name)
+        if compared:
+            tables[f"{name}, {reference['parameters']} weights"] = rows_of(compared, reference)
+    tables["NUTS"] = [
+        ["", "worst R-hat", "fewest effective draws", "gradients of all data", "divergences"],
+        *(convergence(run["problem"], x) for run, x in journal.select(stage="nuts")),
+    ]
+    tables["Settings chosen"] = [
+        ["", *dict.fromkeys(run["problem"] for run, _ in journal.select(stage="nuts"))],
+        *([title, *chosen(journal, method, runs)] for (method, runs), title in NAMES.items()),
+    ]
+    notes = (
+        "Mean ± standard error over seeds; agreement and total variation in %. The row of NUTS is "
+        "a second run of it against the first. `*`: at an edge of the grid."
+    )
+    write_tables(journal, "How close to the exact posterior", tables, notes)
+
+
+def convergence(problem: str, found: dict[str, Any]) -> list[str]:
+    """A row for the reference of a problem."""
+    cells = f"{found['rhat']:.3f}", f"{found['ess']:.0f}", f"{found['gradients']:,}"
+    return [problem, *cells, str(found["divergences"])]
+
+
+def rows_of(runs: Runs, reference: dict[str, Any]) -> Sequence[Sequence[str]]:
+    """A row for each method, and one for a second run of NUTS."""
+    names = [name for name in runs[0][1]]
+    rows = [["", *names]]
+    for key, group in grouped(runs, "method", "runs").items():
+        rows.append([NAMES[key], *(_cell(n, [x[n] for _, x in group]) for n in names)])
+    rows.append(["NUTS", *(_cell(n, [reference[n]]) for n in names)])
+    return rows
+
+
+def chosen(journal: Journal, method: str, runs: int) -> list[str]:
+    """The settings of a method for each problem."""
+    found = []
+    for group in grouped(
+        journal.select(stage="compare", method=method, runs=runs), "problem"
+    ).values():
+        values = group[-1][0]["values"]
+        found.append(described(values) + (" *" if at_edges(methods.GRIDS[method], values) else ""))
+    return found
+
+
+def _cell(name: str, values: list[float]) -> str:
+    if name in ("agreement", "total variation"):
+        return cell(100 * np.asarray(values), 2)
+    return cell(values, 4)
+
+
+main = command(Options, __doc__, compute, report)
+
+if __name__ == "__main__":
+    main()
