@@ -6,8 +6,8 @@ competition of NeurIPS 2021 did: the share of test inputs on which the most prob
 same (agreement), the total variation distance between class probabilities, and for a regression the
 Wasserstein distance W₂ between the distributions of the function, averaged over inputs. Every
 method knows likelihood and prior and has the same number of gradients in all, which ensembles and
-mixtures divide among their runs. Of sixteen settings it takes that with the best log-likelihood on a
-quarter of the training data, and is then run with each seed. Ten minutes on two cores.
+mixtures divide among their runs. Of sixteen settings it takes that with the best log-likelihood on
+a quarter of the training data, and is then run with each seed. Ten minutes on two cores.
 """
 
 from collections.abc import Sequence
