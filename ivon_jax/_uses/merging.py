@@ -177,7 +177,8 @@ def _merge_leaf(
             f"the merged precision is not positive at {place(path)}: smallest "
             f"{float(jnp.min(total)):g}. Where it is zero no model knows anything (add a small "
             "constant, or give base=); where it is negative more is removed than the models "
-            "contain (use weights nearer to zero, or a base with a smaller precision)."
+            "contain (use weights nearer to zero, or a base with a smaller precision; a precision "
+            "below that of the base, which was its prior, is noise: take the larger of the two)."
         )
     valid = agree & proper
     mean = jnp.where(all_fixed, real(like), base_mean + pull / jnp.where(proper, total, 1))

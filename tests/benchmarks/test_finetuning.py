@@ -1,6 +1,7 @@
 """The encoder against NumPy, and the fine-tuning command on a small one and made-up sentences."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 pytest.importorskip("flax")
 
-from benchmarks.evidence.finetuning import data, laplace, main, methods
+from benchmarks.evidence.finetuning import data, laplace, main, merging, methods, sensitivity
 from examples._shared import minilm
 from ivon_jax import metrics
 
@@ -92,11 +93,12 @@ def test_the_last_layers_laplace_approximation_is_the_hessian_of_its_loss():
     last = laplace.fit_last_layer(log_probs, x)
     found = last.eigenvectors * last.eigenvalues @ last.eigenvectors.T
     np.testing.assert_allclose(found, hessian, atol=1e-10)
+    entropy: Any = metrics.predictive_entropy
     # A large prior precision leaves the point; a small one makes predictions less sure.
     sure = last.predict(log_probs, x, 1e12)
     np.testing.assert_allclose(sure, log_probs, atol=1e-5)
     unsure = last.predict(log_probs, x, 0.01)
-    assert metrics.predictive_entropy(unsure).mean() > metrics.predictive_entropy(sure).mean()
+    assert entropy(unsure).mean() > entropy(sure).mean()
 
 
 @pytest.mark.parametrize("scope", ["full", "lora", "head"])
@@ -117,7 +119,7 @@ def test_a_scope_starts_at_the_pretrained_network_and_trains_its_part(scope):
 
 def test_dropout_acts_only_with_a_key():
     made = methods.make_scope("full", 2, jax.random.key(0))
-    tokens = np.array([[3, 5, 7, 0], [4, 4, 9, 12]], np.int32)
+    tokens = jnp.array([[3, 5, 7, 0], [4, 4, 9, 12]])
     one, two, none, again = (
         methods.logits(2, made.start, made.base, tokens, key)
         for key in (jax.random.key(0), jax.random.key(1), None, None)
@@ -127,11 +129,7 @@ def test_dropout_acts_only_with_a_key():
 
 
 def test_the_command_chooses_tests_and_reports(tmp_path, monkeypatch, capsys):
-    rng = np.random.default_rng(0)
-    for name in (*data.FILES["sst2"], *data.UNFAMILIAR["sst2"].values()):
-        labels = rng.integers(0, 2, 70)
-        lines = [f"{y} {'good fine' if y else 'bad poor'} {rng.integers(9)} film" for y in labels]
-        (tmp_path / name).write_text("\n".join([*lines, "1"]))  # a line without a sentence
+    write_sentences(tmp_path, (*data.FILES["sst2"], *data.UNFAMILIAR["sst2"].values()), 70)
     grids = {
         "adamw": {"learning_rate": (1e-3, 3e-3, 1e-2)},
         "dropout": {"learning_rate": (3e-3,)},
@@ -149,3 +147,40 @@ def test_the_command_chooses_tests_and_reports(tmp_path, monkeypatch, capsys):
     main.main(argv)  # nothing is computed again
     assert results.read_text() == written
     assert "questions, disagreement" in capsys.readouterr().out
+
+
+def write_sentences(folder, names, count):
+    rng = np.random.default_rng(0)
+    for name in names:
+        labels = rng.integers(0, 2, count)
+        lines = [f"{y} {'good fine' if y else 'bad poor'} {rng.integers(9)} film" for y in labels]
+        if name.startswith("yelp"):
+            lines = ["\t".join(reversed(line.split(" ", 1))) for line in lines]
+        (folder / name).write_text("\n".join([*lines, "1"]))  # a line without a sentence
+
+
+def test_merging_reports_every_rule(tmp_path, monkeypatch):
+    names = [name for files, *_ in merging.KINDS.values() for name in files]
+    write_sentences(tmp_path, names, 100)
+    kinds = {name: (files[0], 64, 16, 20) for name, files in merging.KINDS.items()}
+    monkeypatch.setattr(merging, "KINDS", kinds)
+    monkeypatch.setattr(merging, "WEIGHTS", (0.5, 1.0))
+    monkeypatch.setattr(methods, "EPOCHS", 1)
+    results = tmp_path / "merging.jsonl"
+    merging.main(["--data", str(tmp_path), "--seeds", "1", "--results", str(results)])
+    page = results.with_suffix(".md").read_text()
+    rows = {line.split("  ")[0] for line in page.splitlines()}
+    expected = {"films alone", "then products", "then restaurants", "average", "joint training"}
+    assert rows >= expected | {"task arithmetic", "Fisher information", "IVON's precisions"}
+
+
+def test_sensitivity_reports_shares_lengths_and_sentences(tmp_path, monkeypatch):
+    write_sentences(tmp_path, data.FILES["sst2"], 80)
+    monkeypatch.setattr(sensitivity, "SHARES", (0.0, 0.2))
+    monkeypatch.setattr(sensitivity, "EPOCHS", (1,))
+    results = tmp_path / "sensitivity.jsonl"
+    argv = ["--data", str(tmp_path), "--labels", "64", "--seeds", "1", "--results", str(results)]
+    sensitivity.main(argv)
+    page = results.with_suffix(".md").read_text()
+    assert "leave-one-out, ess = N" in page and "variance" in page and "nan" not in page
+    assert page.count("good fine") + page.count("bad poor") == sensitivity.SHOWN

@@ -1,4 +1,4 @@
-"""Labelled sentences, one `label sentence` a line, as tokens of the pretrained encoder."""
+"""Labelled sentences, as tokens of the pretrained encoder."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,10 +86,12 @@ def load_unfamiliar(folder: Path, task: str) -> dict[str, np.ndarray]:
 
 
 def read(path: Path) -> Sentences:
-    """One file of sentences."""
+    """One file of sentences, `label sentence` or `sentence<tab>label` on each line."""
     if not path.is_file():
         raise SystemExit(f"looked for {path.name} in {path.parent}: it is not there; see {PAGE}")
     lines = path.read_text(encoding="latin-1").split("\n")  # not at latin-1's other line ends
-    pairs = [line.split(" ", 1) for line in map(str.strip, lines) if " " in line]  # not the empty
+    lines = [line.strip() for line in lines]
+    pairs = [tuple(reversed(x.rsplit("\t", 1))) if "\t" in x else x.split(" ", 1) for x in lines]
+    pairs = [pair for pair in pairs if len(pair) == 2]  # not the empty
     labels = np.array([int(label) for label, _ in pairs], np.int32)
     return Sentences(minilm.tokenize([text for _, text in pairs], LENGTH), labels)

@@ -88,25 +88,29 @@ def features(trained: Any, base: Any, tokens: Array) -> Any:
     return minilm.Encoder().apply({"params": params}, tokens)
 
 
-def settings_of(values: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
-    """Arguments of `ivon`."""
-    rate = values["step"] / ((HESS_INIT + WEIGHT_DECAY) * CLIP_RADIUS)
+def settings_of(values: Mapping[str, Any], num_steps: int, prior: Any = None) -> dict[str, Any]:
+    """Arguments of `ivon`; the prior is that of `WEIGHT_DECAY` unless there is another."""
+    decay = WEIGHT_DECAY if prior is None else 0.0
+    rate = values["step"] / ((HESS_INIT + decay) * CLIP_RADIUS)
     return {
         "learning_rate": warmup_cosine(rate, num_steps),
         "ess": 1 / (values["sigma"] ** 2 * HESS_INIT),
         "hess_init": HESS_INIT,
-        "weight_decay": WEIGHT_DECAY,
+        "weight_decay": WEIGHT_DECAY if prior is None else None,
+        "prior": prior,
         "clip_radius": CLIP_RADIUS,
         "b2": recipes.b2_for(num_steps),
     }
 
 
-def optimizer(method: str, values: Mapping[str, Any], num_steps: int, key: Array) -> Any:
+def optimizer(
+    method: str, values: Mapping[str, Any], num_steps: int, key: Array, prior: Any = None
+) -> Any:
     """Gradients clipped to norm 1, then IVON with its sampling, or AdamW."""
     if method != "ivon":
         tx = optax.adamw(warmup_cosine(values["learning_rate"], num_steps), weight_decay=0.01)
         return optax.chain(optax.clip_by_global_norm(1.0), tx)
-    tx = ivon(**settings_of(values, num_steps))
+    tx = ivon(**settings_of(values, num_steps, prior))
     return auto_sample(optax.chain(optax.clip_by_global_norm(1.0), tx), key)
 
 
@@ -120,6 +124,7 @@ def step(
     batch: Any,
     key: Any,
     values: Any,
+    prior: Any = None,
 ) -> Any:
     """One step; compiled once for each width of `batch`."""
     params, state, count = carry
@@ -127,7 +132,7 @@ def step(
     drop = jax.random.fold_in(drop_key, count) if method == "dropout" else None
     apply = lambda trained, tokens: logits(num_classes, trained, base, tokens, drop)  # noqa: E731
     grads = jax.grad(classification_loss(apply))(params, batch)
-    tx = optimizer(method, values, num_steps, noise_key)
+    tx = optimizer(method, values, num_steps, noise_key, prior)
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state, count + 1
 
@@ -140,17 +145,20 @@ def fit(
     key: Array,
     values: Mapping[str, Any],
     epochs: int = EPOCHS,
+    prior: Posterior | None = None,
 ) -> Any:
-    """Trains; returns the parameters of AdamW, or the posterior of IVON."""
+    """Trains; returns the parameters of AdamW, or the posterior of IVON under a prior."""
     step_key, shuffle_key = jax.random.split(key)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(shuffle_key)))
     num_steps = epochs * (len(data.labels) // BATCH_SIZE)
-    tx = optimizer(method, values, num_steps, jax.random.split(step_key)[0])
+    tx = optimizer(method, values, num_steps, jax.random.split(step_key)[0], prior)
     start = jax.tree.map(jnp.array, scope.start)
     carry: Any = (start, jax.jit(tx.init)(start), jnp.zeros((), jnp.int32))
     for rows, wide in grouped_batches(data.tokens, rng, BATCH_SIZE, epochs):
         batch = data.tokens[rows, :wide], data.labels[rows]
-        carry = step(method, num_classes, num_steps, carry, scope.base, batch, step_key, values)
+        carry = step(
+            method, num_classes, num_steps, carry, scope.base, batch, step_key, values, prior
+        )
     params, state, _ = carry
     return posterior(state) if method == "ivon" else params
 
