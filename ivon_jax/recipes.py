@@ -19,6 +19,7 @@ from ivon_jax._uses.starting import (
     matrices,
     rate_from_adamw,
     start,
+    start_fine_tuning,
     warmup_schedule,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "matrices",
     "rate_from_adamw",
     "start",
+    "start_fine_tuning",
 ]
 
 IVON_PAPER = "arXiv:2402.17641"

@@ -177,3 +177,21 @@ def test_the_ess_of_a_squared_error_gives_the_standard_deviation_of_the_exact_po
 def test_the_ess_of_a_squared_error_needs_positive_numbers(numbers):
     with pytest.raises(ValueError, match="must be > 0"):
         recipes.ess_for_squared_error(*numbers)
+
+
+def test_fine_tuning_starts_with_noise_and_steps_in_proportion_to_the_weights_and_adamws_rate():
+    params = {"kernel": 0.05 * jax.random.normal(jax.random.key(0), (64, 64)), "bias": jnp.ones(64)}
+    settings = recipes.start_fine_tuning(params, num_steps=100, learning_rate=3e-5, noise=0.1)
+    state = ivon(**settings).init(params)
+    q = posterior(state)
+    np.testing.assert_allclose(q.precision["kernel"] ** -0.5, 0.1 * 0.05, rtol=0.02)
+    peak = settings["learning_rate"](5)
+    longest = peak * (settings["hess_init"] + settings["weight_decay"]) * settings["clip_radius"]
+    np.testing.assert_allclose(longest, 3e-5, rtol=1e-5)
+    assert settings["learning_rate"](100) < 1e-6 * peak
+    with pytest.raises(ValueError, match="noise"):
+        recipes.start_fine_tuning(params, num_steps=100, learning_rate=3e-5, noise=0)
+    with pytest.raises(ValueError, match="learning_rate"):
+        recipes.start_fine_tuning(params, num_steps=100, learning_rate=-1.0)
+    with pytest.raises(ValueError, match="finite weights"):
+        recipes.start_fine_tuning({"b": jnp.zeros(2)}, num_steps=100, learning_rate=1e-4)
