@@ -10,7 +10,16 @@ import pytest
 
 pytest.importorskip("flax")
 
-from benchmarks.evidence.finetuning import data, laplace, main, merging, methods, sensitivity
+from benchmarks.evidence.finetuning import (
+    choosing,
+    data,
+    laplace,
+    main,
+    merging,
+    methods,
+    questions,
+    sensitivity,
+)
 from examples._shared import minilm
 from ivon_jax import metrics
 
@@ -54,7 +63,7 @@ def bert(params, tokens):
 def test_the_encoder_is_bert_and_does_not_see_its_padding():
     params = minilm.load_encoder()
     tokens = np.array([[3, 5, 7, 0, 0], [4, 4, 9, 12, 30]], np.int32)
-    found = minilm.Encoder().apply({"params": params}, tokens)
+    found: Any = minilm.Encoder().apply({"params": params}, tokens)
     np.testing.assert_allclose(found, bert(params, tokens), rtol=1e-4, atol=1e-5)
 
 
@@ -184,3 +193,48 @@ def test_sensitivity_reports_shares_lengths_and_sentences(tmp_path, monkeypatch)
     page = results.with_suffix(".md").read_text()
     assert "leave-one-out, ess = N" in page and "variance" in page and "nan" not in page
     assert page.count("good fine") + page.count("bad poor") == sensitivity.SHOWN
+
+
+def test_margins_of_reviews_and_others_are_compared(tmp_path, capsys):
+    names = (*data.FILES["sst2"], *data.UNFAMILIAR["sst2"].values())
+    write_sentences(tmp_path, names, 70)
+    argv = ["--data", str(tmp_path), "--labels", "64", "--step", "0.01", "--sigma", "0.1"]
+    questions.main(argv)
+    printed = capsys.readouterr().out
+    rows = {line.split("  ")[0] for line in printed.splitlines()}
+    assert rows >= {"reviews", "questions", "products", "entropy at the mean", "disagreement"}
+
+
+def test_a_margin_that_samples_only_shrink_leaves_its_detection_alone():
+    point = np.array([0.2, -0.4, 3.0, -4.0])
+    found = {
+        "reviews": (point[2:], np.stack([0.5 * point[2:]] * 3)),
+        "questions": (point[:2], np.stack([0.5 * point[:2]] * 3)),
+    }
+    spread = questions.spread_rows(found)[1:]
+    assert spread[0][1:4] == ["3.50", "1.75", "0.00"]
+    aurocs = [float(row[1]) for row in questions.detection_rows(found)[1:4]]
+    assert aurocs == [1.0, 1.0, 1.0]
+
+
+def test_every_criterion_chooses_what_to_label(tmp_path, monkeypatch):
+    write_sentences(tmp_path, data.FILES["sst2"], 120)
+    monkeypatch.setattr(choosing, "SIZES", (32, 64))
+    monkeypatch.setattr(choosing, "MIN_STEPS", 2)
+    monkeypatch.setattr(methods, "EPOCHS", 1)
+    results = tmp_path / "choosing.jsonl"
+    choosing.main(["--data", str(tmp_path), "--seeds", "1", "--results", str(results)])
+    page = results.with_suffix(".md").read_text()
+    rows = [line.split() for line in page.splitlines()]
+    for criterion in choosing.CRITERIA:
+        accuracies, losses = (row for row in rows if row[:1] == [criterion])
+        assert len(accuracies) == len(losses) == 3
+    assert "nan" not in page
+
+
+def test_disagreement_chooses_where_samples_contradict_each_other():
+    log_probs = np.log([[[0.5, 0.5], [0.99, 0.01]], [[0.5, 0.5], [0.01, 0.99]]])
+    rng = np.random.default_rng(0)
+    assert np.argmax(choosing.CRITERIA["BALD"](log_probs, rng)) == 1
+    entropy = np.asarray(choosing.CRITERIA["entropy"](log_probs, rng))
+    np.testing.assert_allclose(entropy, np.log(2), rtol=1e-5)

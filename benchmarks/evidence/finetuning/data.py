@@ -37,8 +37,8 @@ class Task(NamedTuple):
     num_classes: int
 
 
-def load_task(folder: Path, name: str, num_labels: int) -> Task:
-    """A task with that many labels, drawn at random but always the same."""
+def load_task(folder: Path, name: str, num_labels: int | None) -> Task:
+    """A task with that many labels, or all, drawn at random but always the same."""
     train_file, validation_file, test_file = FILES[name]
     everything = read(folder / train_file)
     order = np.random.default_rng(0).permutation(len(everything.labels))
@@ -47,7 +47,7 @@ def load_task(folder: Path, name: str, num_labels: int) -> Task:
         validation = Sentences(*(x[held] for x in everything))
     else:
         validation = Sentences(*(x[:NUM_VALIDATION] for x in read(folder / validation_file)))
-    if num_labels > len(order):
+    if num_labels is not None and num_labels > len(order):
         raise SystemExit(f"{name} has {len(order)} sentences to train on; asked for {num_labels}")
     train = Sentences(*(x[order[:num_labels]] for x in everything))
     return Task(train, validation, read(folder / test_file), int(everything.labels.max()) + 1)
