@@ -66,6 +66,14 @@ def predictions(
     return draw(problem, method, fitted, values, draw_key)
 
 
+@partial(jax.jit, static_argnames=("problem", "gradients"))
+def objective_at_mode(
+    problem: Problem, gradients: int, key: Array, values: Mapping[str, Any]
+) -> Array:
+    """What `fit_map` minimises, where one run of it ends."""
+    return problem.penalised(fit_map(problem, gradients, values, key), problem.train)
+
+
 # --- Fits, of one run -----------------------------------------------------------------------------
 
 
