@@ -30,7 +30,6 @@ CANDIDATES = 1000  # looked at before each choice
 TEST = 600
 SAMPLES = 10
 MIN_STEPS = 100
-VALUES = {"step": 2e-5, "sigma": 0.005}  # that of the comparison
 Score = Callable[[np.ndarray, np.random.Generator], Any]
 CRITERIA: dict[str, Score] = {
     "random": lambda log_probs, rng: rng.random(log_probs.shape[1]),
@@ -86,7 +85,7 @@ class Learner:
         init_key, fit_key, key = jax.random.split(jax.random.key(seed), 3)
         scope = methods.make_scope("full", 2, init_key)
         epochs = max(methods.EPOCHS, -(-MIN_STEPS // (len(data.labels) // methods.BATCH_SIZE)))
-        q = methods.fit("ivon", 2, scope, data, fit_key, VALUES, epochs)
+        q = methods.fit("ivon", 2, scope, data, fit_key, methods.CHOSEN, epochs)
         return lambda tokens: self.predict("ivon", q, scope.base, key, tokens)["samples"]
 
 
@@ -98,7 +97,7 @@ def compute(options: Options) -> None:
     journal = Journal(options.results, total=options.seeds * len(CRITERIA))
     for seed in range(options.seeds):
         for criterion in CRITERIA:
-            run = {"criterion": criterion, "seed": seed, **VALUES}
+            run = {"criterion": criterion, "seed": seed, **methods.CHOSEN}
             journal.compute(run, partial(learner.run, criterion, seed))
 
 

@@ -58,18 +58,17 @@ def grouped_batches(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Rows of batches of sentences about as long as each other, and the width that these need.
 
-    In every epoch the sentences are put in random order and then sorted by length within each 256
-    of them, and their batches are put in random order; an incomplete last one is left out. Most of
-    the work on padding is saved.
+    In every epoch the sentences are put in random order, in which those of an incomplete last batch
+    are left out, then sorted by length within each 256 of them, and their batches are put in random
+    order. Most of the work on padding is saved.
     """
     lengths = (tokens > 0).sum(1)
+    whole = len(lengths) // batch_size * batch_size
     for _ in range(epochs):
-        order = rng.permutation(len(lengths))
-        pools = (
-            pool[np.argsort(lengths[pool])] for pool in np.split(order, range(256, len(order), 256))
-        )
-        rows = np.concatenate(list(pools))
-        rows = rows[: len(rows) // batch_size * batch_size].reshape(-1, batch_size)
+        order = rng.permutation(len(lengths))[:whole]
+        pools = np.split(order, range(256, whole, 256))
+        order = np.concatenate([pool[np.argsort(lengths[pool])] for pool in pools])
+        rows = order.reshape(-1, batch_size)
         for batch in rng.permutation(rows):
             yield batch, width(lengths[batch], tokens.shape[1])
 
@@ -80,9 +79,13 @@ def width(lengths: np.ndarray, longest: int) -> int:
 
 
 def load_unfamiliar(folder: Path, task: str) -> dict[str, np.ndarray]:
-    """Tokens of sentences that are not of the task's kind, the first ones of each file."""
-    files = UNFAMILIAR[task].items()
-    return {name: read(folder / file).tokens[:NUM_UNFAMILIAR] for name, file in files}
+    """Tokens of sentences that are not of the task's kind, drawn at random but always the same."""
+
+    def drawn(file: str) -> np.ndarray:
+        tokens = read(folder / file).tokens  # often sorted by their labels
+        return tokens[np.random.default_rng(0).permutation(len(tokens))[:NUM_UNFAMILIAR]]
+
+    return {name: drawn(file) for name, file in UNFAMILIAR[task].items()}
 
 
 def read(path: Path) -> Sentences:

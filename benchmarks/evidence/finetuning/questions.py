@@ -34,14 +34,13 @@ class Options:
     data: Path
     """Folder of the sentences."""
     labels: int = 1000
-    step: float = 2e-5
-    sigma: float = 0.005
+    seed: int = 0
 
 
-def margins(fitted: Any, base: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def margins(fitted: Any, base: Any, key: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """At the mean (n,) and at samples (S, n)."""
     point = methods.in_batches(partial(_at_mean, fitted, base), tokens)
-    drawn = methods.in_batches(partial(_at_samples, fitted, base), tokens, axis=1)
+    drawn = methods.in_batches(partial(_at_samples, key, fitted, base), tokens, axis=1)
     return point[..., 1] - point[..., 0], drawn[..., 1] - drawn[..., 0]
 
 
@@ -51,21 +50,20 @@ def _at_mean(fitted: Any, base: Any, tokens: Any) -> Any:
 
 
 @jax.jit
-def _at_samples(fitted: Any, base: Any, tokens: Any) -> Any:
-    sample = predict_samples(partial(methods.logits, 2), SAMPLES)
-    return sample(jax.random.key(1), fitted, base, tokens)
+def _at_samples(key: Any, fitted: Any, base: Any, tokens: Any) -> Any:
+    return predict_samples(partial(methods.logits, 2), SAMPLES)(key, fitted, base, tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, and prints both tables."""
     options = parse(Options, __doc__, argv)
     task = load_task(options.data, "sst2", options.labels)
-    scope = methods.make_scope("full", 2, jax.random.key(0))
-    values = {"step": options.step, "sigma": options.sigma}
-    fitted = methods.fit("ivon", 2, scope, task.train, jax.random.key(1), values)
+    init_key, fit_key, key = jax.random.split(jax.random.key(options.seed), 3)
+    scope = methods.make_scope("full", 2, init_key)
+    fitted = methods.fit("ivon", 2, scope, task.train, fit_key, methods.CHOSEN)
     others = load_unfamiliar(options.data, "sst2")
     sets = {"reviews": task.test.tokens[:NUM_UNFAMILIAR], **others}
-    found = {name: margins(fitted, scope.base, tokens) for name, tokens in sets.items()}
+    found = {name: margins(fitted, scope.base, key, tokens) for name, tokens in sets.items()}
     print("\n" + format_table(spread_rows(found)) + "\n\n" + format_table(detection_rows(found)))
 
 

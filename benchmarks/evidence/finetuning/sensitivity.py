@@ -26,7 +26,6 @@ from ivon_jax import Posterior, leave_one_out, metrics, sensitivity
 
 SHARES = (0.0, 0.05, 0.1, 0.2)
 EPOCHS = (1, 2, 3, 4, 6, 8)
-VALUES = {"step": 3e-5, "sigma": 0.005}  # that of the comparison
 SCORES = ("sensitivity", "error", "variance", "loss")
 SHOWN = 10  # sentences
 LOSS = optax.softmax_cross_entropy_with_integer_labels
@@ -54,7 +53,7 @@ class Study:
         """The posterior, and what it adapts."""
         init_key, key = jax.random.split(jax.random.key(seed))
         scope = methods.make_scope("full", 2, init_key)
-        return methods.fit("ivon", 2, scope, data, key, VALUES, epochs), scope.base
+        return methods.fit("ivon", 2, scope, data, key, methods.CHOSEN, epochs), scope.base
 
     def wrong_labels(self, seed: int, share: float) -> dict[str, Any]:
         """How well every score finds the labels that were turned round."""
@@ -79,7 +78,7 @@ class Study:
         train, test = self.task.train, self.task.test
         at_test = methods.in_batches(partial(_log_probs, q.mean, base), test.tokens)
         at_train = methods.in_batches(partial(_log_probs, q.mean, base), train.tokens)
-        wider = 1 / (VALUES["sigma"] ** 2 * methods.HESS_INIT) / len(train.labels)  # ess/N
+        wider = 1 / (methods.CHOSEN["sigma"] ** 2 * methods.HESS_INIT) / len(train.labels)  # ess/N
         as_if_n = Posterior(q.mean, jax.tree.map(lambda p: p / wider, q.precision))
         found = {
             "training": -at_train[np.arange(len(train.labels)), train.labels].mean(),
