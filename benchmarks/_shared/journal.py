@@ -1,5 +1,6 @@
 """Results as JSON lines, one record per finished run: a command can be stopped and goes on."""
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -153,6 +154,16 @@ def grouped(runs: Runs, *fields: str) -> dict[tuple, Runs]:
     for run, result in runs:
         groups.setdefault(tuple(run[field] for field in fields), []).append((run, result))
     return groups
+
+
+def current(runs: Runs) -> Runs:
+    """The runs with the settings of the last one; others were tested before a grid was changed."""
+    return [(run, result) for run, result in runs if run["values"] == runs[-1][0]["values"]]
+
+
+def file_of(folder: Path, run: Run, suffix: str = ".npz") -> Path:
+    """A name for what a run leaves beside the journal, which depends on all that identifies it."""
+    return folder / (hashlib.sha256(_identity(run).encode()).hexdigest()[:20] + suffix)
 
 
 def table(items: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[list[str]]:

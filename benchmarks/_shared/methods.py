@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ivon_jax import ivon, mc_value_and_grad, sample_params
+from ivon_jax import ivon, mc_value_and_grad, metrics, sample_params
 
 WARMUP_SHARE = 0.05  # of the steps
 
@@ -171,3 +171,9 @@ def scan_random_batches(
 def average(log_probs: Array) -> Array:
     """Log of the average of probabilities over axis 0, the samples."""
     return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(float(len(log_probs)))
+
+
+def auroc(familiar: Any, unfamiliar: Any) -> float:
+    """How well a score tells unfamiliar inputs; NaN for a network that diverged."""
+    finite = bool(jnp.isfinite(familiar).all() and jnp.isfinite(unfamiliar).all())
+    return float(metrics.detection(familiar, unfamiliar).auroc) if finite else float("nan")

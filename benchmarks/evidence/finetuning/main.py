@@ -11,7 +11,7 @@ samples. The ensemble and the mixture average the probabilities of all seeds' ru
 with 1,000 labels a setting takes a minute, a seed of IVON four.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._shared.journal import Evidence, Journal, Runs, command, write_tables
-from benchmarks._shared.tuning import at_edges, described, settings
+from benchmarks._shared.comparing import (
+    average_of_files,
+    averaged,
+    best_of,
+    chosen_by,
+    setting_rows,
+    way_rows,
+)
+from benchmarks._shared.journal import Evidence, Journal, command, file_of, grouped, write_tables
+from benchmarks._shared.methods import auroc
+from benchmarks._shared.tuning import settings
 from benchmarks.evidence.finetuning import methods
 from benchmarks.evidence.finetuning.data import Sentences, load_task, load_unfamiliar
-from benchmarks.evidence.finetuning.laplace import choose_precision, fit_last_layer
-from examples._shared.reporting import cell
+from benchmarks.evidence.finetuning.laplace import (
+    PRECISIONS,
+    choose_precision,
+    fit_last_layer,
+)
 from ivon_jax import metrics
 
+NAMES = {"adamw": "AdamW", "dropout": "AdamW with dropout", "ivon": "IVON"}
 WAYS = {  # to predict: rows of the table, by method and by key of a result
     ("adamw", "point"): "AdamW",
     ("adamw", "laplace"): "last-layer Laplace",
@@ -63,11 +76,15 @@ class Options(Evidence):
         """What all runs of a command have in common."""
         return {"task": self.task, "labels": self.labels, "scope": self.scope}
 
-    def predictions(self, method: str, seed: int) -> Path:
+    def run(self, stage: str, method: str, values: dict[str, float], **more: Any) -> dict[str, Any]:
+        """What identifies a run."""
+        return {"stage": stage, **self.identity, "method": method, "values": values, **more}
+
+    def predictions(self, method: str, seed: int, values: dict[str, float]) -> Path:
         """Where a tested run leaves its log-probabilities, for ensembles."""
         folder = self.results.with_suffix("")
         folder.mkdir(exist_ok=True)
-        return folder / f"{self.task}_{self.labels}_{self.scope}_{method}_{seed}.npz"
+        return file_of(folder, self.run("test", method, values, seed=seed))
 
 
 class Study:
@@ -101,18 +118,19 @@ class Study:
         predict = partial(self.predict["test"], method, fitted, base, key)
         inputs = {"": self.task.test.tokens, **self.others}
         predicted = {name: predict(tokens) for name, tokens in inputs.items()}
+        extra = {}
         if method == "adamw":
-            head = self.laplace(fitted, base)
+            head, extra["precision"] = self.laplace(fitted, base)
             for name, tokens in inputs.items():
                 predicted[name]["laplace"] = head(predicted[name]["point"], tokens)
-        best = "samples" if "samples" in predicted[""] else "point"
-        kept: Any = {name: averaged(x[best]) for name, x in predicted.items()}
-        np.savez(self.options.predictions(method, seed), **kept)
+        kept: Any = {name: averaged(x.get("samples", x["point"])) for name, x in predicted.items()}
+        np.savez(self.options.predictions(method, seed, values), **kept)
         ways = predicted[""]
-        return {way: self.scored({k: x[way] for k, x in predicted.items()}) for way in ways}
+        found = {way: self.scored({k: x[way] for k, x in predicted.items()}) for way in ways}
+        return {**found, **extra}
 
-    def laplace(self, fitted: Any, base: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-        """Predicts by a posterior of the last layer, from log-probabilities at the point."""
+    def laplace(self, fitted: Any, base: Any) -> tuple[Callable[..., np.ndarray], float]:
+        """Predictions by a posterior of the last layer from those at the point; its prior."""
         train, validation = self.task.train, self.task.validation
         key = jax.random.key(0)  # not used at a point
 
@@ -125,13 +143,16 @@ class Study:
         last = fit_last_layer(point(train.tokens), features(train.tokens))
         held = point(validation.tokens), features(validation.tokens)
         precision = choose_precision(last, *held, validation.labels)
-        return lambda log_probs, tokens: last.predict(log_probs, features(tokens), precision)
 
-    def together(self, method: str) -> dict[str, Any]:
+        def predict(log_probs: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+            return last.predict(log_probs, features(tokens), precision)
+
+        return predict, precision
+
+    def together(self, method: str, values: dict[str, float]) -> dict[str, Any]:
         """Scores of the average of all seeds' probabilities."""
-        runs = [np.load(self.options.predictions(method, k)) for k in range(self.options.seeds)]
-        stacked = {name: np.stack([run[name] for run in runs]) for name in runs[0].files}
-        return {"together": self.scored(stacked)}
+        files = [self.options.predictions(method, k, values) for k in range(self.options.seeds)]
+        return {"together": self.scored(average_of_files(files))}
 
     def scored(self, log_probs: dict[str, np.ndarray]) -> dict[str, float]:
         """Scores on test data, named "", and how well other sentences are told from them."""
@@ -139,16 +160,10 @@ class Study:
         for name in self.others:
             for measure, score in UNCERTAINTIES.items():
                 if measure == "entropy" or log_probs[""].ndim == 3:
-                    detected = metrics.detection(score(log_probs[""]), score(log_probs[name]))
-                    found[f"{name}, {measure}"] = float(detected.auroc)
+                    found[f"{name}, {measure}"] = auroc(
+                        *map(score, (log_probs[""], log_probs[name]))
+                    )
         return found
-
-
-def averaged(log_probs: np.ndarray) -> np.ndarray:
-    """Probabilities (n, classes), averaged over samples where there are several."""
-    if log_probs.ndim == 2:
-        return log_probs
-    return np.asarray(jax.nn.logsumexp(log_probs, axis=0) - np.log(len(log_probs)))
 
 
 # How unsure a prediction is: by its entropy, and by what samples disagree about.
@@ -170,95 +185,59 @@ def scores(log_probs: np.ndarray, data: Sentences) -> dict[str, float]:
     return found
 
 
-def chosen_by(result: Mapping[str, Any]) -> float:
-    """The NLL that chooses: of samples, where there are samples."""
-    return result.get("samples", result["point"])["nll"]
-
-
 def compute(options: Options) -> None:
     """Chooses settings, and tests them."""
     if options.data is None:
         raise SystemExit("name the folder of the sentences with --data DIR")
     study = Study(options, options.data)
-    journal = Journal(options.results, total=len(options.methods) * (9 + options.seeds))
+    together = options.seeds > 1
+    total = sum(9 + options.seeds + (together and (m, "together") in WAYS) for m in options.methods)
+    journal = Journal(options.results, total=total)
     for method in options.methods:
-        best: tuple[float, dict[str, float]] = (np.inf, {})
-        for values in settings(methods.grid(method, options.scope)):
-            run = {"stage": "validation", **options.identity, "method": method, "values": values}
-            found = journal.compute(run, lambda v=values, m=method: study.validated(m, v))
-            if chosen_by(found) < best[0]:  # not NaN
-                best = chosen_by(found), values
-        if not best[1]:
-            raise SystemExit(f"every setting of {method} diverged")
-        chosen = {"method": method, "values": best[1]}
+        tried = settings(methods.grid(method, options.scope))
+        found = [
+            journal.compute(
+                options.run("validation", method, values), partial(study.validated, method, values)
+            )
+            for values in tried
+        ]
+        best = best_of(tried, [chosen_by(result) for result in found])
         for seed in range(options.seeds):
-            run = {"stage": "test", **options.identity, **chosen, "seed": seed}
-            journal.compute(run, lambda v=best[1], m=method, s=seed: study.tested(m, s, v))
-        if options.seeds > 1 and method != "dropout":
-            run = {"stage": "together", **options.identity, **chosen, "runs": options.seeds}
-            journal.compute(run, lambda m=method: study.together(m))
+            run = options.run("test", method, best, seed=seed)
+            journal.compute(run, partial(study.tested, method, seed, best))
+        if together and (method, "together") in WAYS:
+            run = options.run("together", method, best, runs=options.seeds)
+            journal.compute(run, partial(study.together, method, best))
 
 
 def report(journal: Journal) -> None:
     """Writes a table of test scores and one of all settings for each experiment."""
-    tables = {}
-    experiments = dict.fromkeys(
-        (run["task"], run["labels"], run["scope"]) for run, _ in journal.select()
-    )
-    for task, labels, scope in experiments:
+    tables: dict[str, Sequence[Sequence[str]]] = {}
+    for (task, labels, scope), runs in grouped(journal.select(), "task", "labels", "scope").items():
         name = f"{task}, {labels:,} labels, {scope}"
-        found = {"task": task, "labels": labels, "scope": scope}
-        tested = journal.select(stage="test", **found)
-        if tested:
-            tables[name] = test_rows(tested, journal.select(stage="together", **found))
-        tables[f"{name}: settings on validation data"] = setting_rows(
-            journal.select(stage="validation", **found)
+        tried, tested, together = (
+            [x for x in runs if x[0]["stage"] == stage]
+            for stage in ("validation", "test", "together")
         )
+        if tested:
+            tables[name] = way_rows(WAYS, tested, together)
+        if tried:
+            tables[f"{name}: settings on validation data"] = setting_rows(
+                tried, lambda run: methods.grid(run["method"], run["scope"]), NAMES
+            )
     notes = (
-        "Mean ± standard error over runs, in % but for NLL. The area under the risk-coverage curve "
+        "Mean ± standard error over runs, in % but for NLL; `runs`: of these, or averaged by an "
+        "ensemble or a mixture. The area under the risk-coverage curve "
         "is the error averaged over all shares of sentences that may be answered; the coverage at "
         "1 % is the share that can be answered with at most 1 % errors among them. The last "
         "columns are areas under the ROC: other sentences told from the task's by entropy or, "
         "where there are samples, by what these disagree about (mutual information)."
     )
+    taus = sorted({x["precision"] for _, x in journal.select(method="adamw", stage="test")})
+    if taus:
+        chosen = ", ".join(f"{tau:g}" for tau in taus)
+        notes += f" The last layer's prior precision was chosen from {PRECISIONS}: {chosen}."
     write_tables(journal, "Fine-tuning MiniLM-L6", tables, notes)
-
-
-def test_rows(tested: Runs, together: Runs) -> Sequence[Sequence[str]]:
-    """A row for each way to predict, a column for each metric."""
-    names = dict.fromkeys(n for _, found in tested + together for x in found.values() for n in x)
-    names.pop("brier", None)
-    rows = [["", "runs", *names]]
-    for (method, way), title in WAYS.items():
-        groups = [
-            (run, x[way]) for run, x in tested + together if way in x and run["method"] == method
-        ]
-        if groups:
-            runs = groups[0][0].get("runs", len(groups))
-            values = {name: [x[name] for _, x in groups if name in x] for name in names}
-            cells = [_cell(name, x) if x else "" for name, x in values.items()]
-            rows.append([title, str(runs), *cells])
-    return rows
-
-
-def _cell(name: str, values: Sequence[float]) -> str:
-    return cell(values, 3) if name == "nll" else cell(100 * np.asarray(values), 1)
-
-
-def setting_rows(runs: Runs) -> Sequence[Sequence[str]]:
-    """Validation scores of every setting; the chosen one is marked, and where it is an edge."""
-    rows = [["setting", "accuracy", "NLL", "ECE", "NLL at the mean"]]
-    for method in dict.fromkeys(run["method"] for run, _ in runs):
-        mine = [(run, result) for run, result in runs if run["method"] == method]
-        best = min(mine, key=lambda x: np.nan_to_num(chosen_by(x[1]), nan=np.inf))[0]
-        edges = at_edges(methods.grid(method, best["scope"]), best["values"])
-        for run, result in mine:
-            mark = f" (chosen{', at an edge' if edges else ''})" if run is best else ""
-            shown = result.get("samples", result["point"])
-            point = f"{result['point']['nll']:.4f}" if "samples" in result else ""
-            scored = [f"{shown[name]:.4f}" for name in ("accuracy", "nll", "ece")]
-            rows.append([f"{method}, {described(run['values'])}{mark}", *scored, point])
-    return rows
 
 
 main = command(Options, __doc__, compute, report)

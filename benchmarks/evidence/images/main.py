@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks._shared import tuning
 from benchmarks._shared.journal import Evidence, Journal, parse, read_journal, write_tables
-from benchmarks._shared.methods import Values, average, seed_keys
+from benchmarks._shared.methods import Values, auroc, average, seed_keys
 from benchmarks.evidence.images.methods import (
     METHODS,
     NETWORKS,
@@ -162,9 +162,7 @@ def measure(samples: dict[str, jax.Array], labels: np.ndarray) -> dict[str, floa
     found = {name: np.asarray(entropies(average(each))) for name, each in samples.items()}
     familiar = found.pop("test")
     for name, unfamiliar in found.items():
-        finite = np.isfinite(familiar).all() and np.isfinite(unfamiliar).all()
-        auroc = metrics.detection(familiar, unfamiliar).auroc if finite else np.nan
-        measured[f"auroc_{name}"] = float(auroc)
+        measured[f"auroc_{name}"] = auroc(familiar, unfamiliar)
     return measured
 
 
