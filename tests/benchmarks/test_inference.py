@@ -8,6 +8,7 @@ pytest.importorskip("blackjax", reason='NUTS needs: pip install -e ".[hmc]"')
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from benchmarks.evidence.inference import main, methods
 from benchmarks.evidence.inference.problems import Data, Problem, run_nuts
@@ -57,10 +58,43 @@ def test_laplace_is_exact_for_linear_regression(line):
     np.testing.assert_allclose(of_std, std, rtol=5 / (2 * methods.SAMPLES) ** 0.5)
 
 
+def test_the_laplace_matrix_of_a_softmax_is_the_hessian_at_the_mode():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(40, 3)), jnp.float32)
+    data = Data(x, jnp.asarray(rng.integers(0, 3, 40)))
+    problem = Problem(data, data, hidden=0, outputs=3, precision=1.0)
+    key, values = jax.random.key(0), {"learning_rate": 0.05}
+    mode, root = methods.fit_laplace(problem, 500, values, key)
+    flat, unravel = ravel_pytree(mode)
+    hessian = jax.hessian(lambda w: 40 * problem.penalised(unravel(w), data))(flat)
+    np.testing.assert_allclose(root @ root.T, hessian, atol=1e-3)
+
+
+def test_ivon_is_exact_for_one_weight_at_a_time():
+    """With orthogonal features the exact posterior is diagonal."""
+    x = np.eye(4)[np.arange(80) % 4] * 2.0
+    rng = np.random.default_rng(0)
+    y = x @ rng.normal(size=4) + NOISE * rng.normal(size=80)
+    parts = Data(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))
+    test = Data(jnp.eye(4), jnp.zeros(4))
+    problem = Problem(parts, test, hidden=0, outputs=1, precision=PRECISION, noise=NOISE)
+    with_one = np.concatenate([x, np.ones((80, 1))], axis=1)
+    precision = with_one.T @ with_one / NOISE**2 + PRECISION * np.eye(5)
+    mean = np.linalg.solve(precision, with_one.T @ y / NOISE**2)
+    std = np.diag(precision) ** -0.5  # of the best diagonal Gaussian, with the bias in it
+    values = {"learning_rate": 0.05, "hess_init": 10.0}
+    out = methods.predictions(problem, "ivon", 1, 8000, jax.random.key(0), values)
+    of_mean, of_std = moments(out)
+    np.testing.assert_allclose(of_mean, mean[:4] + mean[4], atol=0.05)
+    np.testing.assert_allclose(of_std, (std[:4] ** 2 + std[4] ** 2) ** 0.5, rtol=0.15)
+
+
 def test_distances_are_zero_from_itself_and_known_for_a_shift(line):
     problem = line[0]
     out = jax.random.normal(jax.random.key(0), (500, 30))
     assert main.compared(problem, out, out)["W2"] == 0
+    few = out[:4]  # an ensemble is its members, and nothing between them
+    assert main.compared(problem, few, jnp.repeat(few, 100, axis=0))["W2"] == 0
     assert main.compared(problem, out + 2.0, out)["W2"] == pytest.approx(2.0, rel=1e-5)
     classes = Problem(problem.train, Data(problem.test.x, jnp.zeros(30, int)), 0, 2, 1.0)
     one = jnp.log(jnp.tile(jnp.array([0.9, 0.1]), (3, 30, 1)))
@@ -84,7 +118,7 @@ def test_other_methods_draw_as_many_outputs_from_each_run(line, method, runs):
 def test_the_command_tunes_compares_and_goes_on(line, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(main, "PROBLEMS", {"line": lambda: line[0]})
     monkeypatch.setattr(
-        main, "NAMES", {("map", 1): "mode (MAP)", ("ivon", 2): "IVON, mixture of 2"}
+        main, "NAMES", {("map", 1): "one network (MAP)", ("ivon", 2): "IVON, mixture of 2"}
     )
     grids = {
         "map": {"learning_rate": (0.03,)},
@@ -96,9 +130,12 @@ def test_the_command_tunes_compares_and_goes_on(line, tmp_path, monkeypatch, cap
     main.main([*argv, "--results", str(results)])
     page = results.with_suffix(".md").read_text()
     rows = {line.split("  ")[0] for line in page.splitlines()}
-    assert {"mode (MAP)", "IVON, mixture of 2", "NUTS", "line"} <= rows
+    assert {"one network (MAP)", "IVON, mixture of 2", "NUTS", "line"} <= rows
     written = results.read_text()
     main.main([*argv, "--results", str(results)])
     assert results.read_text() == written and "nan" not in capsys.readouterr().out
+    half = "\n".join(written.splitlines()[:4]) + "\n"  # without the comparison
+    (tmp_path / "half.jsonl").write_text(half)
+    main.main(["--report", "--results", str(tmp_path / "half.jsonl")])
     with pytest.raises(SystemExit, match="no problem circle"):
         main.main(["--problems", "circle", "--results", str(results)])

@@ -21,7 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._shared.journal import Evidence, Journal, Runs, command, grouped, write_tables
+from benchmarks._shared.comparing import best_of
+from benchmarks._shared.journal import (
+    Evidence,
+    Journal,
+    Runs,
+    command,
+    current,
+    grouped,
+    write_tables,
+)
 from benchmarks._shared.methods import average
 from benchmarks._shared.tuning import at_edges, described, settings
 from benchmarks.evidence.inference import methods
@@ -36,7 +45,7 @@ from examples._shared.reporting import cell
 
 Array = jax.Array
 NAMES = {
-    ("map", 1): "mode (MAP)",
+    ("map", 1): "one network (MAP)",
     ("map", 2): "ensemble of 2",
     ("map", 4): "ensemble of 4",
     ("map", 8): "ensemble of 8",
@@ -86,7 +95,7 @@ def compute(options: Options) -> None:
                 )["score"]
                 for values in tried
             ]
-            best = tried[int(np.argmin(np.nan_to_num(scores, nan=np.inf)))]
+            best = best_of(tried, scores)
             for seed in range(options.seeds):
                 run = {"stage": "compare", **common, "draws": options.draws}
                 run |= {"values": best, "seed": seed}
@@ -150,7 +159,10 @@ def compared(problem: Problem, outputs: Array, exact: Array) -> dict[str, float]
         found["agreement"] = float(np.mean(p.argmax(-1) == q.argmax(-1)))
         found["total variation"] = float(0.5 * np.abs(p - q).sum(-1).mean())
         return found
-    of, by = (np.quantile(np.asarray(x), QUANTILES, axis=0) for x in (outputs, exact))
+    of, by = (
+        np.quantile(np.asarray(x), QUANTILES, axis=0, method="inverted_cdf")
+        for x in (outputs, exact)
+    )
     found["W2"] = float(np.sqrt(((of - by) ** 2).mean(0)).mean())
     found["standard deviation"] = float(np.std(np.asarray(outputs), axis=0).mean())
     return found
@@ -158,23 +170,25 @@ def compared(problem: Problem, outputs: Array, exact: Array) -> dict[str, float]
 
 def report(journal: Journal) -> None:
     """A table for each problem, and all settings."""
-    tables = {}
-    for (name,), runs in grouped(journal.select(stage="nuts"), "problem").items():
-        reference = runs[-1][1]
-        compared = journal.select(stage="compare", problem=name)
-        if compared:
-            tables[f"{name}, {reference['parameters']} weights"] = rows_of(compared, reference)
-    tables["NUTS"] = [
-        ["", "worst R-hat", "fewest effective draws", "gradients of all data", "divergences"],
-        *(convergence(run["problem"], x) for run, x in journal.select(stage="nuts")),
-    ]
+    tables: dict[str, Sequence[Sequence[str]]] = {}
+    references = {run["problem"]: x for run, x in journal.select(stage="nuts")}
+    for name, reference in references.items():
+        runs = journal.select(stage="compare", problem=name)
+        if runs:
+            tables[f"{name}, {reference['parameters']} weights"] = rows_of(runs, reference)
+    header = ["", "worst R-hat", "fewest effective draws", "gradients of all data", "divergences"]
+    tables["NUTS"] = [header, *(convergence(name, x) for name, x in references.items())]
     tables["Settings chosen"] = [
-        ["", *dict.fromkeys(run["problem"] for run, _ in journal.select(stage="nuts"))],
-        *([title, *chosen(journal, method, runs)] for (method, runs), title in NAMES.items()),
+        ["", *references],
+        *(
+            [title, *(chosen(journal, name, *key) for name in references)]
+            for key, title in NAMES.items()
+        ),
     ]
     notes = (
         "Mean ± standard error over seeds; agreement and total variation in %. The row of NUTS is "
-        "a second run of it against the first. `*`: at an edge of the grid."
+        "a second run of it against the first; its gradients are counted after as many steps of "
+        "adaptation. `*`: at an edge of the grid."
     )
     write_tables(journal, "How close to the exact posterior", tables, notes)
 
@@ -187,23 +201,22 @@ def convergence(problem: str, found: dict[str, Any]) -> list[str]:
 
 def rows_of(runs: Runs, reference: dict[str, Any]) -> Sequence[Sequence[str]]:
     """A row for each method, and one for a second run of NUTS."""
-    names = [name for name in runs[0][1]]
+    names = list(runs[0][1])
     rows = [["", *names]]
     for key, group in grouped(runs, "method", "runs").items():
-        rows.append([NAMES[key], *(_cell(n, [x[n] for _, x in group]) for n in names)])
-    rows.append(["NUTS", *(_cell(n, [reference[n]]) for n in names)])
+        results = [x for _, x in current(group)]
+        rows.append([NAMES[key], *(_cell(name, [x[name] for x in results]) for name in names)])
+    rows.append(["NUTS", *(_cell(name, [reference[name]]) for name in names)])
     return rows
 
 
-def chosen(journal: Journal, method: str, runs: int) -> list[str]:
-    """The settings of a method for each problem."""
-    found = []
-    for group in grouped(
-        journal.select(stage="compare", method=method, runs=runs), "problem"
-    ).values():
-        values = group[-1][0]["values"]
-        found.append(described(values) + (" *" if at_edges(methods.GRIDS[method], values) else ""))
-    return found
+def chosen(journal: Journal, problem: str, method: str, runs: int) -> str:
+    """The settings of a method for a problem."""
+    found = journal.select(stage="compare", problem=problem, method=method, runs=runs)
+    if not found:
+        return ""
+    values = found[-1][0]["values"]
+    return described(values) + (" *" if at_edges(methods.GRIDS[method], values) else "")
 
 
 def _cell(name: str, values: list[float]) -> str:

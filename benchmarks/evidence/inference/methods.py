@@ -47,9 +47,9 @@ RATES = (
 GRIDS: dict[str, Grid] = {
     "map": {"learning_rate": RATES},
     "laplace": {"learning_rate": RATES},
-    "dropout": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "drop": (0.01, 0.03, 0.1, 0.2)},
-    "swag": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "rate": (0.003, 0.01, 0.03, 0.1)},
-    "ivon": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "hess_init": (0.01, 0.03, 0.1, 0.3)},
+    "dropout": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "drop": (0.003, 0.01, 0.05, 0.3)},
+    "swag": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "rate": (0.01, 0.03, 0.1, 0.3)},
+    "ivon": {"learning_rate": (0.01, 0.05, 0.3, 1.5), "hess_init": (0.003, 0.03, 0.3, 1.0)},
 }
 
 
