@@ -105,10 +105,13 @@ def main(
     pairs = read(train_file) if train_file else load_docstrings()
     pairs = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
     rest = read(test_file) if test_file else pairs[labels + held_out :]
+    if min(labels // BATCH_SIZE, held_out, epochs) < 1 or min(learning_rate, sigma) <= 0:
+        raise SystemExit(f"--labels is at least {BATCH_SIZE}, and all numbers are positive")
     if len(pairs) < labels + held_out or not rest:
         raise SystemExit(
             f"{len(pairs)} sentences are too few for --labels and --held-out, and a test"
         )
+    rest = [rest[i] for i in np.random.default_rng(seed).permutation(len(rest))]
     pairs = pairs[: labels + held_out] + rest[:600]
     names = sorted({label for label, _ in pairs})
     tokens = jnp.asarray(minilm.tokenize([text for _, text in pairs], LENGTH))
@@ -174,7 +177,7 @@ def threshold_for(risk: float, log_probs: Any, labels: Any) -> float:
     """The lowest probability from which on at most this share of the answers is wrong."""
     _, risks = map(np.asarray, metrics.risk_coverage(log_probs, labels))
     confidence = np.sort(np.exp(np.asarray(log_probs).max(-1)))[::-1]
-    return float(confidence[risks <= risk].min(initial=1.0))
+    return float(confidence[risks <= risk].min(initial=np.inf))
 
 
 if __name__ == "__main__":

@@ -87,14 +87,17 @@ def start_fine_tuning(
 ) -> dict[str, Any]:
     """Settings of `ivon` to start from when pretrained weights are fine-tuned.
 
-    As when Shen et al. fine-tune and pre-train transformers, steps are bounded, and ess is not N
-    but keeps the noise: σ₀ = 1/√(λh₀) is a small share of the root mean square r of the pretrained
-    matrices. With more noise than an eighth of r short runs lose accuracy; with much less IVON is
-    AdamW. Clip gradients to norm 1 before, as with AdamW. Tune `learning_rate` first, around
-    AdamW's best, then `noise` (0.05, 0.08, 0.13).
+    As when Shen et al. train transformers, steps are bounded, and ess is not N but sets the noise:
+    σ₀ = 1/√(λh₀) is a small share of the root mean square r of the pretrained matrices. (With β₂
+    for the length of the run, σ of weights that get no gradient grows by up to e.) Clip gradients
+    to norm 1 before, as with AdamW. Tune `learning_rate` first, around AdamW's best and a little
+    below, then `noise` (0.05, 0.08, 0.13).
+
+    For low-rank adapters, one of which starts at zero, r says nothing: give `ivon` an ess of your
+    own.
 
     Args:
-      params: the pretrained weights that are trained.
+      params: the pretrained weights that are trained, as they are before.
       num_steps: T, the length of the whole run in steps.
       learning_rate: AdamW's peak rate, which becomes the longest step: α(h₀+δ)ξ.
       noise: initial σ over r.

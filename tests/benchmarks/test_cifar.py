@@ -65,14 +65,15 @@ def test_augmentation_moves_and_mirrors_and_changes_nothing_else():
     image = np.random.default_rng(0).random((32, 32, 3)).astype(np.float32)
     found = np.asarray(data.augment(jax.random.key(0), jnp.asarray(np.stack([image] * 64))))
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
-    seen = set()
+    seen, matches = set(), 0
     for each in found:
         for flip in (False, True):
             for top, left in np.ndindex(9, 9):
                 crop = padded[top : top + 32, left : left + 32]
                 if np.array_equal(each, crop[:, ::-1] if flip else crop):
                     seen.add((flip, top, left))
-    assert len(seen) > 45  # 64 draws of 162, nearly all different, and every one of them is found
+                    matches += 1
+    assert matches == 64 and len(seen) > 45  # of 162
     assert {flip for flip, *_ in seen} == {False, True}
 
 
@@ -125,7 +126,7 @@ def test_an_epoch_in_one_program_is_its_steps(folder):
 def test_the_command_compares_all_methods_and_goes_on(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(main.PRESETS, "laptop", main.Preset(24, 8, 8, 2, 8, 2))
     grids = {name: {k: (x,) for k, x in values.items()} for name, values in VALUES.items()}
-    grids["sgd"]["learning_rate"] = (0.1, 0.2)
+    grids["sgd"]["learning_rate"] = (0.1, 0.2)  # pyright: ignore
     monkeypatch.setattr(main, "GRIDS", grids)
     np.savez(tmp_path / "tiny.npz", images=np.zeros((4, 32, 32, 3), np.uint8))
     results = tmp_path / "cifar.jsonl"
@@ -139,5 +140,12 @@ def test_the_command_compares_all_methods_and_goes_on(folder, tmp_path, monkeypa
     written = results.read_text()
     main.main([*argv, "--results", str(results)])
     assert results.read_text() == written
+    main.main([*argv[:-1], "1", "--methods", "sam", "--results", str(tmp_path / "sam.jsonl")])
+    for path in results.with_suffix("").glob("*.npz"):
+        path.unlink()
+    with pytest.raises(SystemExit, match="lacks predictions"):
+        main.main([*argv[:-1], "3", "--methods", "sgd", "--results", str(results)])
+    with pytest.raises(SystemExit, match="at least 1"):
+        main.main([*argv, "--noise", "-0.1", "--results", str(results)])
     with pytest.raises(SystemExit, match="no settings of sam"):
         main.main([*argv, "--preset", "paper", "--methods", "sam", "--results", str(results)])

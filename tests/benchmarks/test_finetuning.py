@@ -206,10 +206,10 @@ def test_margins_of_reviews_and_others_are_compared(tmp_path, capsys, monkeypatc
     names = (*data.FILES["sst2"], *data.UNFAMILIAR["sst2"].values())
     write_sentences(tmp_path, names, 70)
     monkeypatch.setattr(methods, "CHOSEN", {"step": 0.01, "sigma": 0.1})
-    questions.main(["--data", str(tmp_path), "--labels", "64"])
+    questions.main(["--data", str(tmp_path), "--labels", "64", "--seeds", "1"])
     printed = capsys.readouterr().out
     rows = {line.split("  ")[0] for line in printed.splitlines()}
-    assert rows >= {"reviews", "questions", "products", "entropy at the mean", "disagreement"}
+    assert rows >= {"margin of reviews", "margin of products", "AUROC, disagreement"}
 
 
 def test_a_margin_that_samples_only_shrink_leaves_its_detection_alone():
@@ -218,10 +218,10 @@ def test_a_margin_that_samples_only_shrink_leaves_its_detection_alone():
         "reviews": (point[2:], np.stack([0.5 * point[2:]] * 3)),
         "questions": (point[:2], np.stack([0.5 * point[:2]] * 3)),
     }
-    spread = questions.spread_rows(found)[1:]
-    assert spread[0][1:4] == ["3.50", "1.75", "0.00"]
-    aurocs = [float(row[1]) for row in questions.detection_rows(found)[1:4]]
-    assert aurocs == [1.0, 1.0, 1.0]
+    spread = questions.spreads(found)["margin of reviews"]
+    np.testing.assert_allclose(list(spread.values())[:3], [3.5, 1.75, 0.0])
+    aurocs = [row["questions"] for row in questions.detections(found).values()]
+    assert aurocs[:3] == [1.0, 1.0, 1.0]
 
 
 def test_every_criterion_chooses_what_to_label(tmp_path, monkeypatch):

@@ -29,6 +29,9 @@ def test_sentences_of_ones_own_are_read_from_files(tmp_path, capsys):
     assert "32 sentences to train on, 10 to test; bad, good" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="too few"):
         finetune_text.main(**files)
+    for bad in ({"labels": 31}, {"sigma": 0.0}, {"held_out": 0}):
+        with pytest.raises(SystemExit, match="positive"):
+            finetune_text.main(**files, **{**SMALL, **bad})
     with pytest.raises(SystemExit, match="cannot read"):
         finetune_text.main(train_file=tmp_path / "none")
 
@@ -40,4 +43,4 @@ def test_the_threshold_keeps_the_risk_on_the_sentences_that_chose_it():
     threshold = finetune_text.threshold_for(0.1, log_probs, labels)
     answered = np.exp(log_probs.max(-1)) >= threshold
     assert 0 < (log_probs.argmax(-1) != labels)[answered].mean() <= 0.1
-    assert finetune_text.threshold_for(-1.0, log_probs, labels) == 1.0  # none is good enough
+    assert finetune_text.threshold_for(-1.0, log_probs, labels) == np.inf  # none is good enough

@@ -64,6 +64,8 @@ def load_unfamiliar(tiny: Path | None, mnist: Path | None) -> dict[str, np.ndarr
         if not tiny.is_file():
             raise DataError(f"looked for {tiny}, an .npz with images of 32 x 32; it is not there")
         with np.load(tiny) as file:
+            if "images" not in file.files:
+                raise DataError(f"{tiny} has no array named images")
             found["Tiny ImageNet"] = file["images"][:NUM_UNFAMILIAR] / np.float32(255)
     if mnist is not None:
         digits = load_mnist(mnist).test_images[:NUM_UNFAMILIAR]

@@ -23,9 +23,27 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks._shared.journal import Evidence, Journal, Runs, command, grouped, write_tables
-from benchmarks._shared.methods import average
-from benchmarks._shared.tuning import Grid, at_edges, described, settings
+from benchmarks._shared.comparing import (
+    average_of_files,
+    averaged,
+    best_of,
+    chosen_by,
+    setting_rows,
+    shown,
+    way_rows,
+)
+from benchmarks._shared.journal import (
+    Evidence,
+    Journal,
+    Runs,
+    command,
+    current,
+    file_of,
+    grouped,
+    write_tables,
+)
+from benchmarks._shared.methods import auroc, seed_keys
+from benchmarks._shared.tuning import Grid, settings
 from benchmarks.evidence.cifar import methods
 from benchmarks.evidence.cifar.data import (
     Images,
@@ -36,7 +54,8 @@ from benchmarks.evidence.cifar.data import (
 )
 from benchmarks.evidence.cifar.methods import METHODS, Run
 from examples._shared.datasets import DataError
-from examples._shared.reporting import COLORS, cell, save_figure
+from examples._shared.reporting import save_figure
+from examples._shared.unfamiliar import draw_entropies
 from ivon_jax import metrics
 
 
@@ -60,14 +79,18 @@ PRESETS = {
 GRIDS: dict[str, Grid] = {
     "sgd": {"learning_rate": (0.03, 0.1, 0.3), "weight_decay": (5e-4, 3e-3)},
     "adamw": {"learning_rate": (1e-3, 3e-3, 1e-2), "weight_decay": (0.03, 0.3)},
-    "sam": {"learning_rate": (0.1, 0.3), "rho": (0.03, 0.1, 0.2), "weight_decay": (5e-4,)},
-    "dropout": {"learning_rate": (0.1, 0.3), "rate": (0.03, 0.1, 0.2), "weight_decay": (5e-4,)},
-    "swag": {"learning_rate": (0.1, 0.3), "swag_rate": (0.01, 0.03, 0.1), "weight_decay": (5e-4,)},
+    "sam": {"learning_rate": (0.03, 0.1, 0.3), "rho": (0.05, 0.15), "weight_decay": (1e-3,)},
+    "dropout": {"learning_rate": (0.03, 0.1, 0.3), "rate": (0.02, 0.1), "weight_decay": (1e-3,)},
+    "swag": {
+        "learning_rate": (0.03, 0.1, 0.3),
+        "swag_rate": (0.02, 0.05),
+        "weight_decay": (1e-3,),
+    },
     "ivon": {
-        "learning_rate": (0.1, 0.3),
-        "sharpness": (1.0, 5.0, 25.0),
+        "learning_rate": (0.1, 0.3, 1.0),
+        "sharpness": (2.0, 10.0),
         "hess_init": (1.0,),
-        "weight_decay": (5e-4,),
+        "weight_decay": (1e-3,),
     },
 }
 # Of the paper, for 200 epochs: no search.
@@ -116,6 +139,11 @@ class Options(Evidence):
     longer: int = 1
     """Times the epochs."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.noise < 1 or self.longer < 1 or self.seeds < 1:
+            raise SystemExit("--noise is in [0, 1), --longer and --seeds are at least 1")
+
     @property
     def grids(self) -> dict[str, Grid]:
         """What each method tries."""
@@ -128,7 +156,10 @@ class Options(Evidence):
     @property
     def identity(self) -> dict[str, Any]:
         """What all runs of a command have in common."""
-        return {"preset": self.preset, "noise": self.noise, "longer": self.longer}
+        named = {"Tiny ImageNet": self.unfamiliar, "MNIST": self.mnist}
+        others = [name for name, path in named.items() if path is not None]
+        sizes = {"preset": self.preset, "noise": self.noise, "longer": self.longer}
+        return {**sizes, "others": others}
 
     @property
     def folder(self) -> Path:
@@ -137,10 +168,14 @@ class Options(Evidence):
         found.mkdir(exist_ok=True)
         return found
 
-    def predictions(self, method: str, seed: int) -> Path:
+    def run(self, stage: str, method: str, values: Mapping[str, Any], **more: Any) -> Metrics:
+        """What identifies a run."""
+        found = {"stage": stage, **self.identity, "method": method, "values": dict(values)}
+        return {**found, **more}
+
+    def predictions(self, method: str, seed: int, values: Mapping[str, Any]) -> Path:
         """Log-probabilities of a tested run."""
-        name = "_".join(map(str, (*self.identity.values(), method, seed)))
-        return self.folder / f"{name}.npz"
+        return file_of(self.folder, self.run("test", method, values, seed=seed))
 
 
 class Study:
@@ -173,35 +208,30 @@ class Study:
         """Scores on test images, and the detection of unfamiliar ones."""
         fitted = self.fitted(method, seed, values)
         inputs = {"": self.test.images, **self.others}
-        key = jax.random.key(seed)
+        key = seed_keys(seed)[2]
         predicted = {k: self.predict(fitted, values, key, x) for k, x in inputs.items()}
-        best = "samples" if "samples" in predicted[""] else "point"
-        kept: Any = {name: averaged(x[best]) for name, x in predicted.items()}
-        np.savez(self.options.predictions(method, seed), **kept)
+        kept: Any = {name: averaged(x.get("samples", x["point"])) for name, x in predicted.items()}
+        np.savez(self.options.predictions(method, seed, values), **kept)
         ways = predicted[""]
         found = {way: self.scored({k: x[way] for k, x in predicted.items()}) for way in ways}
         if method == "ivon":
             found["curve"] = sample_curve(ways["samples"], self.test.labels)
         return found
 
-    def together(self, method: str) -> Metrics:
+    def together(self, method: str, values: Mapping[str, Any]) -> Metrics:
         """Scores of the average of all seeds' probabilities."""
-        runs = [np.load(self.options.predictions(method, k)) for k in range(self.options.seeds)]
-        stacked = {name: np.stack([run[name] for run in runs]) for name in runs[0].files}
-        return {"together": self.scored(stacked)}
+        files = [self.options.predictions(method, k, values) for k in range(self.options.seeds)]
+        return {"together": self.scored(average_of_files(files))}
 
     def scored(self, log_probs: dict[str, np.ndarray]) -> Metrics:
         """Scores on test images, named "", and how well others are told from them."""
         found = scores(log_probs[""], self.test.labels)
-        entropy = {k: metrics.predictive_entropy(averaged(x)) for k, x in log_probs.items()}
+        entropy = {
+            k: metrics.predictive_entropy(jnp.asarray(averaged(x))) for k, x in log_probs.items()
+        }
         for name in self.others:
-            found[f"{name}, entropy"] = float(metrics.detection(entropy[""], entropy[name]).auroc)
+            found[f"{name}, entropy"] = auroc(entropy[""], entropy[name])
         return found
-
-
-def averaged(log_probs: np.ndarray) -> Any:
-    """Log-probabilities (n, 10), averaged over samples where there are several."""
-    return log_probs if log_probs.ndim == 2 else np.asarray(average(jnp.asarray(log_probs)))
 
 
 def scores(log_probs: np.ndarray, labels: np.ndarray) -> Metrics:
@@ -217,11 +247,6 @@ def sample_curve(log_probs: np.ndarray, labels: np.ndarray) -> dict[str, Metrics
     return {str(count): scores(log_probs[:count], labels) for count in counts}
 
 
-def chosen_by(result: Mapping[str, Any]) -> float:
-    """The NLL that chooses: of samples, where there are samples."""
-    return result.get("samples", result["point"])["nll"]
-
-
 def compute(options: Options) -> None:
     """Chooses settings, and tests them."""
     if options.data is None:
@@ -233,79 +258,63 @@ def compute(options: Options) -> None:
         raise SystemExit(f"error: {error}") from None
     tried = {method: settings(grid) for method, grid in grids.items()}
     searched = sum(len(x) for x in tried.values() if len(x) > 1)
-    journal = Journal(options.results, total=searched + len(tried) * options.seeds)
+    averages = sum((method, "together") in WAYS for method in tried) * (options.seeds > 1)
+    total = searched + len(tried) * options.seeds + averages
+    journal = Journal(options.results, total=total)
     for method, choices in tried.items():
-        common = {**options.identity, "method": method}
         best = choices[0]
         if len(choices) > 1:
             found = [
                 journal.compute(
-                    {"stage": "validation", **common, "values": values},
+                    options.run("validation", method, values),
                     partial(study.validated, method, values),
                 )
                 for values in choices
             ]
-            nll = np.nan_to_num([chosen_by(x) for x in found], nan=np.inf)
-            best = choices[int(np.argmin(nll))]
+            best = best_of(choices, [chosen_by(x) for x in found])
         for seed in range(options.seeds):
-            run = {"stage": "test", **common, "values": best, "seed": seed}
+            run = options.run("test", method, best, seed=seed)
             journal.compute(run, partial(study.tested, method, seed, best))
         if options.seeds > 1 and (method, "together") in WAYS:
-            run = {"stage": "together", **common, "values": best, "runs": options.seeds}
-            journal.compute(run, partial(study.together, method))
+            run = options.run("together", method, best, runs=options.seeds)
+            journal.compute(run, partial(study.together, method, best))
 
 
 # --- Report ---------------------------------------------------------------------------------------
 
 
 def report(journal: Journal) -> None:
-    """Tables of every experiment, and the figure of the first."""
+    """Tables of every experiment, and the entropies of the first."""
     tables: dict[str, Sequence[Sequence[str]]] = {}
-    fields = "preset", "noise", "longer"
-    for identity, runs in grouped(journal.select(), *fields).items():
-        noise = f", {identity[1]:.0%} wrong labels" if identity[1] else ""
-        name = identity[0] + noise + (f", {identity[2]} times as long" if identity[2] > 1 else "")
-        of = {stage: [(r, x) for r, x in runs if r["stage"] == stage] for stage in STAGES}
-        if of["test"]:
-            tables[name] = test_rows(of["test"] + of["together"])
-        if curves := [x["curve"] for _, x in of["test"] if "curve" in x]:
+    figure = None
+    for (preset, noise, longer), runs in grouped(journal.select(), *FIELDS).items():
+        name = preset + (f", {noise:.0%} wrong labels" if noise else "")
+        name += f", {longer} times as long" if longer > 1 else ""
+        tried, tested, together = (
+            [x for x in runs if x[0]["stage"] == stage]
+            for stage in ("validation", "test", "together")
+        )
+        if tested:
+            tables[name] = way_rows(WAYS, tested, together)
+        if ivon := [x for x in tested if x[0]["method"] == "ivon"]:
+            curves = [x["curve"] for _, x in current(ivon)]
             tables[f"{name}: IVON's samples"] = curve_rows(curves)
-        if of["validation"]:
-            tables[f"{name}: settings"] = setting_rows(of["validation"])
+        if tried:
+            grid_of = lambda run: GRIDS[run["method"]]  # noqa: E731
+            tables[f"{name}: settings"] = setting_rows(tried, grid_of, METHODS)
+        figure = figure or draw(journal.path.with_suffix(""), tested)
     notes = (
         "Mean ± standard error over runs, in % but for NLL. `runs`: of these, or averaged by an "
         "ensemble or a mixture. Last columns: areas under the ROC of the entropy, by which other "
-        "images are told from test images."
+        "images are told from test images. A step of SAM takes two gradients. Wrong labels are "
+        "only in the training images, not in those that choose the settings."
     )
     write_tables(journal, "CIFAR-10 with ResNet-20", tables, notes)
-    first = journal.select(stage="test")
-    if first:
-        folder = journal.path.with_suffix("")
-        save_figure(draw(folder, first), journal.path.with_suffix(".png"))
+    if figure is not None:
+        save_figure(figure, journal.path.with_suffix(".png"))
 
 
-STAGES = ("validation", "test", "together")
-
-
-def test_rows(runs: Runs) -> list[list[str]]:
-    """A row for each way to predict, a column for each metric."""
-    names = list(
-        dict.fromkeys(n for _, x in runs for way, s in x.items() if way != "curve" for n in s)
-    )
-    rows = [["", "runs", *names]]
-    for (method, way), title in WAYS.items():
-        group = [(run, x[way]) for run, x in runs if run["method"] == method and way in x]
-        if group:
-            cells = (shown(name, [x[name] for _, x in group if name in x]) for name in names)
-            rows.append([title, str(group[0][0].get("runs", len(group))), *cells])
-    return rows
-
-
-def shown(name: str, values: Sequence[float]) -> str:
-    """A cell of the table."""
-    if not values:
-        return ""
-    return cell(values, 3) if name == "nll" else cell(100 * np.asarray(values), 1 + (name == "ece"))
+FIELDS = "preset", "noise", "longer"
 
 
 def curve_rows(curves: Sequence[Mapping[str, Metrics]]) -> list[list[str]]:
@@ -317,41 +326,19 @@ def curve_rows(curves: Sequence[Mapping[str, Metrics]]) -> list[list[str]]:
     return rows
 
 
-def setting_rows(runs: Runs) -> list[list[str]]:
-    """Validation scores of every setting; the chosen one is marked, and where it is an edge."""
-    rows = [["setting", "accuracy, %", "NLL", "ECE, %"]]
-    for (method,), mine in grouped(runs, "method").items():
-        best = min(mine, key=lambda x: np.nan_to_num(chosen_by(x[1]), nan=np.inf))[0]
-        edges = ", ".join(at_edges(GRIDS[method], best["values"]))
-        for run, result in mine:
-            mark = f" (chosen{'; edge: ' + edges if edges else ''})" if run is best else ""
-            x = result.get("samples", result["point"])
-            cells = f"{100 * x['accuracy']:.1f}", f"{x['nll']:.3f}", f"{100 * x['ece']:.1f}"
-            rows.append([f"{METHODS[method]}, {described(run['values'])}{mark}", *cells])
-    return rows
-
-
-def draw(folder: Path, runs: Runs) -> Figure:
-    """Entropies of test images and of others, for the first seed of three methods."""
-    shown = [m for m in ("sgd", "adamw", "ivon") if any(run["method"] == m for run, _ in runs)]
-    figure = Figure(figsize=(4 * len(shown), 3.4), layout="constrained")
-    axes = np.ravel(figure.subplots(1, len(shown), sharey=True))
-    bins = np.linspace(0, np.log(10), 31)
-    for ax, method in zip(axes, shown, strict=True):
-        run = next(run for run, _ in runs if run["method"] == method)
-        name = "_".join(str(run[k]) for k in ("preset", "noise", "longer", "method", "seed"))
-        file = folder / f"{name}.npz"
-        if not file.is_file():
-            continue
-        colors = iter((COLORS["reference"], COLORS["unfamiliar"], COLORS["SGD"]))
+def draw(folder: Path, tested: Runs) -> Figure | None:
+    """Entropies of test images and of others, by the last run of three methods."""
+    last = {run["method"]: file_of(folder, run) for run, _ in tested}
+    files = {m: last[m] for m in ("sgd", "adamw", "ivon") if m in last and last[m].is_file()}
+    if not files:
+        return None
+    figure = Figure(figsize=(4 * len(files), 3.4), layout="constrained")
+    axes = np.ravel(figure.subplots(1, len(files), sharey=True))
+    for ax, (method, file) in zip(axes, files.items(), strict=True):
         with np.load(file) as found:
-            for key in found.files:
-                entropy = np.asarray(metrics.predictive_entropy(jnp.asarray(found[key])))
-                share = np.histogram(np.maximum(entropy, 0), bins)[0] / len(entropy)
-                ax.stairs(share, bins, label=key or "CIFAR-10", color=next(colors), linewidth=1.6)
-        ax.set(title=METHODS[method], xlabel="predictive entropy, nats")
-        ax.legend(frameon=False)
-    axes[0].set_ylabel("share of images")
+            logs = {name or "CIFAR-10": jnp.asarray(found[name]) for name in found.files}
+        entropies = {name: np.asarray(metrics.predictive_entropy(x)) for name, x in logs.items()}
+        draw_entropies(ax, METHODS[method], entropies)
     return figure
 
 

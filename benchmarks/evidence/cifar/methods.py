@@ -1,6 +1,7 @@
 """The methods that are compared: how each is trained, and what it predicts.
 
-All get the same initial weights, batches and crops from a seed, and one schedule. A run is written
+All get the same initial weights, batches and crops from a seed and, but for SWAG's last quarter,
+one schedule. A run is written
 to a file after every epoch, so that it can be stopped and goes on.
 """
 

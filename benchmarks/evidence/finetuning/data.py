@@ -22,10 +22,11 @@ NUM_UNFAMILIAR = NUM_VALIDATION = 500
 
 
 class Sentences(NamedTuple):
-    """Tokens (n, LENGTH) and labels (n,)."""
+    """Tokens (n, LENGTH), labels (n,) and the sentences themselves (n,)."""
 
     tokens: np.ndarray
     labels: np.ndarray
+    texts: np.ndarray
 
 
 class Task(NamedTuple):
@@ -96,5 +97,9 @@ def read(path: Path) -> Sentences:
     lines = [line.strip() for line in lines]
     pairs = [tuple(reversed(x.rsplit("\t", 1))) if "\t" in x else x.split(" ", 1) for x in lines]
     pairs = [pair for pair in pairs if len(pair) == 2]  # not the empty
-    labels = np.array([int(label) for label, _ in pairs], np.int32)
-    return Sentences(minilm.tokenize([text for _, text in pairs], LENGTH), labels)
+    try:
+        labels = np.array([int(label) for label, _ in pairs], np.int32)
+    except ValueError as error:
+        raise SystemExit(f"{path} is not a file of labelled sentences: {error}") from None
+    texts = [text for _, text in pairs]
+    return Sentences(minilm.tokenize(texts, LENGTH), labels, np.array(texts))

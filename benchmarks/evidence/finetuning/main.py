@@ -189,6 +189,8 @@ def compute(options: Options) -> None:
     """Chooses settings, and tests them."""
     if options.data is None:
         raise SystemExit("name the folder of the sentences with --data DIR")
+    if options.labels < methods.BATCH_SIZE or options.seeds < 0:
+        raise SystemExit(f"--labels is at least {methods.BATCH_SIZE}, and --seeds not negative")
     study = Study(options, options.data)
     together = options.seeds > 1
     total = sum(9 + options.seeds + (together and (m, "together") in WAYS) for m in options.methods)
