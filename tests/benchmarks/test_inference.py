@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from scipy.stats import multivariate_normal
 
 from benchmarks.evidence.inference import main, methods
 from benchmarks.evidence.inference.problems import Data, Problem, run_nuts
@@ -87,6 +88,21 @@ def test_ivon_is_exact_for_one_weight_at_a_time():
     of_mean, of_std = moments(out)
     np.testing.assert_allclose(of_mean, mean[:4] + mean[4], atol=0.05)
     np.testing.assert_allclose(of_std, (std[:4] ** 2 + std[4] ** 2) ** 0.5, rtol=0.15)
+
+
+def test_the_free_energy_is_minus_the_evidence_at_the_exact_posterior():
+    """One feature and no way to differ from a diagonal Gaussian: IVON's bound is tight."""
+    x = np.tile([[1.0], [-1.0]], (30, 1))  # orthogonal to the bias
+    y = 0.7 * x[:, 0] + NOISE * np.random.default_rng(0).normal(size=60)
+    data = Data(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))
+    problem = Problem(data, data, hidden=0, outputs=1, precision=PRECISION, noise=NOISE)
+    values = {"learning_rate": 0.05, "hess_init": 4.0}
+    found = methods.free_energy(problem, 2, 16_000, jax.random.key(0), values)
+    with_one = np.concatenate([x, np.ones((60, 1))], axis=1)
+    covariance = NOISE**2 * np.eye(60) + with_one @ with_one.T / PRECISION
+    evidence = multivariate_normal(np.zeros(60), covariance).logpdf(y)
+    constant = 30 * np.log(2 * np.pi * NOISE**2)  # which the loss leaves out
+    np.testing.assert_allclose(60 * found, -evidence - constant, atol=0.3)
 
 
 def test_distances_are_zero_from_itself_and_known_for_a_shift(line):
