@@ -210,9 +210,11 @@ def rows_of(runs: Runs, reference: dict[str, Any]) -> Sequence[Sequence[str]]:
     """A row for each method, and one for a second run of NUTS."""
     names = list(runs[0][1])
     rows = [["", *names]]
-    for key, group in grouped(runs, "method", "runs").items():
-        results = [x for _, x in current(group)]
-        rows.append([NAMES[key], *(_cell(name, [x[name] for x in results]) for name in names)])
+    by_method = grouped(runs, "method", "runs")
+    for key, title in NAMES.items():
+        if key in by_method:
+            results = [x for _, x in current(by_method[key])]
+            rows.append([title, *(_cell(name, [x[name] for x in results]) for name in names)])
     rows.append(["NUTS", *(_cell(name, [reference[name]]) for name in names)])
     return rows
 
