@@ -79,7 +79,8 @@ def rows_of(tables: list[dict[str, dict[str, float]]]) -> list[list[str]]:
     first = tables[0]
     rows = [["", *next(iter(first.values()))]]
     for name, row in first.items():
-        rows.append([name, *(cell([table[name][k] for table in tables], 3) for k in row)])
+        values = ([table[name][k] for table in tables] for k in row)
+        rows.append([name, *("" if np.isnan(x).any() else cell(x, 3) for x in values)])
     return rows
 
 
