@@ -8,8 +8,8 @@ DIR holds `cifar-10-batches-py`. ResNet-20 with filter response normalisation is
 crops and mirror images. Every method tries the six settings of its grid, takes that with the lowest
 NLL on other training images, and is tested once with each seed; the ensemble and the mixture
 average the probabilities of all seeds' runs. `paper` has the settings of the paper and tries none.
-On two cores a run of `laptop` takes some eight minutes. Runs go on after the last epoch that was
-finished.
+A run of `laptop` is estimated to take eight minutes on two cores. Runs go on after the last epoch
+that was finished.
 """
 
 from collections.abc import Callable, Mapping, Sequence

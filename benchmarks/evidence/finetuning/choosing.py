@@ -6,8 +6,8 @@ MiniLM-L6 is fine-tuned by IVON on 100 film reviews; of 1,000 other ones those a
 that a criterion chooses, the network is fine-tuned from the start on all labels, and so on up to
 1,000. The criteria are BALD (Houlsby et al. 2011), the mutual information between label and
 weights, the entropy of the averaged prediction, and chance; all begin with the same 100 labels.
-Those of the highest scores are taken together, not, as Houlsby et al. do, one at a time. On two
-cores a criterion takes ten minutes for each seed.
+Those of the highest scores are taken together, not, as Houlsby et al. do, one at a time. For each
+seed a criterion is estimated to take ten minutes on two cores.
 """
 
 from collections.abc import Callable

@@ -7,7 +7,7 @@ label. Scores of the training sentences are compared by their area under the ROC
 loss, which orders two classes as the size of the error does, and the variance of the output, the
 other factor of sensitivity. Then runs of one to eight epochs, without wrong labels, are compared by
 the leave-one-out estimate of their loss, from the training sentences alone, and by the loss on the
-test set. On two cores a seed takes 25 minutes.
+test set. A seed is estimated to take 25 minutes on two cores.
 """
 
 from dataclasses import dataclass
