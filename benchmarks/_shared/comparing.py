@@ -6,7 +6,7 @@ runs "together".
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +40,10 @@ def chosen_by(result: Result) -> float:
     return result[way]["nll"]
 
 
-def best_of(tried: Sequence[dict[str, Any]], scores: Sequence[float]) -> dict[str, Any]:
+Setting = TypeVar("Setting")
+
+
+def best_of(tried: Sequence[Setting], scores: Sequence[float]) -> Setting:
     """The setting with the lowest score; leaves with a message if all are NaN."""
     if not np.isfinite(scores).any():
         raise SystemExit(f"every setting diverged, from {tried[0]} to {tried[-1]}")

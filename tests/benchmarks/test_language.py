@@ -1,5 +1,7 @@
 """The language benchmark on a few hundred characters: runs, report and messages."""
 
+import lzma
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,8 @@ pytest.importorskip("matplotlib", reason='the benchmarks need: pip install -e ".
 from benchmarks._shared.journal import Journal
 from benchmarks._shared.networks import GPT
 from benchmarks.evidence.language import main
+from benchmarks.evidence.language.text import CONTEXT, Text, fixed_windows, read_text
+from benchmarks.evidence.language.training import TRIED, Ivon
 
 
 @pytest.fixture
@@ -18,34 +22,57 @@ def text_file(tmp_path):
 
 
 def test_parts_follow_each_other_and_do_not_overlap(text_file):
-    text = main.read_text(text_file)
+    text = read_text(text_file)
     assert text.vocabulary == 7
-    assert [len(text.train), len(text.validation)] == [3600, 400]
-    assert np.array_equal(np.concatenate([text.train, text.validation]), np.arange(4000) % 7)
+    assert [len(text.train), len(text.tuning), len(text.validation)] == [3400, 200, 400]
+    parts = np.concatenate([text.train, text.tuning, text.validation])
+    assert np.array_equal(parts, np.arange(4000) % 7)
+
+
+def test_a_compressed_text_reads_as_the_text_itself(text_file):
+    packed = text_file.with_suffix(".xz")
+    packed.write_bytes(lzma.compress(text_file.read_bytes()))
+    assert read_text(packed).digest == read_text(text_file).digest
 
 
 def test_windows_predict_every_character_once():
-    windows = main.fixed_windows(np.arange(193, dtype=np.uint8), most=100)
+    windows = fixed_windows(np.arange(193, dtype=np.uint8), most=100)
     assert np.array_equal(np.ravel(windows[:, 1:]), np.arange(1, 193))
 
 
+def test_both_optimizers_try_as_many_different_settings():
+    assert len(set(TRIED["AdamW"])) == len(set(TRIED["IVON"])) == 9
+
+
+def test_settings_of_ivon_mean_the_same_in_runs_of_any_length():
+    settings = Ivon(1e-3, ess=1e8, hess_init=0.01, clip_radius=0.1, turnover=2.0)
+    arguments = settings.arguments(400)
+    assert arguments["b2"] == pytest.approx(1 - 2 / 400)
+    longest = arguments["learning_rate"](20) * (0.01 + 1e-6) * 0.1  # at the end of the warmup
+    assert longest == pytest.approx(1e-3)
+
+
 def test_runs_are_reported(text_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(main, "POINTS", 4)
+    monkeypatch.setattr(main, "POINTS", 5)
     for name in ("CURVE_WINDOWS", "FINAL_WINDOWS"):
         monkeypatch.setattr(main, name, 2)
-    tiny = GPT(layers=1, heads=1, width=4, context=main.CONTEXT, vocabulary=7)
-    monkeypatch.setattr(main.Text, "network", tiny)  # compiles faster
+    tiny = GPT(layers=1, heads=1, width=4, context=CONTEXT, vocabulary=7)
+    monkeypatch.setattr(Text, "network", tiny)  # compiles faster
+    tried = {name: settings[:1] for name, settings in TRIED.items()}
+    monkeypatch.setattr(main, "TRIED", tried)
     timed = {"seconds": {"AdamW": 0.01, "IVON": 0.02}, "ratio": [2.0, 1.9, 2.1]}
     monkeypatch.setattr(main, "timing", lambda *_: timed)
     path = tmp_path / "language.jsonl"
-    main.main([f"--text={text_file}", "--steps=4", "--seeds=1", f"--results={path}"])
-    assert "IVON, 16 samples" in capsys.readouterr().out
+    main.main([f"--text={text_file}", "--steps=5", "--seeds=2", f"--results={path}"])
+    printed = capsys.readouterr().out
+    assert "IVON, 8 samples" in printed
+    assert "chosen" in printed
     assert (tmp_path / "language.png").stat().st_size > 10_000
-    for _, found in Journal(path).select(part="final"):
-        assert [step for step, _ in found["curve"]] == [1, 2, 3, 4]
+    for _, found in Journal(path).select(part="run"):
+        assert [step for step, _ in found["curve"]] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("size", "message"), [(None, "cannot read"), (500, "at least 650")])
+@pytest.mark.parametrize(("size", "message"), [(None, "cannot read"), (500, "at least 1,300")])
 def test_a_missing_or_short_text_is_a_message(size, message, tmp_path):
     path = tmp_path / "text"
     if size:

@@ -1,108 +1,126 @@
 """The tables and the figure of the language benchmark, made from its journal."""
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks._shared.journal import Journal, write_tables
+from benchmarks._shared.comparing import chosen_by
+from benchmarks._shared.journal import Journal, Result, Run, Runs, write_tables
 from examples._shared.reporting import COLORS, cell, save_figure
 
-NAMES = {"AdamW": "AdamW", "Ivon": "IVON"}  # of the settings' classes
 PUBLISHED = {"86c4e6aa9db7c042": 1.88}  # nanoGPT's README, by digest: Tiny Shakespeare
-WAYS = {  # method, score, curve
-    "AdamW": ("AdamW", "mean", "curve"),
-    "IVON, mean": ("IVON", "mean", "curve"),
-    "IVON, 16 samples": ("IVON", "averaged", "curve_averaged"),
+WAYS = {  # method, way, curve
+    "AdamW": ("AdamW", "point", "curve"),
+    "IVON, mean": ("IVON", "point", "curve"),
+    "IVON, 8 samples": ("IVON", "samples", "averages"),
+    "signs": ("signs", "point", "curve"),
 }
 STYLES: dict[str, dict[str, Any]] = {
     "AdamW": {"color": COLORS["AdamW"]},
     "IVON, mean": {"color": COLORS["IVON"]},
-    "IVON, 16 samples": {"color": COLORS["SGD"], "ls": "", "marker": "D", "ms": 6, "mfc": "none"},
+    "IVON, 8 samples": {"color": COLORS["SGD"], "ls": "", "marker": "D", "ms": 6, "mfc": "none"},
+    "signs": {"color": "0.5"},
 }
-NOTES = """`python benchmarks/evidence/language/main.py --text {text}`
-
-{steps:,} steps of 12 windows of 64 characters; mean ± standard error over {seeds}, \
-which set the initial weights, the batches and IVON's noise. The last tenth of the text is for \
-validation; the settings were chosen on the twentieth before it, in short runs with one seed each.
-
-{settings}
-
-Milliseconds are medians of interleaved blocks in one process, without evaluation."""
+NOTES = (
+    "{steps:,} steps of 12 windows of 64 characters; mean ± standard error over {count}, which set "
+    "the initial weights, the batches and IVON's noise. Settings are chosen by the loss on 5 % of "
+    "the text with the first seed; `Validation` is on the last tenth.\n\nMilliseconds are medians "
+    "of interleaved blocks in one process, without evaluation. Of the settings, `longest` is "
+    "α(h₀+δ)ξ, the longest step of a weight, and `turnover` (1−β₂)T; `clipped` is the share of "
+    "weights whose step is at the clip radius, after a quarter of the run and at its end, h/h₀ are "
+    "the quartiles at the end, and `inflated` is the share of weights whose h the noise of its own "
+    "estimate would hold up. `signs`: steps of one length along the signs of the momentum."
+)
 
 Results = dict[str, list[dict[str, Any]]]  # by method, one per seed
 Rows = list[Sequence[str]]
 
 
+def tuning_loss(result: Result) -> float:
+    """What chooses a setting: of samples, where there are samples."""
+    return chosen_by(result["tuning"])
+
+
 def write_report(journal: Journal) -> None:
     """Writes the tables (.md) and the figure (.png)."""
-    finals, timed = journal.select(part="final"), journal.select(part="timing")
-    if not finals or not timed:
+    timed = journal.select(part="timing")
+    if not timed:
         raise SystemExit("there is nothing to compare yet: let the command finish first")
-    (run, _), results = finals[0], by_method(finals)
-    tables = {
-        "Validation": validation(results, **timed[-1][1]),
-        "Validation loss on the way": on_the_way(results),
+    identity, times = timed[-1]
+    named = {name: identity[name] for name in ("text", "digest", "steps")}
+    runs = journal.select(part="run", **named)
+    results = {
+        method: [x for run, x in runs if run["method"] == method and run["values"] == values]
+        for method, values in identity["both"].items()
     }
-    if sweep := journal.select(part="tune"):
-        rows = [[shown(r["settings"]), f"{x['steps']:,}", f"{x['loss']:.4f}"] for r, x in sweep]
-        tables["Choice of settings"] = [["settings", "steps", "loss on the tuning part"], *rows]
-    settings = "\n\n".join(f"`{shown(x)}`" for x in sorted({r["settings"] for r, _ in finals}))
+    tables = {
+        "Validation": validation(results, **times),
+        "Validation loss on the way": on_the_way(results),
+    } | {f"Settings of {name}": settings_of(name, runs, identity["both"]) for name in results}
     count, figure = len(results["AdamW"]), journal.path.with_suffix(".png")
-    seeds = f"{count} seed{'s' * (count > 1)}"
-    notes = NOTES.format(text=run["text"], steps=run["steps"], seeds=seeds, settings=settings)
-    if published := PUBLISHED.get(run["digest"]):
+    notes = NOTES.format(steps=named["steps"], count=f"{count} seed{'s' * (count > 1)}")
+    if published := PUBLISHED.get(named["digest"]):
         notes += f"\n\nnanoGPT's published validation loss with this configuration: {published}."
     notes += f"\n\n![Figure]({figure.name})"
-    write_tables(journal, f"Language modelling: {run['text']}", tables, notes)
+    write_tables(journal, f"Language modelling: {named['text']}", tables, notes)
     save_figure(draw(results), figure)
-
-
-def shown(settings: str) -> str:
-    """Settings with short numbers."""
-    short = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):g}", settings)
-    return short.replace("Ivon(", "IVON(").replace("e+", "e").replace("'", "")
-
-
-def by_method(finals: Sequence[tuple[dict, dict]]) -> Results:
-    """Results of the seeds that both methods have; leaves if they cannot be averaged."""
-    found: dict[str, dict[int, dict]] = {name: {} for name in NAMES.values()}
-    texts = {(run["digest"], run["steps"]) for run, _ in finals}
-    if len(texts) > 1 or len({run["settings"] for run, _ in finals}) > len(NAMES):
-        raise SystemExit("the results hold several texts, lengths or settings: one file for each")
-    for run, result in finals:
-        found[NAMES[run["settings"].split("(")[0]]][run["seed"]] = result
-    seeds = sorted(set.intersection(*(set(x) for x in found.values())))
-    if not seeds:
-        raise SystemExit("no seed has been run with both optimizers yet")
-    return {name: [x[seed] for seed in seeds] for name, x in found.items()}
 
 
 def validation(results: Results, seconds: dict[str, float], ratio: Sequence[float]) -> Rows:
     """The metrics of every way to predict, and the time per step."""
-    ways = {name: [x[score] for x in results[m]] for name, (m, score, _) in WAYS.items()}
+    ways = {
+        name: [x["validation"][way] for x in results[method]]
+        for name, (method, way, _) in WAYS.items()
+    }
 
     def row(name: str, decimals: int, value: Callable[[dict[str, Any]], float]) -> list[str]:
         return [name, *(cell([value(x) for x in runs], decimals) for runs in ways.values())]
 
-    base, *others = ([x["loss"] for x in runs] for runs in ways.values())
+    base, *others = ([x["nll"] for x in runs] for runs in ways.values())
     lead = [cell(np.subtract(losses, base), 4) for losses in others]
     ivon = f"{1e3 * seconds['IVON']:.1f}"
     median, low, high = ratio
     return [
         ["", *ways],
-        row("loss (nats per character)", 4, lambda x: x["loss"]),
+        row("loss (nats per character)", 4, lambda x: x["nll"]),
         ["loss less AdamW's, same seed", "", *lead],
-        row("perplexity", 3, lambda x: math.exp(x["loss"])),
+        row("perplexity", 3, lambda x: math.exp(x["nll"])),
         row("accuracy (%)", 2, lambda x: 100 * x["accuracy"]),
         row("ECE (%)", 2, lambda x: 100 * x["ece"]),
         row("Brier score", 4, lambda x: x["brier"]),
-        ["milliseconds per step", f"{1e3 * seconds['AdamW']:.1f}", ivon, ivon],
-        ["as a ratio [quartiles]", "1", f"{median:.2f} [{low:.2f}, {high:.2f}]", ""],
+        ["milliseconds per step", f"{1e3 * seconds['AdamW']:.1f}", ivon, ivon, ""],
+        ["as a ratio [quartiles]", "1", f"{median:.2f} [{low:.2f}, {high:.2f}]", "", ""],
     ]
+
+
+def settings_of(method: str, runs: Runs, both: Mapping[str, Any]) -> Rows:
+    """What a method has tried with the first seed, and what became of h."""
+    tried = [(run, x) for run, x in runs if run["method"] == method and run["seed"] == 0]
+    rows: Rows = []
+    for run, result in tried:
+        row = _setting(run, result)
+        rows = rows or [[*row, ""]]
+        rows.append([*row.values(), "chosen" if run["values"] == both[method] else ""])
+    return rows
+
+
+def _setting(run: Run, result: Result) -> dict[str, str]:
+    varied = {k: x for k, x in run["values"].items() if k not in ("b1", "b2")}
+    row = {name.replace("_", " "): f"{x:g}" for name, x in varied.items()}
+    row["tuning loss"] = f"{result['tuning']['point']['nll']:.4f}"
+    if "h" not in result:
+        return row
+    early, late = (result["h"][place][1] for place in (0, -1))
+    quartiles = " ".join(f"{late[f'h/h₀ p{p}']:.2g}" for p in (25, 50, 75))
+    return row | {
+        "of 8 samples": f"{result['tuning']['samples']['nll']:.4f}",
+        "clipped": f"{early['clipped']:.2f} {late['clipped']:.2f}",
+        "h/h₀": quartiles,
+        "inflated": f"{late['inflated']:.2f}",
+    }
 
 
 def curves(results: Results) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -112,10 +130,10 @@ def curves(results: Results) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def on_the_way(results: Results) -> Rows:
-    """The validation loss at every fourth point."""
+    """The validation loss at every fifth point."""
     found = curves(results)
     rows: Rows = [["step", *found]]
-    for step in found["AdamW"][0][3::4]:
+    for step in found["AdamW"][0][4::5]:
         cells = [cell(losses[:, at == step][:, 0], 3) for at, losses in found.values()]
         rows.append([f"{step:,.0f}", *cells])
     return rows
