@@ -36,11 +36,22 @@ def test_sentences_of_ones_own_are_read_from_files(tmp_path, capsys):
         finetune_text.main(train_file=tmp_path / "none")
 
 
-def test_the_threshold_keeps_the_risk_on_the_sentences_that_chose_it():
+def calibrated(rng, count):
+    """Log-probabilities of two classes, the larger uniform on [½, 1], and labels drawn by them."""
+    sure = rng.uniform(0.5, 1.0, count)
+    labels = (rng.random(count) > sure).astype(int)
+    return np.log(np.stack([sure, 1 - sure], axis=1)), labels
+
+
+def test_the_bound_on_the_risk_of_new_answers_holds_with_its_confidence():
+    # From a probability t on, a share of (1 − t)/2 of the answers is wrong: .9 is the true bound.
     rng = np.random.default_rng(0)
-    log_probs = np.log(rng.dirichlet([1.0, 1.0], 200)).astype(np.float32)
-    labels = (rng.random(200) < np.exp(log_probs[:, 1])).astype(int)
-    threshold = finetune_text.threshold_for(0.1, log_probs, labels)
-    answered = np.exp(log_probs.max(-1)) >= threshold
-    assert 0 < (log_probs.argmax(-1) != labels)[answered].mean() <= 0.1
-    assert finetune_text.threshold_for(-1.0, log_probs, labels) == np.inf  # none is good enough
+    found = [finetune_text.threshold_for(0.05, *calibrated(rng, 500)) for _ in range(200)]
+    assert np.mean(np.array(found) < 0.9) <= 0.1
+
+
+def test_many_held_out_sentences_bring_the_threshold_near_the_true_one():
+    found = finetune_text.threshold_for(0.05, *calibrated(np.random.default_rng(0), 50_000))
+    assert 0.9 <= found < 0.915
+    few = calibrated(np.random.default_rng(0), 20)
+    assert finetune_text.threshold_for(0.05, *few) == np.inf  # tells nothing: answer none
