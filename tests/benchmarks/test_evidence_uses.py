@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks._shared.networks import Perceptron
-from ivon_jax import Moments, Posterior
+from ivon_jax import Moments
 
 
 def rows_of(printed):
@@ -45,20 +45,6 @@ def test_leave_one_out(capsys, monkeypatch):
     rows = rows_of(capsys.readouterr().out)
     assert len(rows["leave-one-out, second order"]) == 3
     assert len(rows["a fifth held out, then all learned"]) == 3
-
-
-def test_merging(capsys, monkeypatch):
-    from benchmarks.evidence.uses import merging
-
-    # Its networks are trained by the example, whose own test covers that.
-    images, _ = merging.example.make_data(1).train
-    params = jax.vmap(merging.example.NETWORK.init, (None, 0))(jax.random.key(0), images[:, 0, :1])
-    q = Posterior(params, jax.tree.map(jnp.ones_like, params))
-    monkeypatch.setattr(merging.example, "train_models", lambda *_: merging.Models(q, [q, q], q))
-    monkeypatch.setattr(merging, "WEIGHTS", merging.WEIGHTS[:2])
-    merging.main(["--seeds", "1"])
-    rows = rows_of(capsys.readouterr().out)
-    assert len(rows["Fisher information"]) == len(rows["joint training"]) == 6
 
 
 def test_continual(capsys, monkeypatch):
