@@ -2,10 +2,12 @@
 
 from ivon_jax import metrics, recipes
 from ivon_jax._core.auto_sampling import AutoSampleState, auto_sample, reseed
+from ivon_jax._core.basis import Eigenbasis, Sides
 from ivon_jax._core.estimators import mc_value_and_grad
 from ivon_jax._core.optimizer import ivon
 from ivon_jax._core.posteriors import (
     kl_divergence,
+    marginals,
     posterior,
     posterior_mean,
     prior_of,
@@ -35,8 +37,16 @@ __version__ = "0.2.0"
 
 # The optimizer and its posterior.
 __all__ = ["auto_sample", "ivon", "mc_value_and_grad", "reseed", "sample_params"]
-__all__ += ["kl_divergence", "posterior", "posterior_mean", "prior_of", "with_ess", "with_mean"]
-__all__ += ["AutoSampleState", "IVONState", "Posterior"]
+__all__ += [
+    "kl_divergence",
+    "marginals",
+    "posterior",
+    "posterior_mean",
+    "prior_of",
+    "with_ess",
+    "with_mean",
+]
+__all__ += ["AutoSampleState", "Eigenbasis", "IVONState", "Posterior", "Sides"]
 # Uses of the posterior.
 __all__ += ["predict_at_mean", "predict_draws", "predict_log_probs", "predict_moments"]
 __all__ += ["linearize", "mixture", "predict_samples", "probit_log_probs"]

@@ -295,7 +295,7 @@ def test_numpy_integers_are_seeds_and_counts():
 
 def standardized(params, state):
     """(θ − m)√precision: the draw behind the loop's parameters."""
-    mean, precision = posterior(state)
+    mean, precision, _ = posterior(state)
     return jax.tree.map(
         lambda p, m, s: (p.astype(m.dtype) - m) * jnp.sqrt(s), params, mean, precision
     )

@@ -257,7 +257,9 @@ def test_bad_priors_are_refused():
     with pytest.raises(ValueError, match=r"prior.precision must be >= 0"):
         ivon(**SETTINGS, prior=normal(0.0, np.nan))
     with pytest.raises(ValueError, match=r"prior.mean .* lacks \['b'\]"):
-        ivon(**SETTINGS, prior=Posterior(*({"w": t["w"]} for t in normal(0.0, 1.0)))).init(PARAMS)
+        ivon(**SETTINGS, prior=Posterior(*({"w": t["w"]} for t in normal(0.0, 1.0)[:2]))).init(
+            PARAMS
+        )
     with pytest.raises(ValueError, match=r"prior.mean has shape \(2, 2\)"):
         ivon(**SETTINGS, prior=normal(0.0, 1.0)).init({**PARAMS, "w": jnp.ones(2)})
     plain, general = ivon(**SETTINGS), ivon(**SETTINGS, prior=normal(0.0, 1.0))

@@ -127,7 +127,8 @@ def draws(number: int) -> dict[str, Callable[[], Program]]:
         key, draw_key = jax.random.split(key)
         return key, sample_params(draw_key, q, params)[0]
 
-    q = Posterior(*(jax.ShapeDtypeStruct((number,), jnp.float32) for _ in range(2)))
+    shape = jax.ShapeDtypeStruct((number,), jnp.float32)
+    q = Posterior(shape, shape)
 
     def drawn(dtype: Any) -> Program:
         params = jnp.zeros(number, dtype)

@@ -60,6 +60,18 @@ def whole_first_axis(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, PartitionSpec(None, *sharding.spec[1:]))
 
 
+def gathered(x: jax.Array) -> jax.Array:
+    """The array on every device, where jax wants to be told (Explicit)."""
+    sharding = _explicit(jax.typeof(x))
+    return x if sharding is None else jax.sharding.reshard(x, sharding.update(spec=PartitionSpec()))
+
+
+def split_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The array with the sharding of another one of its shape, likewise."""
+    sharding = _explicit(jax.typeof(like))
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
 def is_on_mesh(x: jax.Array) -> bool:
     """Whether the array is known to be on a mesh: by its type, or by `jax.set_mesh`."""
     return _explicit(jax.typeof(x)) is not None or not jax.sharding.get_abstract_mesh().empty

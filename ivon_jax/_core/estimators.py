@@ -53,7 +53,8 @@ def mc_value_and_grad(
     "hutchinson" costs a Hessian-vector product more per sample. For "gradsq", c = B is unbiased
     for the diagonal Fisher information per example where ĝ is the mean of B per-example gradients
     of zero mean; c = λ, which is in use elsewhere, is about N/B times larger. Memory does not grow
-    with the number of samples.
+    with the number of samples. Where the posterior has a basis, n, ĝ, u and ĥ in these lines are of
+    its coordinates.
 
     Args:
       fun: the mean loss `fun(params, *args)`, a scalar; with `has_aux` a pair (loss, aux).
@@ -147,11 +148,16 @@ def mc_value_and_grad(
             if grad_transform is not None:
                 grads = _transformed(grad_transform, mean, grads)
             grads = [g.astype(wide_dtype(g.dtype)) for g in grads]
+
+            def coordinates(leaves: list[jax.Array]) -> list[jax.Array]:
+                return _pick(mean, q.coordinates(_place(mean, leaves, lambda x: x)))
+
             if estimator == "reparam":
-                noise = _pick(mean, q.tree(displacement()))
-                statistic = [n * g.astype(n.dtype) for n, g in zip(noise, grads, strict=True)]
+                noise = coordinates(_pick(mean, q.tree(displacement())))
+                turned = coordinates(grads)
+                statistic = [n * g.astype(n.dtype) for n, g in zip(noise, turned, strict=True)]
             elif estimator == "gradsq":
-                statistic = [jnp.asarray(scale, g.dtype) * g * g for g in grads]
+                statistic = [jnp.asarray(scale, g.dtype) * g * g for g in coordinates(grads)]
             else:
                 # The keys of the samples are fold_in(key, s) with s < S: this is another stream.
                 probe_key = jax.random.fold_in(jax.random.fold_in(key, num_samples), s)
@@ -230,13 +236,17 @@ def _hutchinson(
     ]
     tree = q.mean()
     mean = _pick(tree, tree)
-    probe = [u.astype(m.dtype) for u, m in zip(_pick(tree, q.tree(signs)), mean, strict=True)]
+    turned = _pick(tree, q.tree(q.parameters(signs)))
+    probe = [u.astype(m.dtype) for u, m in zip(turned, mean, strict=True)]
 
     def gradient(leaves: list[jax.Array]) -> list[jax.Array]:
         return _value_and_grad(fun, has_aux, _place(tree, leaves, lambda x: x), args)[2]
 
     _, products = jax.jvp(gradient, (mean,), (probe,))
-    return [(u * x).astype(wide_dtype(x.dtype)) for u, x in zip(probe, products, strict=True)]
+    products = [x.astype(wide_dtype(x.dtype)) for x in products]
+    products = _pick(tree, q.coordinates(_place(tree, products, lambda x: x)))
+    signs = _pick(tree, q.tree(signs))
+    return [u.astype(x.dtype) * x for u, x in zip(signs, products, strict=True)]
 
 
 def _mean_over_samples(

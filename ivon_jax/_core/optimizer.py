@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from ivon_jax._core import rule
+from ivon_jax._core.basis import Eigenbasis, in_coordinates, in_parameters
 from ivon_jax._core.checks import (
     Number,
     check_axis_name,
@@ -22,7 +23,14 @@ from ivon_jax._core.checks import (
 )
 from ivon_jax._core.compiler import materialized
 from ivon_jax._core.priors import prior_source
-from ivon_jax._core.state import IVONState, Posterior, check_single, leaf_priors
+from ivon_jax._core.state import (
+    IVONState,
+    Posterior,
+    check_single,
+    leaf_priors,
+    precision_leaves,
+    vectors_of,
+)
 from ivon_jax._core.tampering import with_loaded
 from ivon_jax._core.trees import (
     Owned,
@@ -56,6 +64,7 @@ def ivon(
     axis_name: str | tuple[str, ...] | None = None,
     momentum_dtype: Any = None,
     prior: Posterior | None = None,
+    basis: Eigenbasis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Improved Variational Online Newton.
 
@@ -104,6 +113,10 @@ def ivon(
         the factor of α is h₀ plus the smallest δ of each leaf (large where s₀ ≫ λh₀ throughout:
         use `rescale_lr=False` then). An infinite s₀ fixes the parameter at m₀, a zero one is flat.
         `init` copies it into the state, where `update` reads it.
+      basis: in which coordinates of each matrix σ² is diagonal: `Eigenbasis()` for those of the
+        eigenvectors of its gradients' second moments, in place of the parameters themselves. The
+        lines above then hold for M' = Q_Lᵀ M Q_R: `state.hess`, `state.momentum` and `hess=` of
+        `update` are of these coordinates, and ξ bounds each of them.
 
     Returns:
       A transformation whose `update(grads, state, params=None, *, noise=None, hess=None)`
@@ -112,8 +125,9 @@ def ivon(
       averaged after the product is formed (not for leaves outside `optax.partition` or `masked`).
 
     Raises:
-      TypeError: if an argument is not a number, or traced below float32.
-      ValueError: if a number is out of range, or `prior` stands beside `weight_decay` or `mask`.
+      TypeError: if an argument is not a number, or traced below float32; or for another `basis`.
+      ValueError: if a number is out of range, or `prior` stands beside `weight_decay`, `mask` or
+        `basis`.
 
     References:
       Shen et al., Variational Learning is Effective for Large Deep Networks, ICML 2024,
@@ -155,6 +169,12 @@ def ivon(
     source = prior_source(weight_decay, mask, prior)
     momentum_dtype = check_momentum_dtype(momentum_dtype)
     check_axis_name("axis_name", axis_name)
+    if basis is not None and not isinstance(basis, Eigenbasis):
+        raise TypeError(f"basis must be an Eigenbasis(), or None; got {basis!r}.")
+    if basis is not None and prior is not None:
+        raise ValueError(
+            "prior= is diagonal in the parameters and basis= turns these: use one of the two."
+        )
 
     @also_abstract
     def init(params: PyTree) -> IVONState:
@@ -166,12 +186,14 @@ def ivon(
             hess=jax.tree.map(lambda m: jnp.full_like(m, constants.hess_init), mean),
             momentum=jax.tree.map(lambda m: jnp.zeros_like(m, momentum_dtype), mean),
             ess=jnp.array(ess, jnp.float32),
+            basis=() if basis is None else basis.init(mean),
             **prior_fields,
         )
 
     # Traced once for leaves of one shape.
     statistics = jax.jit(functools.partial(rule.statistics, constants))
-    new_mean = jax.jit(functools.partial(rule.new_mean, constants))
+    mean_step = jax.jit(functools.partial(rule.mean_step, constants))
+    moved = jax.jit(rule.moved)
 
     def step(
         prior_fields: dict[str, Any], state: IVONState, grads: list[Any], hess: list[Any]
@@ -186,19 +208,32 @@ def ivon(
         m, h, g = (jax.tree.leaves(tree) for tree in (state.mean, state.hess, state.momentum))
         old_deltas = [prior.delta for prior in leaf_priors(state)]
         priors = leaf_priors(new)
-        h_and_g = list(map(statistics, h, g, grads, hess, old_deltas, priors))
+        vectors = vectors_of(state)
+        if basis is not None and basis.hess_clip != math.inf:
+            precisions = precision_leaves(state)
+            bounds = [basis.hess_clip * (p / state.ess.astype(p.dtype)) for p in precisions]
+            pairs = zip(hess, bounds, strict=True)
+            # What has overflowed must not become a number.
+            hess = [jnp.where(jnp.isfinite(x), jnp.clip(x, -c, c), x) for x, c in pairs]
+        turned = in_coordinates(vectors, grads)
+        h_and_g = list(map(statistics, h, g, turned, hess, old_deltas, priors))
         h, momentum = materialized([h for h, _ in h_and_g]), [g for _, g in h_and_g]
         corrections: dict[Any, jax.Array | None] = {x.dtype: None for x in m}
         if debias:
             corrections = {t: rule.bias_correction(b1, count, t) for t in corrections}
-        leaves = zip(m, h, momentum, priors, strict=True)
-        m = materialized([new_mean(rate, corrections[x[0].dtype], *x) for x in leaves])
+        leaves = zip(in_coordinates(vectors, m), h, momentum, priors, strict=True)
+        steps = [mean_step(rate, corrections[x[0].dtype], *x) for x in leaves]
+        m = materialized(list(map(moved, m, in_parameters(vectors, steps), priors)))
         momentum = [x.astype(old.dtype) for x, old in zip(momentum, g, strict=True)]
-        return new._replace(
+        new = new._replace(
             mean=unflatten_like(state.mean, m),
             hess=unflatten_like(state.hess, h),
             momentum=unflatten_like(state.momentum, momentum),
         )
+        if basis is None:
+            return new
+        eigen, (momentum, hess) = basis.turned(new.basis, count, grads, new.momentum, new.hess)
+        return new._replace(basis=eigen, momentum=momentum, hess=hess)
 
     def update(
         grads: PyTree,
@@ -212,6 +247,7 @@ def ivon(
         del ignored
         check_exactly_one(noise, hess)
         check_single(state)
+        _check_basis(basis, state)
         own = Owned(state.mean)
         g, others = own.split("grads", grads)
         check_floating(own, "grads", g)
@@ -227,12 +263,18 @@ def ivon(
                 state = with_loaded(state, base, state.count == 0, own_noise)
         take_step = functools.partial(step, source.update(state, params))
         if hess is not None:
-            g, h = mean_statistics(own, g, "hess", hess, lambda _, h: h)
+            g, h = mean_statistics(own, g, "hess", hess, lambda _, hess: hess)
             new_state = take_step(state, g, h)
         else:
             draw = noise if isinstance(noise, Draw) else Draw(noise)
             # The mean of products n_s ⊙ ĝ_s, not the product of means.
-            g, products = mean_statistics(own, g, "noise", draw.noise, jnp.multiply)
+            vectors = vectors_of(state)
+
+            def products_of(grads: list[jax.Array], noise: list[jax.Array]) -> list[jax.Array]:
+                both = in_coordinates(vectors, noise), in_coordinates(vectors, grads)
+                return list(map(jnp.multiply, *both))
+
+            g, products = mean_statistics(own, g, "noise", draw.noise, products_of)
             new_state = step_or_wait(take_step, state, g, products, draw)
         moves = list(map(difference, jax.tree.leaves(new_state.mean), base, dtypes))
         updates = own.join(moves, jax.tree.map(_no_update, others))
@@ -241,6 +283,15 @@ def ivon(
 
     # optax types a state as any tree of arrays.
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _check_basis(basis: Eigenbasis | None, state: IVONState) -> None:
+    if bool(state.basis) != (basis is not None):
+        made = "with" if state.basis else "without"
+        raise ValueError(
+            f"this state was made by ivon {made} a basis, and cannot be continued otherwise: keep "
+            "the argument, or start anew from its mean: tx.init(posterior_mean(state))."
+        )
 
 
 def _no_update(leaf: Any) -> Any:

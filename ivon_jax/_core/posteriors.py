@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ivon_jax._core.basis import Sides, in_coordinates, variances_in
 from ivon_jax._core.checks import Number, check_floating, check_number
 from ivon_jax._core.state import (
     GaussianPrior,
@@ -42,7 +43,8 @@ def posterior(state: PyTree, params: PyTree | None = None, temperature: Number =
       temperature: τ > 0; the precision is divided by it, so τ < 1 sharpens.
 
     Returns:
-      A `Posterior` of copies, which stays valid when the state is donated.
+      A `Posterior` of copies, which stays valid when the state is donated; with a basis, if `ivon`
+      has one, in whose coordinates the precision then is.
 
     Raises:
       ValueError: if there is no `IVONState`, `params` does not fit, or τ is not positive.
@@ -57,7 +59,7 @@ def posterior(state: PyTree, params: PyTree | None = None, temperature: Number =
     q = gaussian(state, params)
     mean = jax.tree.map(copy_array, q.mean)
     precision = jax.tree.map(lambda p: p / jnp.asarray(temperature, p.dtype), q.precision)
-    return _completed(Posterior(mean, precision), params)
+    return _completed(Posterior(mean, precision, jax.tree.map(copy_array, q.basis)), params)
 
 
 def _completed(q: Posterior, params: PyTree | None) -> Posterior:
@@ -67,7 +69,9 @@ def _completed(q: Posterior, params: PyTree | None) -> Posterior:
     own = Owned(q.mean)
     precision, _ = own.split("the precision", q.precision)
     precision = own.fill(precision, params, lambda x: wide_zeros(x) + jnp.inf)
-    return Posterior(own.fill(own.leaves, params, copy_array), precision)
+    numbers = own.fill(list(range(len(own.leaves))), params, lambda _: -1)
+    basis = [q.basis[i] if i >= 0 else Sides() for i in jax.tree.leaves(numbers)] if q.basis else ()
+    return Posterior(own.fill(own.leaves, params, copy_array), precision, tuple(basis))
 
 
 def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:
@@ -93,6 +97,36 @@ def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:
     own = Owned(gaussian_mean(with_means(state, params)))
     mean = list(map(copy_array, own.leaves))
     return own.join(mean) if params is None else own.fill(mean, params, copy_array)
+
+
+def marginals(state: PyTree, params: PyTree | None = None) -> Posterior:
+    """The Gaussian with the same mean and variances, but without correlations.
+
+    For what needs a precision for each parameter, such as pruning, where the posterior has a basis;
+    without one nothing is changed.
+
+    Args:
+      state: a `Posterior`, or as in `posterior`.
+      params: as in `posterior`.
+
+    Returns:
+      A `Posterior` without a basis; its precisions are 1/σ² with σ² the diagonal of the covariance.
+
+    Example:
+      >>> from ivon_jax import Posterior, Sides, marginals
+      >>> turn = jnp.array([[0.6, -0.8], [0.8, 0.6]])
+      >>> q = Posterior(jnp.zeros((2, 1)), jnp.array([[1.0], [0.1]]), (Sides(rows=turn),))
+      >>> variances = 1 / marginals(q).precision[:, 0]  # 0.36·1 + 0.64·10 and 0.64·1 + 0.36·10
+      >>> print(f"{variances[0]:.2f} {variances[1]:.2f}")
+      6.76 4.24
+    """
+    q = state if isinstance(state, Posterior) else posterior(state, params)
+    if not q.basis:
+        return q
+    own = Owned(q.mean)
+    variances = [1 / p for p in own.checked("the precision", q.precision)]
+    precisions = [1 / v for v in variances_in((), q.basis, variances)]
+    return Posterior(q.mean, own.join(precisions))
 
 
 def prior_of(state: PyTree, params: PyTree | None = None) -> Posterior:
@@ -226,9 +260,11 @@ def with_ess(state: PyTree, ess: Number) -> PyTree:
 
 
 def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
-    """KL(q‖prior) = ½Σ[s₀σ² + s₀(m−m₀)² − 1 − log(s₀σ²)] of two diagonal Gaussians, in nats.
+    """KL(q‖prior) = ½Σ[s₀σ² + s₀(m−m₀)² − 1 − log(s₀σ²)] of two Gaussians, in nats.
 
-    Elements with a flat prior (s₀ = 0) and those that are fixed in q (σ = 0) are left out.
+    The sums are over the coordinates in which the prior is diagonal. Elements with a flat prior
+    (s₀ = 0) and those that are fixed in q (σ = 0) are left out; with a basis, leaves have to be
+    flat or fixed as a whole.
 
     Args:
       q: a posterior, or a state.
@@ -251,14 +287,20 @@ def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
     precisions = own.checked("q.precision", q.precision)
     centers = own.checked("prior.mean", prior.mean)
     prior_precisions = own.checked("prior.precision", prior.precision)
+    pairs = zip(own.leaves, centers, precisions, strict=True)
+    shifts = [m.astype(p.dtype) - m0.astype(p.dtype) for m, m0, p in pairs]
+    shifts = in_coordinates(prior.basis, shifts)
+    variances = variances_in(prior.basis, q.basis, [1 / p for p in precisions])
     total = jnp.zeros([])
-    for m, p, m0, p0 in zip(own.leaves, precisions, centers, prior_precisions, strict=True):
-        p0, shift = p0.astype(p.dtype), m.astype(p.dtype) - m0.astype(p.dtype)
+    leaves = zip(shifts, variances, precisions, prior_precisions, strict=True)
+    for shift, variance, p, p0 in leaves:
+        p0 = p0.astype(p.dtype)
         fixed, only_prior = jnp.isinf(p), jnp.isinf(p0) & ~jnp.isinf(p)
         # Not p0 > 0, so that a NaN is counted and seen.
         counted = (p0 != 0) & ~fixed & ~only_prior
         ratio, square = jnp.where(counted, p0 / p, 1), jnp.where(counted, p0, 0) * shift**2
-        terms = ratio - 1 - jnp.log(ratio) + jnp.where(counted, square, 0)
+        spread = ratio if not (q.basis or prior.basis) else jnp.where(counted, p0 * variance, 1)
+        terms = spread - 1 - jnp.log(ratio) + jnp.where(counted, square, 0)
         impossible = only_prior | (fixed & jnp.isinf(p0) & (shift != 0))
         total = total + 0.5 * jnp.sum(jnp.where(impossible, jnp.inf, terms)).astype(total.dtype)
     return total

@@ -99,6 +99,11 @@ def prior_source(
             "prior takes the place of weight_decay and mask: give either. A weight decay δ is the "
             "prior of mean 0 and precision ess·δ."
         )
+    if prior.basis:
+        raise ValueError(
+            "prior has a basis, in whose coordinates its precision is: pass marginals(prior), "
+            "which leaves the correlations out."
+        )
     check_precision("prior.precision", prior.precision)
     for path, x in jax.tree_util.tree_leaves_with_path(prior.mean):
         undefined = jnp.any(jnp.isnan(x))

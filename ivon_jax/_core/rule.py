@@ -109,7 +109,7 @@ def direction(m: jax.Array, h: jax.Array, g_bar: jax.Array, prior: LeafPrior) ->
     return jnp.where(proper, numerator / (h + prior.delta), jnp.nan)
 
 
-def new_mean(
+def mean_step(
     rule: Rule,
     lr: Scalar,
     correction: jax.Array | None,
@@ -118,7 +118,7 @@ def new_mean(
     g: jax.Array,
     prior: LeafPrior,
 ) -> jax.Array:
-    """m − α(h₀+δ)u with u = clip((ḡ + δ(m−m₀))/(h+δ), ±ξ), from the old m and the new h and g.
+    """α(h₀+δ)u with u = clip((ḡ + δ(m−m₀))/(h+δ), ±ξ), from the old m and the new h and g.
 
     The correction is that of `bias_correction`, or None.
     """
@@ -130,4 +130,10 @@ def new_mean(
     rate = jnp.asarray(lr, m.dtype)
     if rule.rescale_lr:
         rate = rate * (rule.hess_init + prior.rate_delta)
-    return prior.where_fixed(prior.center, m - rate * u)
+    return rate * u
+
+
+def moved(m: jax.Array, step: jax.Array, prior: LeafPrior) -> jax.Array:
+    """m − α(h₀+δ)u, and m₀ where the prior fixes it."""
+    prior = prior.astype(m.dtype)
+    return prior.where_fixed(prior.center, m - step)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._core.axes import whole_first_axis, zeros_of
+from ivon_jax._core.basis import in_coordinates, in_parameters
 from ivon_jax._core.compiler import kept_on_cpu, materialized
 from ivon_jax._core.noise import THREEFRY, displaced, gaussian_noise, samples
 from ivon_jax._core.state import Posterior, gaussian
-from ivon_jax._core.trees import Owned, PyTree, place, wide_zeros
+from ivon_jax._core.trees import Owned, PyTree, place, unflatten_like, wide_zeros
 
 
 def key_words(key: Any) -> jax.Array:
@@ -47,6 +48,8 @@ def sample_params(
     key: jax.Array, state: PyTree, params: PyTree | None = None
 ) -> tuple[PyTree, PyTree]:
     """Draws parameters θ = m + n from the posterior, n = ε/√(λ(h+δ)), ε ~ N(0, I).
+
+    With a basis these are the coordinates of n = Q_L n' Q_Rᵀ.
 
     The draws are the same for any sharding, number of devices, and key implementation with the same
     key data. For several samples, `jax.vmap` over the keys.
@@ -87,6 +90,7 @@ class PosteriorNoise:
     def __init__(self, q: Posterior, params: PyTree | None = None):
         self._own = Owned(q.mean)
         self.precision = self._own.checked("the precision", q.precision)
+        self._basis = q.basis
         self._params = params
         self._dtypes = [m.dtype for m in self._own.leaves]
         if params is not None:
@@ -96,9 +100,27 @@ class PosteriorNoise:
                 raise TypeError(f"params are {p} at {place(path)}, where the mean is {m.dtype}.")
 
     def draw(self, key: jax.Array, sign: jax.Array | float = 1.0) -> list[jax.Array]:
-        """n = ±ε/√precision, ε ~ N(0, I), for each owned leaf; zero where it is infinite."""
+        """n = ±ε/√precision, ε ~ N(0, I), for each owned leaf; zero where it is infinite.
+
+        With a basis ε/√precision are coordinates, which are turned into n.
+        """
         # A CPU would draw once more wherever it uses a sample, and for every example of a batch.
-        return materialized(gaussian_noise(key, self.precision, sign))
+        noise = gaussian_noise(key, self.precision, sign)
+        return materialized(in_parameters(self._basis, noise))
+
+    def coordinates(self, tree: PyTree) -> PyTree:
+        """A tree like the sample, with the owned leaves in coordinates."""
+        owned, others = self._own.split("the gradients", tree)
+        turned = self._own.join(self.in_coordinates(owned), others)
+        return unflatten_like(tree, jax.tree.leaves(turned))
+
+    def in_coordinates(self, leaves: list[jax.Array]) -> list[jax.Array]:
+        """The coordinates of owned leaves, which may have further axes in front."""
+        return in_coordinates(self._basis, leaves)
+
+    def parameters(self, coordinates: list[jax.Array]) -> list[jax.Array]:
+        """The owned leaves with these coordinates."""
+        return in_parameters(self._basis, coordinates)
 
     def draw_again(self, key_data: jax.Array, sign: jax.Array | float = 1.0) -> list[jax.Array]:
         """The draw once more, from the data of its key."""

@@ -8,6 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ivon_jax._core.basis import (
+    Basis,
+    EigenState,
+    Sides,
+    as_eigen_state,
+    check_sides,
+    in_parameters,
+)
 from ivon_jax._core.checks import check_precision
 from ivon_jax._core.noise import THREEFRY, gaussian_noise, means_of
 from ivon_jax._core.rule import LeafPrior
@@ -25,15 +33,19 @@ from ivon_jax._core.trees import (
 
 
 class Posterior(NamedTuple):
-    """A Gaussian with diagonal precision over a tree of parameters.
+    """A Gaussian with diagonal precision over a tree of parameters, or over their coordinates.
 
     Attributes:
       mean: tree of means.
       precision: tree of precisions 1/σ², of the same structure; +inf means *fixed*.
+      basis: `()`, or for every leaf M of the mean, in the tree's order, the orthogonal matrices
+        `Sides(rows, columns)`, Q_L and Q_R, in whose coordinates Q_Lᵀ M Q_R the precision is
+        diagonal (`ivon(..., basis=Eigenbasis())`).
     """
 
     mean: PyTree
     precision: PyTree
+    basis: Basis = ()
 
 
 class GaussianPrior(NamedTuple):
@@ -80,6 +92,7 @@ class IVONState(NamedTuple):
       weight_decay: δ, float32: a scalar, or one entry for each owned leaf; `()` with a prior.
       prior: a general Gaussian prior; `()` without one.
       window: sums of an unfinished window of `auto_sample(num_samples=k)`; otherwise `()`.
+      basis: the basis in whose coordinates `hess` and `momentum` are; `()` for the parameters'.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] optax calls it so
@@ -90,6 +103,7 @@ class IVONState(NamedTuple):
     weight_decay: Any = ()
     prior: GaussianPrior | tuple[()] = ()
     window: Window | tuple[()] = ()
+    basis: EigenState | tuple[()] = ()
 
 
 class AutoSampleState(NamedTuple):
@@ -155,6 +169,7 @@ def _as_state(node: Any) -> IVONState:
     if fields["prior"]:
         prior = {f: get_field(fields["prior"], f) for f in GaussianPrior._fields}
         fields["prior"] = GaussianPrior(**prior)
+    fields["basis"] = as_eigen_state(fields["basis"], len(jax.tree.leaves(fields["hess"])))
     return IVONState(**fields)
 
 
@@ -210,9 +225,11 @@ def gaussian(state: PyTree, params: PyTree | None = None) -> Posterior:
     """
     if isinstance(state, Posterior):
         check_precision("precision", state.precision)
+        check_sides(state.basis, Owned(state.mean))
         return without_nnx(state)
     state = with_means(state, params)
-    return Posterior(gaussian_mean(state), _precision(find_states(state)))
+    parts = find_states(state)
+    return Posterior(gaussian_mean(state), _precision(parts), _basis(parts))
 
 
 def gaussian_mean(state: PyTree) -> PyTree:
@@ -283,10 +300,11 @@ def without_means(state: PyTree) -> PyTree:
 
 def current_noise(state: AutoSampleState) -> list[jax.Array]:
     """The noise of the sample that the state's keys stand for, for each owned leaf."""
-    precision = _precision(find_states(state.inner_state))
+    parts = find_states(state.inner_state)
+    precision = jax.tree.leaves(_precision(parts))
     sign = 1.0 if isinstance(state.mirrored, tuple) else jnp.where(state.mirrored, -1.0, 1.0)
     key = jax.random.wrap_key_data(state.draw_key, impl=THREEFRY)
-    return gaussian_noise(key, jax.tree.leaves(precision), sign)
+    return in_parameters(_basis(parts), gaussian_noise(key, precision, sign))
 
 
 def _recovered(state: AutoSampleState, params: PyTree) -> AutoSampleState:
@@ -307,6 +325,32 @@ def _recovered(state: AutoSampleState, params: PyTree) -> AutoSampleState:
 def _precision(parts: list[IVONState]) -> PyTree:
     trees = [unflatten_like(part.hess, precision_leaves(part)) for part in parts]
     return functools.reduce(_merge_owned, trees)
+
+
+def _basis(parts: list[IVONState]) -> Basis:
+    """The bases of all states, in the order of the leaves of their merged trees."""
+    if not any(part.basis for part in parts):
+        return ()
+    trees = []
+    for part in parts:
+        own = Owned(part.hess)
+        sides = vectors_of(part) if part.basis and own.leaves else (Sides(),) * len(own.leaves)
+        trees.append(own.join([_Opaque(x) for x in sides]))
+    merged = functools.reduce(_merge_owned, trees)
+    basis = tuple(x.sides for x in jax.tree.leaves(merged))
+    return basis if jax.tree.leaves(basis) else ()
+
+
+class _Opaque:
+    """The sides of a leaf as one leaf of a tree."""
+
+    def __init__(self, sides: Sides):
+        self.sides = sides
+
+
+def vectors_of(state: IVONState) -> Basis:
+    """The basis of one state's coordinates."""
+    return state.basis.vectors if state.basis else ()
 
 
 def _merge_owned(a: PyTree, b: PyTree) -> PyTree:

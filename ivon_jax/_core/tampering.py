@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._core.axes import varying_axes
+from ivon_jax._core.basis import in_coordinates
 from ivon_jax._core.checks import is_concrete
 from ivon_jax._core.rule import LeafPrior
 from ivon_jax._core.state import (
@@ -160,13 +161,16 @@ def auto_sample_states(state: PyTree) -> list[AutoSampleState]:
 def _agreement(state: AutoSampleState, params: PyTree) -> jax.Array:
     q = gaussian(state.inner_state)
     own = Owned(q.mean)
+    params = own.checked("params", params)
+    moved = [p.astype(m.dtype) - m for m, p in zip(own.leaves, params, strict=True)]
+    moved, noise = (in_coordinates(q.basis, x) for x in (moved, current_noise(state)))
     found = square = error = jnp.zeros([], jnp.float32)
-    leaves = (own.leaves, jax.tree.leaves(q.precision), current_noise(state))
-    for m, s, n, p in zip(*leaves, own.checked("params", params), strict=True):
+    leaves = (own.leaves, jax.tree.leaves(q.precision), noise, moved, params)
+    for m, s, n, shift, p in zip(*leaves, strict=True):
         # As in `sample_distance`; below float32 with room for weights that shrink in a step.
         spacing = (1 if p.dtype == m.dtype else 4) * _spacing(p, jnp.max(jnp.abs(m), initial=0))
         weight = jnp.where(jnp.isinf(s), 0, 1 / (1 / s + spacing**2))
-        found += jnp.sum(weight * n * (p.astype(m.dtype) - m)).astype(found.dtype)
+        found += jnp.sum(weight * n * shift).astype(found.dtype)
         square += jnp.sum(weight * n**2).astype(found.dtype)
         error += jnp.sum((weight * n * spacing) ** 2).astype(found.dtype)
     # Five standard errors of what rounding at random adds.
@@ -179,13 +183,16 @@ def sample_distance(q: Posterior, params: PyTree) -> jax.Array:
     """The largest |θ−m|/σ, of elements that are free, beyond what rounding explains."""
     own = Owned(q.mean)
     precisions = own.checked("the precision", q.precision)
+    params = own.checked("params", params)
+    moved = [p.astype(m.dtype) - m for m, p in zip(own.leaves, params, strict=True)]
+    moved = in_coordinates(q.basis, moved)
     largest = jnp.zeros([], jnp.float32)
-    for m, s, p in zip(own.leaves, precisions, own.checked("params", params), strict=True):
+    for m, s, shift, p in zip(own.leaves, precisions, moved, params, strict=True):
         # The sum that lands on the sample is rounded as the old parameter was, which may have been
         # as large as the largest one.
         size = jnp.max(jnp.abs(m), initial=0) + jax.lax.rsqrt(s)
         slack = 2 * _spacing(p, size)
-        beyond = jnp.maximum(jnp.abs(p.astype(m.dtype) - m) - slack, 0) * jnp.sqrt(s)
+        beyond = jnp.maximum(jnp.abs(shift) - slack, 0) * jnp.sqrt(s)
         beyond = jnp.where(jnp.isfinite(beyond), beyond, 0)  # fixed, or broken
         largest = jnp.maximum(largest, jnp.max(beyond, initial=0).astype(jnp.float32))
     return largest

@@ -31,21 +31,19 @@ def mean_statistics(
     grads: list[jax.Array],
     name: str,
     other: PyTree,
-    statistic: Callable[[jax.Array, jax.Array], jax.Array],
+    statistic: Callable[[list[jax.Array], list[jax.Array]], list[jax.Array]],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """ĝ and the statistic of ĝ_s and `other`, averaged over the samples s if there are several."""
     leaves, _ = own.split(name, other)
     check_floating(own, name, leaves)
     stacked = own.num_samples(**{"grads": grads, name: leaves}) is not None
-    pairs = [
-        (jnp.asarray(g, m.dtype), jnp.asarray(x, m.dtype))
-        for g, x, m in zip(grads, leaves, own.leaves, strict=True)
-    ]
+    grads = [jnp.asarray(g, m.dtype) for g, m in zip(grads, own.leaves, strict=True)]
+    leaves = [jnp.asarray(x, m.dtype) for x, m in zip(leaves, own.leaves, strict=True)]
 
     def mean(x: jax.Array) -> jax.Array:
         return jnp.mean(x, axis=0) if stacked else x
 
-    return [mean(g) for g, _ in pairs], [mean(statistic(g, x)) for g, x in pairs]
+    return list(map(mean, grads)), list(map(mean, statistic(grads, leaves)))
 
 
 def step_or_wait(

@@ -35,8 +35,8 @@ def linearize(
 ) -> Callable[..., Linearized]:
     """Mean and covariance of the outputs under f(θ) ≈ f(m) + J(θ − m), with J = ∂f/∂m.
 
-    The covariance is J V Jᵀ with V = diag(1/precision), exact as σ → 0. It takes one reverse
-    pass per output.
+    The covariance is J V Jᵀ with V = diag(1/precision), in the coordinates of a basis where there
+    is one; exact as σ → 0. It takes one reverse pass per output.
 
     Args:
       apply_fn: `apply_fn(params, *inputs)` maps a batch (examples on the leading axis) to
@@ -139,7 +139,7 @@ def linear_outputs(
         basis = varying_over(basis, varying_axes(jax.typeof(out)))
 
         (rows,) = jax.vmap(pull_back)(basis)
-        jacobian = [j.reshape(size, -1) for j in rows]
+        jacobian = [j.reshape(size, -1) for j in q.in_coordinates(rows)]
         pairs = [(j, v.ravel()) for j, v in zip(jacobian, variance, strict=True)]
         if diagonal:
             parts = [jnp.sum(j * j * v[None], axis=1) for j, v in pairs]

@@ -4,12 +4,13 @@ References: Daheim et al., Model Merging by Uncertainty-Based Gradient Matching,
 <https://arxiv.org/abs/2310.12808>`_.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ivon_jax._core.basis import in_coordinates, in_parameters
 from ivon_jax._core.checks import Number, check_floating, check_number, check_precision, is_concrete
 from ivon_jax._core.state import Posterior, gaussian
 from ivon_jax._core.trees import Owned, PyTree, place, unflatten_like, wide_dtype, without_nnx
@@ -51,20 +52,23 @@ def merge(
       (fixed) must be fixed in all, at equal values, and stay so.
 
     Raises:
-      ValueError: if the trees do not fit, a precision is negative, fixed elements differ, or
-        removing leaves no positive precision (under jit such elements become NaN).
+      ValueError: if the trees do not fit, a precision is negative, fixed elements or bases differ,
+        or removing leaves no positive precision (under jit such elements become NaN).
 
     Example:
       >>> from ivon_jax import Posterior, merge
       >>> a = Posterior(jnp.array([0.0]), jnp.array([1.0]))
       >>> b = Posterior(jnp.array([4.0]), jnp.array([3.0]))
-      >>> merge([a, b])
-      Posterior(mean=Array([3.], dtype=float32), precision=Array([4.], dtype=float32))
+      >>> merged = merge([a, b])
+      >>> print(merged.mean, merged.precision)
+      [3.] [4.]
     """
     if isinstance(posteriors, Posterior) or not len(posteriors):
         raise TypeError("posteriors must be a non-empty sequence, with one entry per model.")
     posteriors = [q if isinstance(q, Posterior) else gaussian(q) for q in posteriors]
     alphas = _checked_weights(weights, len(posteriors))
+    if any(q.basis for q in [*posteriors, *([base] if isinstance(base, Posterior) else [])]):
+        return _merge_in_basis(posteriors, base, alphas)
     own = Owned(posteriors[0].mean)
     models = [_leaves(own, f"posteriors[{i}]", q) for i, q in enumerate(posteriors)]
     bases = [None] * len(own.leaves) if base is None else _leaves(own, "base", base)
@@ -74,6 +78,54 @@ def merge(
     ]
     means, precisions = zip(*merged, strict=True) if merged else ((), ())
     return Posterior(own.join(list(means)), own.join(list(precisions)))
+
+
+def _merge_in_basis(
+    posteriors: list[Posterior], base: Posterior | None, weights: list[Number]
+) -> Posterior:
+    """The merge in coordinates that all have in common."""
+    own, basis = Owned(posteriors[0].mean), posteriors[0].basis
+    if base is not None:
+        _leaves(own, "base", base)
+        if not base.basis and _is_isotropic(base):  # which is diagonal in all coordinates
+            base = base._replace(basis=basis)
+    everything = posteriors if base is None else [*posteriors, base]
+    same = jnp.array(False)
+    if len({jax.tree.structure(q.basis) for q in everything}) == 1:
+        trees = [jax.tree.leaves(q.basis) for q in everything]
+        pairs = [pair for tree in trees for pair in zip(tree, trees[0], strict=True)]
+        same = jnp.all(jnp.stack([jnp.array_equal(a, b) for a, b in pairs]))
+    if is_concrete(same) and not bool(same):
+        raise ValueError(
+            "posteriors (and base) with different bases have no coordinates in which all are "
+            "diagonal, so that they cannot be merged exactly: merge marginals(q) of each, which "
+            "leaves the correlations out."
+        )
+
+    def moved(turn: Callable[..., list[jax.Array]], q: Posterior) -> PyTree:
+        own = Owned(q.mean)
+        return own.join(turn(basis, own.leaves))
+
+    turned = [Posterior(moved(in_coordinates, q), q.precision) for q in everything]
+    found = merge(
+        turned[: len(posteriors)],
+        base=None if base is None else turned[-1],
+        weights=weights,
+    )
+
+    def spoiled(m: jax.Array) -> jax.Array:
+        return jnp.where(same, m, jnp.nan) if jnp.issubdtype(m.dtype, jnp.floating) else m
+
+    return Posterior(jax.tree.map(spoiled, moved(in_parameters, found)), found.precision, basis)
+
+
+def _is_isotropic(q: Posterior) -> bool:
+    """Whether every leaf is known to have one precision."""
+    spread = [
+        jnp.max(x, initial=-jnp.inf) <= jnp.min(x, initial=jnp.inf)
+        for x in jax.tree.leaves(q.precision)
+    ]
+    return all(is_concrete(x) and bool(x) for x in spread)
 
 
 def task_arithmetic(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ivon_jax._core.basis import in_coordinates
 from ivon_jax._core.checks import Number, check_number, check_scalar, is_concrete
 from ivon_jax._core.optimizer import ivon
 from ivon_jax._core.posteriors import kl_divergence, prior_of
@@ -17,6 +18,7 @@ from ivon_jax._core.state import (
     gaussian,
     leaf_priors,
     precision_leaves,
+    vectors_of,
     with_means,
 )
 from ivon_jax._core.tampering import sample_agreement, sample_distance
@@ -62,6 +64,7 @@ def diagnostics(
       A dictionary of float32 scalars. Elements that a general prior fixes count in `fixed` only:
 
       * `step`, `num_parameters`, `ess`;
+      (With a basis all that follows is of its coordinates.)
       * `fixed`, `nonfinite`: share of elements that are fixed, or whose mean or h is not finite;
       * `hess/p1` … `hess/p99`, `sigma/p1` …, `signal_to_noise/p1` …: percentiles of h, of σ and
         of |m|/σ (the element of rank ⌊(n−1)p/100⌋);
@@ -226,7 +229,10 @@ def _check_one_ess(parts: list[IVONState]) -> None:
 
 
 class _Leaf(NamedTuple):
-    """One leaf of the posterior: `grad` is ḡ, `step` (ḡ+δm)/(h+δ), `free` what no prior fixes."""
+    """One leaf of the posterior, in the coordinates of its basis.
+
+    `grad` is ḡ, `step` (ḡ+δm)/(h+δ), `free` what no prior fixes.
+    """
 
     mean: jax.Array
     hess: jax.Array
@@ -248,8 +254,9 @@ def _leaves(state: IVONState, b1: Number, debias: bool) -> list[_Leaf]:
         step = jnp.where(state.count == 0, 0, prior.where_fixed(0, step))
         return _Leaf(m, h, p, prior.delta, prior.rate_delta, g, step, ~jnp.isinf(p))
 
-    trees = map(jax.tree.leaves, (state.mean, state.hess, state.momentum))
-    return list(map(leaf, *trees, precision_leaves(state), leaf_priors(state)))
+    mean, hess, momentum = map(jax.tree.leaves, (state.mean, state.hess, state.momentum))
+    mean = in_coordinates(vectors_of(state), mean)
+    return list(map(leaf, mean, hess, momentum, precision_leaves(state), leaf_priors(state)))
 
 
 def _largest_gain(leaf: _Leaf, hess_init: Number) -> jax.Array:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._core.checks import Number, check_number
+from ivon_jax._core.posteriors import marginals
 from ivon_jax._core.state import Posterior, gaussian
 from ivon_jax._core.trees import Owned, PyTree
 
@@ -22,7 +23,7 @@ def signal_to_noise(state: PyTree) -> PyTree:
       >>> print(signal_to_noise(Posterior(jnp.array([3.0, -1.0]), jnp.array([4.0, 1.0]))))
       [6. 1.]
     """
-    q = gaussian(state)
+    q = marginals(gaussian(state))
     own = Owned(q.mean)
     precisions, _ = own.split("the precision", q.precision)
     return own.join(ratio_leaves(own.leaves, precisions))
@@ -57,6 +58,11 @@ def prune(
     if (fraction is None) == (threshold is None):
         raise ValueError("prune needs exactly one of fraction= and threshold=.")
     q = gaussian(state)
+    if q.basis:
+        raise ValueError(
+            "a weight cannot be fixed in a posterior that is diagonal in other coordinates: prune "
+            "marginals(state), which leaves the correlations out."
+        )
     own = Owned(q.mean)
     precisions, _ = own.split("the precision", q.precision)
     ratios = ratio_leaves(own.leaves, precisions)

@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from ivon_jax._core.basis import Sides
 from ivon_jax._core.state import Posterior, gaussian
-from ivon_jax._core.trees import PyTree, without_nnx
+from ivon_jax._core.trees import Owned, PyTree, without_nnx
 
-FORMAT = "ivon_jax.posterior.v1"
+FORMAT, WITH_BASIS = "ivon_jax.posterior.v1", "ivon_jax.posterior.v2"
 
 
 def save(
@@ -22,8 +24,9 @@ def save(
 ) -> None:
     """Writes a posterior to a safetensors file.
 
-    The tensors are named by the keys of the tree, as in `mean.layer.kernel`. The file replaces an
-    older one only when complete. (To resume training save the optimizer's state, as with Orbax.)
+    The tensors are named by the keys of the tree, as in `mean.layer.kernel`; `rows` and `columns`
+    in place of `mean` are the matrices of a basis. The file replaces an older one only when
+    complete. (To resume training save the optimizer's state, as with Orbax.)
 
     Args:
       path: the file, usually `*.safetensors`.
@@ -55,14 +58,23 @@ def save(
     q = gaussian(state)
     tensors: dict[str, np.ndarray] = {}
     names: dict[str, list[str]] = {}
-    for part in Posterior._fields:
-        for name, keys, leaf in _named(part, getattr(q, part)):
+    parts = {"mean": q.mean, "precision": q.precision}
+    own = Owned(q.mean)
+    for side in Sides._fields if q.basis else ():
+        matrices = [getattr(sides, side) for sides in q.basis]
+        parts[side] = own.join(
+            [optax.MaskedNode() if isinstance(x, tuple) else x for x in matrices]
+        )
+    for part, tree in parts.items():
+        for name, keys, leaf in _named(part, tree):
             if name in tensors:
                 raise ValueError(f"two leaves would be called {name!r}: rename one of their keys.")
             # safetensors would write the memory of a transposed view as it lies there.
             tensors[name] = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
             names[name] = keys
-    metadata["ivon_jax"] = json.dumps({"format": FORMAT, "paths": names})
+    # Older versions would take the coordinates of a basis for parameters.
+    kind = WITH_BASIS if q.basis else FORMAT
+    metadata["ivon_jax"] = json.dumps({"format": kind, "paths": names})
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot save {target}: there is no folder {target.parent}.")
@@ -103,12 +115,16 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> Posterior:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     stored = json.loads(metadata.get("ivon_jax", "{}"))
-    if stored.get("format") != FORMAT:
+    if stored.get("format") not in (FORMAT, WITH_BASIS):
         raise ValueError(f"{path} was not written by ivon_jax.save (no format {FORMAT!r}).")
     arrays = {name: _exact(name, tensor) for name, tensor in tensors.items()}
-    if like is not None:
-        return Posterior(*(_shaped(part, arrays, like) for part in Posterior._fields))
-    return Posterior(*(_nested(part, arrays, stored["paths"]) for part in Posterior._fields))
+    mean, precision = (
+        _nested(part, arrays, stored["paths"]) if like is None else _shaped(part, arrays, like)
+        for part in ("mean", "precision")
+    )
+    names = [name.removeprefix("mean") for name, _, _ in _named("mean", mean)]
+    basis = tuple(Sides(*(arrays.get(side + x, ()) for side in Sides._fields)) for x in names)
+    return gaussian(Posterior(mean, precision, basis if jax.tree.leaves(basis) else ()))
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

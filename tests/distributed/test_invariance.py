@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from ivon_jax import (
     AutoSampleState,
+    Eigenbasis,
     IVONState,
     auto_sample,
     ivon,
@@ -223,8 +224,11 @@ def estimator_step(tx, key, params, state, batch):
 
 
 LEARNER = ivon(0.1, 50.0, hess_init=0.5, b2=0.9)
+# Of the rows only: the second moments of three rows have no eigenvectors of sixteen columns.
+TURNED = ivon(0.1, 50.0, hess_init=0.5, b2=0.9, basis=Eigenbasis(update_every=2, max_dim=3))
 LOOPS = {
     "explicit": (LEARNER, explicit_step),
+    "eigenbasis": (TURNED, explicit_step),
     "auto_sample": (auto_sample(LEARNER, key=3), drop_in_step),
     "mc_value_and_grad": (LEARNER, estimator_step),
 }
@@ -256,6 +260,7 @@ def trajectory(loop, devices, axis_type):
 def test_trajectories_do_not_depend_on_the_devices(devices, axis_type, loop):
     # Every step reorders sums over the examples, worth their number times ε of their size.
     rounding = STEPS * EXAMPLES * np.finfo(np.float32).eps
+    rounding *= 10 if loop == "eigenbasis" else 1  # eigenvectors move by it over gaps
     alone = trajectory(loop, 1, AUTO)
     spread = trajectory(loop, devices, axis_type)
     for (path, a), b in zip(
@@ -265,7 +270,7 @@ def test_trajectories_do_not_depend_on_the_devices(devices, axis_type, loop):
         np.testing.assert_allclose(
             b, a, rtol=0, atol=rounding * scale, err_msg=jax.tree_util.keystr(path)
         )
-        assert np.max(np.abs(a[-1] - a[0])) > 100 * rounding * scale
+        assert np.max(np.abs(a[-1] - a[0])) > 50 * rounding * scale
 
 
 # --- a gradient that is not finite -------------------------------------------------------------

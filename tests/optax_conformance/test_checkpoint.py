@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from ivon_jax import Posterior, auto_sample, ivon, posterior, sample_params
+from ivon_jax import Eigenbasis, Posterior, auto_sample, ivon, posterior, sample_params
 
 # Not installed where the oldest supported versions are tested.
 serialization = pytest.importorskip("flax.serialization")
@@ -52,6 +52,7 @@ RUNS = {
     "masked_decay": Run(
         lambda _: ivon(_cooling, ess=50.0, mask={"b": False, "w": True}), explicit=True
     ),
+    "eigenbasis": Run(lambda _: ivon(0.1, ess=50.0, basis=Eigenbasis(2)), explicit=True),
     "partition": Run(_partitioned, explicit=True),
     "prior": Run(
         lambda _: ivon(0.1, ess=50.0, prior=Posterior(PARAMS, jax.tree.map(jnp.abs, PARAMS))),
