@@ -413,6 +413,17 @@ def test_vectors_alone_have_no_basis_and_empty_leaves_are_left_alone():
     tx.update(params, state, params, noise=noise)
 
 
+def test_optax_maps_over_the_state_as_over_one_without_parameters():
+    tx = ivon(0.1, ess=10, basis=Eigenbasis())
+    params = {"b": jnp.ones(3), "w": jnp.ones((3, 2))}
+    state = jax.eval_shape(tx.init, params)
+    named = optax.tree_map_params(
+        tx, lambda _, name: name, state, {"b": "b", "w": "w"}, transform_non_params=lambda _: "-"
+    )
+    assert named.mean == named.hess == {"b": "b", "w": "w"}
+    assert named.basis == ("-", "-")
+
+
 def test_a_part_that_owns_nothing_does_no_harm():
     parts = {name: ivon(0.1, ess=10, basis=Eigenbasis()) for name in "ab"}
     params = {"w": jnp.ones((3, 2))}

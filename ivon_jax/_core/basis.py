@@ -21,11 +21,11 @@ from ivon_jax._core.trees import Owned, PyTree, get_field, place, unflatten_like
 
 
 class Sides(NamedTuple):
-    """Two matrices that belong to one leaf; `()` is the identity.
+    """The orthogonal matrices of one leaf; `()` is the identity.
 
     Attributes:
-      rows: Q_L (rows, rows), whose columns are the basis, or the factor L.
-      columns: Q_R (columns, columns), or R.
+      rows: Q_L (rows, rows), whose columns are the basis.
+      columns: Q_R (columns, columns).
     """
 
     rows: jax.Array | tuple[()] = ()
@@ -41,7 +41,7 @@ class EigenState(NamedTuple):
 
     Attributes:
       vectors: Q_L and Q_R of every leaf that `ivon` owns.
-      factors: L and R, moving averages of G Gᵀ and Gᵀ G.
+      factors: in the same form L and R, moving averages of G Gᵀ and Gᵀ G.
     """
 
     vectors: Basis
@@ -54,7 +54,8 @@ class Eigenbasis:
 
     The recursion of `ivon` is unchanged and runs in the coordinates M' = Q_Lᵀ M Q_R. After the
     first step the eigenvectors are computed exactly, then every `update_every` steps by one power
-    iteration, sorted by their estimated eigenvalues; momentum turns with the basis, h is kept.
+    iteration, sorted by their estimated eigenvalues. Momentum turns with the basis; h does not, its
+    entries follow the vectors when these are sorted.
 
     Attributes:
       update_every: steps between two turns of the basis.

@@ -68,8 +68,8 @@ def ivon(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Improved Variational Online Newton.
 
-    Learns q = N(m, diag σ²) with σ² = 1/(λ(h+δ)), which minimises
-    λ E_q[ℓ̄(θ)] + KL(q ‖ N(0, I/(λδ))) for the mean loss per example ℓ̄. One step,
+    Learns q = N(m, diag σ²) with σ² = 1/(λ(h+δ)), or the same in other coordinates (`basis`), which
+    minimises λ E_q[ℓ̄(θ)] + KL(q ‖ N(0, I/(λδ))) for the mean loss per example ℓ̄. One step,
     with gradients ĝ_s of ℓ̄ at samples θ_s = m + n_s from `sample_params`:
 
     .. code-block:: text
@@ -115,7 +115,7 @@ def ivon(
         `init` copies it into the state, where `update` reads it.
       basis: in which coordinates of each matrix σ² is diagonal: `Eigenbasis()` for those of the
         eigenvectors of its gradients' second moments, in place of the parameters themselves. The
-        lines above then hold for M' = Q_Lᵀ M Q_R: `state.hess`, `state.momentum` and `hess=` of
+        update above then applies to M' = Q_Lᵀ M Q_R: `state.hess`, `state.momentum` and `hess=` of
         `update` are of these coordinates, and ξ bounds each of them.
 
     Returns:
@@ -126,7 +126,7 @@ def ivon(
 
     Raises:
       TypeError: if an argument is not a number, or traced below float32; or for another `basis`.
-      ValueError: if a number is out of range, or `prior` stands beside `weight_decay`, `mask` or
+      ValueError: if a number is out of range, or `prior` is combined with `weight_decay`, `mask` or
         `basis`.
 
     References:

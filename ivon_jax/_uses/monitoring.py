@@ -61,10 +61,10 @@ def diagnostics(
       params: the loop's parameters; needed where the mean is not stored (`store_mean=False`).
 
     Returns:
-      A dictionary of float32 scalars. Elements that a general prior fixes count in `fixed` only:
+      A dictionary of float32 scalars, with a basis of its coordinates. Elements that a general
+      prior fixes count in `fixed` only:
 
       * `step`, `num_parameters`, `ess`;
-      (With a basis all that follows is of its coordinates.)
       * `fixed`, `nonfinite`: share of elements that are fixed, or whose mean or h is not finite;
       * `hess/p1` … `hess/p99`, `sigma/p1` …, `signal_to_noise/p1` …: percentiles of h, of σ and
         of |m|/σ (the element of rank ⌊(n−1)p/100⌋);

@@ -7,7 +7,6 @@ Every test runs for the explicit form, whose loop draws the sample, and for two 
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -17,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from ivon_jax import Eigenbasis, auto_sample, ivon, posterior_mean, sample_params
+from ivon_jax import auto_sample, ivon, posterior_mean, sample_params
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
@@ -41,7 +40,6 @@ FORMS = {
     "explicit": Form(ivon, explicit=True),
     "auto": Form(_auto, explicit=False),
     "auto_clipped": Form(_auto_clipped, explicit=False),
-    "eigenbasis": Form(partial(ivon, basis=Eigenbasis()), explicit=True),
 }
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)

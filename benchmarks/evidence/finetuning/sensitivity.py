@@ -143,7 +143,15 @@ def report(journal: Journal) -> None:
     if shown:
         rows = [["label", "most sensitive sentences of the first seed, labels as published"]]
         tables["Suspicious"] = rows + [[str(label), text[:90]] for label, text in shown[0]]
-    write_tables(journal, "Sensitivity of MiniLM-L6 to its training sentences", tables)
+    seeds = len({run["seed"] for run, _ in runs})
+    notes = (
+        f"{seeds} seed{'s' * (seeds > 1)}; lengths of training that are missing below had not been "
+        "reached. `share`: of the training labels that are turned round. Scores: sensitivity by "
+        "the posterior as it was trained, the loss of each sentence, and the variance of its "
+        "logits. `own ess`: leave-one-out by that posterior; `ess = N`: by one as wide as Bayes "
+        "would have it, which was not trained."
+    )
+    write_tables(journal, "Sensitivity of MiniLM-L6 to its training sentences", tables, notes)
 
 
 def _by(runs: Runs, field: str, names: list[str], decimals: int) -> list[list[str]]:
