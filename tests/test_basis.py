@@ -347,6 +347,7 @@ def test_merging_in_a_common_basis_is_that_of_full_gaussians():
 
 
 def test_a_saved_posterior_keeps_its_basis(tmp_path):
+    pytest.importorskip("safetensors")
     q, _ = rotated_gaussian(0)
     mean, precision = ({"a": [jnp.ones(2)], "w": x} for x in q[:2])
     q = Posterior(mean, precision, (Sides(), *q.basis))
