@@ -9,22 +9,24 @@ import optax
 
 from ivon_jax._core.axes import varying_axes, varying_over
 from ivon_jax._core.checks import check_positive, renamed
+from ivon_jax._core.gaussians import (
+    check_recoverable,
+    current_noise,
+    gaussian_mean,
+    owned_leaves,
+    with_means,
+    without_means,
+)
 from ivon_jax._core.noise import THREEFRY, derived_keys, samples
 from ivon_jax._core.sampling import threefry_key
 from ivon_jax._core.state import (
     AutoSampleState,
     IVONState,
     Window,
-    check_recoverable,
-    current_noise,
     find_states,
-    gaussian_mean,
     is_auto_sample_state,
     is_lean,
     map_states,
-    owned_leaves,
-    with_means,
-    without_means,
 )
 from ivon_jax._core.tampering import checked, with_loaded_means
 from ivon_jax._core.trees import (

@@ -11,9 +11,9 @@ import optax
 
 from ivon_jax._core.axes import split_over
 from ivon_jax._core.checks import Number, check_axis_name, check_number, check_positive, renamed
+from ivon_jax._core.gaussians import gaussian
 from ivon_jax._core.rule import hess_estimate
 from ivon_jax._core.sampling import PosteriorNoise, fold_in_groups, one_or_many, threefry_key
-from ivon_jax._core.state import gaussian
 from ivon_jax._core.trees import PyTree, wide_dtype
 
 # Value, gradients and the statistic that ĥ is made of, the last two for floating leaves.

@@ -7,20 +7,22 @@ import jax.numpy as jnp
 
 from ivon_jax._core.basis import Sides, in_coordinates, variances_in
 from ivon_jax._core.checks import Number, check_floating, check_number
+from ivon_jax._core.gaussians import (
+    gaussian,
+    gaussian_mean,
+    prior_gaussian,
+    with_means,
+)
 from ivon_jax._core.state import (
     GaussianPrior,
     Posterior,
     check_single,
     find_states,
-    gaussian,
-    gaussian_mean,
     is_auto_sample_state,
     is_ivon_state,
     is_lean,
     leaf_priors,
     map_states,
-    prior_gaussian,
-    with_means,
 )
 from ivon_jax._core.trees import (
     Owned,

@@ -19,7 +19,11 @@ from ivon_jax._core.checks import (
     check_precision,
     is_concrete,
 )
-from ivon_jax._core.state import GaussianPrior, IVONState, Posterior
+from ivon_jax._core.state import (
+    GaussianPrior,
+    IVONState,
+    Posterior,
+)
 from ivon_jax._core.trees import Owned, PyTree, copy_array, is_masked, place, without_nnx
 
 DEFAULT_WEIGHT_DECAY = 1e-4

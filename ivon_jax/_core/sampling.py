@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from ivon_jax._core.axes import whole_first_axis, zeros_of
 from ivon_jax._core.basis import in_coordinates, in_parameters
 from ivon_jax._core.compiler import kept_on_cpu, materialized
+from ivon_jax._core.gaussians import gaussian
 from ivon_jax._core.noise import THREEFRY, displaced, gaussian_noise, samples
-from ivon_jax._core.state import Posterior, gaussian
+from ivon_jax._core.state import Posterior
 from ivon_jax._core.trees import Owned, PyTree, place, unflatten_like, wide_zeros
 
 

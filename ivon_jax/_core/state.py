@@ -1,32 +1,21 @@
-"""The states of `ivon` and `auto_sample`, the Gaussian they stand for, and finding it anywhere."""
+"""The states of `ivon` and `auto_sample`, what their fields mean, and finding them anywhere."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from ivon_jax._core.basis import (
     Basis,
     EigenState,
-    Sides,
     as_eigen_state,
-    check_sides,
-    in_parameters,
 )
-from ivon_jax._core.checks import check_precision
-from ivon_jax._core.noise import THREEFRY, gaussian_noise, means_of
 from ivon_jax._core.rule import LeafPrior
 from ivon_jax._core.trees import (
-    Owned,
     PyTree,
     get_field,
     has_fields,
-    is_masked,
-    place,
-    unflatten_like,
     wide_dtype,
     without_nnx,
 )
@@ -217,154 +206,6 @@ def precision_leaves(state: IVONState) -> list[jax.Array]:
     ]
 
 
-def gaussian(state: PyTree, params: PyTree | None = None) -> Posterior:
-    """Mean and precision of a `Posterior`, or of all IVON states in `state`, without copies.
-
-    Leaves that no state owns are `MaskedNode`. A mean that is not stored is recovered from the
-    loop's `params`.
-    """
-    if isinstance(state, Posterior):
-        check_precision("precision", state.precision)
-        check_sides(state.basis, Owned(state.mean))
-        return without_nnx(state)
-    state = with_means(state, params)
-    parts = find_states(state)
-    return Posterior(gaussian_mean(state), _precision(parts), _basis(parts))
-
-
-def gaussian_mean(state: PyTree) -> PyTree:
-    """The mean alone, as in `gaussian`."""
-    if isinstance(state, Posterior):
-        return without_nnx(state.mean)
-    parts = find_states(state)
-    if any(map(is_lean, parts)):
-        raise ValueError(
-            "this state does not store the mean (auto_sample with store_mean=False): give the "
-            "loop's parameters as well, as in posterior(state, params) or learning_status(state, "
-            "settings, params=params), with the whole state of auto_sample; what takes no "
-            "parameters takes that posterior."
-        )
-    return functools.reduce(_merge_owned, [part.mean for part in parts])
-
-
-def prior_gaussian(state: PyTree) -> Posterior:
-    """The prior of all IVON states in `state`, as in `gaussian`."""
-    parts = find_states(state)
-    flat = [part._replace(hess=jax.tree.map(jnp.zeros_like, part.hess)) for part in parts]
-    means = [part.prior.mean if part.prior else part.hess for part in flat]
-    precisions = [part.prior.precision if part.prior else _precision([part]) for part in flat]
-    return Posterior(
-        functools.reduce(_merge_owned, means), functools.reduce(_merge_owned, precisions)
-    )
-
-
-def owned_leaves(state: PyTree) -> Owned:
-    """Which leaves of the parameters belong to the IVON states in `state`."""
-    return Owned(functools.reduce(_merge_owned, [part.hess for part in find_states(state)]))
-
-
-def with_means(state: PyTree, params: PyTree | None) -> PyTree:
-    """The state with the means in it, m = θ − n, where `auto_sample` does not store them."""
-    if isinstance(state, Posterior) or params is None:
-        return state
-
-    def recover(node: Any) -> Any:
-        if not is_auto_sample_state(node):
-            return node
-        if not any(map(is_lean, find_states(get_field(node, "inner_state")))):
-            return node
-        return _recovered(as_auto_sample_state(node), params)
-
-    return jax.tree.map(recover, state, is_leaf=is_auto_sample_state)
-
-
-def check_recoverable(own: Owned, params: PyTree) -> None:
-    """Refuses parameters in which a mean that is not stored would drown in rounding."""
-    for path, p in zip(own.paths, own.split("params", params)[0], strict=True):
-        if wide_dtype(p.dtype) != p.dtype:
-            raise TypeError(
-                f"store_mean=False recovers the mean from the loop's parameters, and these are "
-                f"{p.dtype} at {place(path)}, which would lose its low bits at every step: "
-                "use store_mean=True, or float32 parameters."
-            )
-
-
-def without_means(state: PyTree) -> PyTree:
-    """The state with every mean left out."""
-
-    def drop(node: IVONState) -> IVONState:
-        return node._replace(mean=jax.tree.map(lambda _: optax.MaskedNode(), node.mean))
-
-    return map_states(drop, state)
-
-
-def current_noise(state: AutoSampleState) -> list[jax.Array]:
-    """The noise of the sample that the state's keys stand for, for each owned leaf."""
-    parts = find_states(state.inner_state)
-    precision = jax.tree.leaves(_precision(parts))
-    sign = 1.0 if isinstance(state.mirrored, tuple) else jnp.where(state.mirrored, -1.0, 1.0)
-    key = jax.random.wrap_key_data(state.draw_key, impl=THREEFRY)
-    return in_parameters(_basis(parts), gaussian_noise(key, precision, sign))
-
-
-def _recovered(state: AutoSampleState, params: PyTree) -> AutoSampleState:
-    own = owned_leaves(state.inner_state)
-    owned = own.checked("params", params)
-    check_recoverable(own, params)
-    noise = [jnp.where(state.at_mean, 0, n) for n in current_noise(state)]
-    mean = own.join(means_of(owned, noise))
-
-    def fill(node: Any) -> IVONState:
-        (part,) = find_states(node)
-        mine = Owned(part.hess)
-        return part._replace(mean=mine.join(mine.split("the mean", mean)[0]))
-
-    return state._replace(inner_state=map_states(fill, state.inner_state))
-
-
-def _precision(parts: list[IVONState]) -> PyTree:
-    trees = [unflatten_like(part.hess, precision_leaves(part)) for part in parts]
-    return functools.reduce(_merge_owned, trees)
-
-
-def _basis(parts: list[IVONState]) -> Basis:
-    """The bases of all states, in the order of the leaves of their merged trees."""
-    if not any(part.basis for part in parts):
-        return ()
-    trees = []
-    for part in parts:
-        own = Owned(part.hess)
-        sides = vectors_of(part) if part.basis and own.leaves else (Sides(),) * len(own.leaves)
-        trees.append(own.join([_Opaque(x) for x in sides]))
-    merged = functools.reduce(_merge_owned, trees)
-    basis = tuple(x.sides for x in jax.tree.leaves(merged))
-    return basis if jax.tree.leaves(basis) else ()
-
-
-class _Opaque:
-    """The sides of a leaf as one leaf of a tree."""
-
-    def __init__(self, sides: Sides):
-        self.sides = sides
-
-
 def vectors_of(state: IVONState) -> Basis:
     """The basis of one state's coordinates."""
     return state.basis.vectors if state.basis else ()
-
-
-def _merge_owned(a: PyTree, b: PyTree) -> PyTree:
-    """Fills the `MaskedNode`s of `a` from `b`, as `optax.partition` has split them."""
-    if is_masked(a):
-        return b
-    if is_masked(b):
-        return a
-    children_a, treedef_a = jax.tree.flatten(a, is_leaf=lambda x: x is not a)
-    children_b, treedef_b = jax.tree.flatten(b, is_leaf=lambda x: x is not b)
-    is_leaf = len(children_a) == 1 and children_a[0] is a
-    if is_leaf or treedef_a != treedef_b:
-        raise ValueError(
-            "the state holds several IVON states for the same parameters, or for different "
-            "models: pass the one that is meant."
-        )
-    return treedef_a.unflatten(map(_merge_owned, children_a, children_b))

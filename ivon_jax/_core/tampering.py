@@ -9,21 +9,23 @@ import jax.numpy as jnp
 from ivon_jax._core.axes import varying_axes
 from ivon_jax._core.basis import in_coordinates
 from ivon_jax._core.checks import is_concrete
+from ivon_jax._core.gaussians import (
+    current_noise,
+    gaussian,
+    gaussian_mean,
+    owned_leaves,
+)
 from ivon_jax._core.rule import LeafPrior
 from ivon_jax._core.state import (
     AutoSampleState,
     IVONState,
     Posterior,
     as_auto_sample_state,
-    current_noise,
     find_states,
-    gaussian,
-    gaussian_mean,
     is_auto_sample_state,
     is_lean,
     leaf_priors,
     map_states,
-    owned_leaves,
 )
 from ivon_jax._core.trees import Owned, PyTree, unflatten_like
 

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 
 from ivon_jax._core.checks import check_floating
 from ivon_jax._core.rule import LeafPrior, hess_estimate
-from ivon_jax._core.state import IVONState, Window, leaf_priors, precision_leaves
+from ivon_jax._core.state import (
+    IVONState,
+    Window,
+    leaf_priors,
+    precision_leaves,
+)
 from ivon_jax._core.trees import Owned, PyTree
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from ivon_jax._core.axes import varying_axes, varying_over
 from ivon_jax._core.checks import check_positive, renamed
+from ivon_jax._core.gaussians import gaussian
 from ivon_jax._core.sampling import PosteriorNoise
-from ivon_jax._core.state import gaussian
 from ivon_jax._core.trees import PyTree, wide_dtype
 from ivon_jax._uses.networks import check_callable, check_floating_output, num_examples
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from ivon_jax._core.basis import in_coordinates, in_parameters
 from ivon_jax._core.checks import Number, check_floating, check_number, check_precision, is_concrete
-from ivon_jax._core.state import Posterior, gaussian
+from ivon_jax._core.gaussians import gaussian
+from ivon_jax._core.state import Posterior
 from ivon_jax._core.trees import Owned, PyTree, place, unflatten_like, wide_dtype, without_nnx
 
 

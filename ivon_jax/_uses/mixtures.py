@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._core.state import IVONState, Posterior, find_states, gaussian, is_ivon_state
+from ivon_jax._core.gaussians import gaussian
+from ivon_jax._core.state import (
+    IVONState,
+    Posterior,
+    find_states,
+    is_ivon_state,
+)
 from ivon_jax._core.trees import Owned, PyTree
 
 
@@ -103,7 +109,8 @@ def _stacked(members: Sequence[Posterior]) -> Posterior:
         if other != shapes[0]:
             raise ValueError(
                 f"the members of a mixture must be posteriors of the same network; that at "
-                f"position {i} has other leaves or shapes than the first."
+                f"position {i} has other leaves or shapes than the first (or only one of them has "
+                "a basis: marginals(q) has none)."
             )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 

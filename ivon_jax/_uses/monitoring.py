@@ -9,17 +9,16 @@ import jax.numpy as jnp
 
 from ivon_jax._core.basis import in_coordinates
 from ivon_jax._core.checks import Number, check_number, check_scalar, is_concrete
+from ivon_jax._core.gaussians import gaussian, with_means
 from ivon_jax._core.optimizer import ivon
 from ivon_jax._core.posteriors import kl_divergence, prior_of
 from ivon_jax._core.rule import LeafPrior, bias_correction, direction
 from ivon_jax._core.state import (
     IVONState,
     find_states,
-    gaussian,
     leaf_priors,
     precision_leaves,
     vectors_of,
-    with_means,
 )
 from ivon_jax._core.tampering import sample_agreement, sample_distance
 from ivon_jax._core.trees import PyTree

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from ivon_jax._core.axes import varying_axes, zeros_of
 from ivon_jax._core.checks import check_positive, renamed
+from ivon_jax._core.gaussians import gaussian
 from ivon_jax._core.sampling import PosteriorNoise, fold_in_groups, one_or_many, threefry_key
-from ivon_jax._core.state import Posterior, gaussian
+from ivon_jax._core.state import Posterior
 from ivon_jax._core.trees import PyTree, is_masked
 from ivon_jax._uses.mixtures import as_mixture, component, num_components, params_of
 from ivon_jax._uses.networks import apply_in_batches, class_log_probs, gaussian_head

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._core.checks import Number, check_number
+from ivon_jax._core.gaussians import gaussian
 from ivon_jax._core.posteriors import marginals
-from ivon_jax._core.state import Posterior, gaussian
+from ivon_jax._core.state import Posterior
 from ivon_jax._core.trees import Owned, PyTree
 
 

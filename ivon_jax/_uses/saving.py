@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 from ivon_jax._core.basis import Sides
-from ivon_jax._core.state import Posterior, gaussian
+from ivon_jax._core.gaussians import gaussian
+from ivon_jax._core.state import Posterior
 from ivon_jax._core.trees import Owned, PyTree, without_nnx
 
 FORMAT, WITH_BASIS = "ivon_jax.posterior.v1", "ivon_jax.posterior.v2"
