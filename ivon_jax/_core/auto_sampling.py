@@ -8,10 +8,13 @@ import numpy as np
 import optax
 
 from ivon_jax._core.axes import varying_axes, varying_over
+from ivon_jax._core.basis import are_turned
 from ivon_jax._core.checks import check_positive, renamed
 from ivon_jax._core.gaussians import (
     check_recoverable,
+    current_coordinates,
     current_noise,
+    gaussian_basis,
     gaussian_mean,
     owned_leaves,
     with_means,
@@ -148,7 +151,7 @@ def auto_sample(
             state = with_means(state, params)
         calls = state.calls + 1
         draw = Draw(
-            noise=own.join(_noise_of(state, owned)),
+            noise=own.join(_coordinates_of(state, owned)),
             at_sample=jnp.logical_not(state.at_mean),
             closes=calls >= num_samples,  # or what a run with another number has begun
         )
@@ -255,13 +258,14 @@ def _with_window(state: IVONState) -> IVONState:
     return state._replace(window=Window(calls, draws, grads, products))
 
 
-def _noise_of(state: AutoSampleState, owned: list[jax.Array]) -> list[jax.Array]:
-    """θ − m, or for leaves below float32, which rounding has moved, the draw itself."""
+def _coordinates_of(state: AutoSampleState, owned: list[jax.Array]) -> list[jax.Array]:
+    """Coordinates of θ − m; where θ was rounded, or n' was turned into n, those of the draw."""
     means = jax.tree.leaves(gaussian_mean(state.inner_state))
     noise = [p.astype(m.dtype) - m for p, m in zip(owned, means, strict=True)]
-    narrow = [wide_dtype(p.dtype) != p.dtype for p in owned]
-    drawn = current_noise(state) if any(narrow) else noise
-    return [d if low else n for d, n, low in zip(drawn, noise, narrow, strict=True)]
+    others = are_turned(gaussian_basis(state.inner_state), owned)
+    again = [wide_dtype(p.dtype) != p.dtype or x for p, x in zip(owned, others, strict=True)]
+    drawn = current_coordinates(state) if any(again) else noise
+    return [d if x else n for d, n, x in zip(drawn, noise, again, strict=True)]
 
 
 def _drawn_again(state: AutoSampleState, grads: PyTree) -> PyTree:

@@ -158,6 +158,12 @@ def in_parameters(basis: Basis, leaves: list[jax.Array]) -> list[jax.Array]:
     return [_rotated(sides, x) for sides, x in zip(basis, leaves, strict=True)]
 
 
+def are_turned(basis: Basis, leaves: list[jax.Array]) -> list[bool]:
+    """Whether the coordinates of each leaf are others than its elements."""
+    none = [False] * len(leaves)
+    return [any(not isinstance(q, tuple) for q in sides) for sides in basis] or none
+
+
 def check_sides(basis: Any, own: Owned) -> None:
     """Refuses a basis that does not fit the leaves of a posterior."""
     if not basis:

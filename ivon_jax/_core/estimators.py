@@ -153,9 +153,9 @@ def mc_value_and_grad(
                 return _pick(mean, q.coordinates(_place(mean, leaves, lambda x: x)))
 
             if estimator == "reparam":
-                noise = coordinates(_pick(mean, q.tree(displacement())))
-                turned = coordinates(grads)
-                statistic = [n * g.astype(n.dtype) for n, g in zip(noise, turned, strict=True)]
+                noise = _pick(mean, q.tree(displacement()))
+                pairs = zip(noise, coordinates(grads), strict=True)
+                statistic = [n * g.astype(n.dtype) for n, g in pairs]
             elif estimator == "gradsq":
                 statistic = [jnp.asarray(scale, g.dtype) * g * g for g in coordinates(grads)]
             else:

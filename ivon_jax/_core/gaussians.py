@@ -46,7 +46,7 @@ def gaussian(state: PyTree, params: PyTree | None = None) -> Posterior:
         return without_nnx(state)
     state = with_means(state, params)
     parts = find_states(state)
-    return Posterior(gaussian_mean(state), _precision(parts), _basis(parts))
+    return Posterior(gaussian_mean(state), _precision(parts), gaussian_basis(state))
 
 
 def gaussian_mean(state: PyTree) -> PyTree:
@@ -62,6 +62,21 @@ def gaussian_mean(state: PyTree) -> PyTree:
             "parameters takes that posterior."
         )
     return functools.reduce(_merge_owned, [part.mean for part in parts])
+
+
+def gaussian_basis(state: PyTree) -> Basis:
+    """The basis alone, in the order of the leaves that all states own."""
+    parts = find_states(state)
+    if not any(part.basis for part in parts):
+        return ()
+    trees = []
+    for part in parts:
+        own = Owned(part.hess)
+        sides = vectors_of(part) if part.basis and own.leaves else (Sides(),) * len(own.leaves)
+        trees.append(own.join([_Opaque(x) for x in sides]))
+    merged = functools.reduce(_merge_owned, trees)
+    basis = tuple(x.sides for x in jax.tree.leaves(merged))
+    return basis if jax.tree.leaves(basis) else ()
 
 
 def prior_gaussian(state: PyTree) -> Posterior:
@@ -117,11 +132,15 @@ def without_means(state: PyTree) -> PyTree:
 
 def current_noise(state: AutoSampleState) -> list[jax.Array]:
     """The noise of the sample that the state's keys stand for, for each owned leaf."""
-    parts = find_states(state.inner_state)
-    precision = jax.tree.leaves(_precision(parts))
+    return in_parameters(gaussian_basis(state.inner_state), current_coordinates(state))
+
+
+def current_coordinates(state: AutoSampleState) -> list[jax.Array]:
+    """The coordinates of that noise."""
+    precision = jax.tree.leaves(_precision(find_states(state.inner_state)))
     sign = 1.0 if isinstance(state.mirrored, tuple) else jnp.where(state.mirrored, -1.0, 1.0)
     key = jax.random.wrap_key_data(state.draw_key, impl=THREEFRY)
-    return in_parameters(_basis(parts), gaussian_noise(key, precision, sign))
+    return gaussian_noise(key, precision, sign)
 
 
 def _recovered(state: AutoSampleState, params: PyTree) -> AutoSampleState:
@@ -142,20 +161,6 @@ def _recovered(state: AutoSampleState, params: PyTree) -> AutoSampleState:
 def _precision(parts: list[IVONState]) -> PyTree:
     trees = [unflatten_like(part.hess, precision_leaves(part)) for part in parts]
     return functools.reduce(_merge_owned, trees)
-
-
-def _basis(parts: list[IVONState]) -> Basis:
-    """The bases of all states, in the order of the leaves of their merged trees."""
-    if not any(part.basis for part in parts):
-        return ()
-    trees = []
-    for part in parts:
-        own = Owned(part.hess)
-        sides = vectors_of(part) if part.basis and own.leaves else (Sides(),) * len(own.leaves)
-        trees.append(own.join([_Opaque(x) for x in sides]))
-    merged = functools.reduce(_merge_owned, trees)
-    basis = tuple(x.sides for x in jax.tree.leaves(merged))
-    return basis if jax.tree.leaves(basis) else ()
 
 
 class _Opaque:

@@ -266,12 +266,13 @@ def ivon(
             g, h = mean_statistics(own, g, "hess", hess, lambda _, hess: hess)
             new_state = take_step(state, g, h)
         else:
-            draw = noise if isinstance(noise, Draw) else Draw(noise)
             # The mean of products n_s ⊙ ĝ_s, not the product of means.
             vectors = vectors_of(state)
+            of_noise = () if isinstance(noise, Draw) else vectors
+            draw = noise if isinstance(noise, Draw) else Draw(noise)
 
             def products_of(grads: list[jax.Array], noise: list[jax.Array]) -> list[jax.Array]:
-                both = in_coordinates(vectors, noise), in_coordinates(vectors, grads)
+                both = in_coordinates(of_noise, noise), in_coordinates(vectors, grads)
                 return list(map(jnp.multiply, *both))
 
             g, products = mean_statistics(own, g, "noise", draw.noise, products_of)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._core.axes import whole_first_axis, zeros_of
-from ivon_jax._core.basis import in_coordinates, in_parameters
+from ivon_jax._core.basis import are_turned, in_coordinates, in_parameters
 from ivon_jax._core.compiler import kept_on_cpu, materialized
 from ivon_jax._core.gaussians import gaussian
 from ivon_jax._core.noise import THREEFRY, displaced, gaussian_noise, samples
@@ -123,28 +123,32 @@ class PosteriorNoise:
         """The owned leaves with these coordinates."""
         return in_parameters(self._basis, coordinates)
 
-    def draw_again(self, key_data: jax.Array, sign: jax.Array | float = 1.0) -> list[jax.Array]:
+    def draw_again(self, key_data: jax.Array) -> list[jax.Array]:
         """The draw once more, from the data of its key."""
-        return self.draw(jax.random.wrap_key_data(key_data, impl=THREEFRY), sign)
+        return self.draw(jax.random.wrap_key_data(key_data, impl=THREEFRY))
 
     def sample(
         self, key: jax.Array, sign: jax.Array | float
     ) -> tuple[PyTree, Callable[[], list[jax.Array]]]:
-        """θ = m ± n in the parameters' dtypes, and how to compute ±n where it is used.
+        """θ = m ± n in the parameters' dtypes, and how to compute ±n' where it is used.
 
-        That is θ − m, or a draw again where θ is rounded.
+        n' is θ − m, or a draw again where θ is rounded, or n' has been turned into n.
         """
         means, noise = self._own.leaves, self.draw(key, sign)
         moved = samples(key, means, noise, self._dtypes)
 
         def displacement() -> list[jax.Array]:
+            others = are_turned(self._basis, noise)
             exact = [
-                jnp.issubdtype(m.dtype, jnp.floating) and x.dtype == m.dtype == n.dtype
-                for x, m, n in zip(moved, means, noise, strict=True)
+                jnp.issubdtype(m.dtype, jnp.floating)
+                and x.dtype == m.dtype == n.dtype
+                and not turned
+                for x, m, n, turned in zip(moved, means, noise, others, strict=True)
             ]
             # Behind a barrier: XLA would keep the first draw through forward and backward pass.
             data = jax.lax.optimization_barrier(jax.random.key_data(key))
-            again = noise if all(exact) else self.draw_again(data, sign)
+            data = jax.random.wrap_key_data(data, impl=THREEFRY)
+            again = noise if all(exact) else gaussian_noise(data, self.precision, sign)
             return [
                 x - m if is_exact else n
                 for x, m, n, is_exact in zip(moved, means, again, exact, strict=True)

@@ -10,7 +10,7 @@ from ivon_jax._core.axes import varying_axes
 from ivon_jax._core.basis import in_coordinates
 from ivon_jax._core.checks import is_concrete
 from ivon_jax._core.gaussians import (
-    current_noise,
+    current_coordinates,
     gaussian,
     gaussian_mean,
     owned_leaves,
@@ -165,7 +165,7 @@ def _agreement(state: AutoSampleState, params: PyTree) -> jax.Array:
     own = Owned(q.mean)
     params = own.checked("params", params)
     moved = [p.astype(m.dtype) - m for m, p in zip(own.leaves, params, strict=True)]
-    moved, noise = (in_coordinates(q.basis, x) for x in (moved, current_noise(state)))
+    moved, noise = in_coordinates(q.basis, moved), current_coordinates(state)
     found = square = error = jnp.zeros([], jnp.float32)
     leaves = (own.leaves, jax.tree.leaves(q.precision), noise, moved, params)
     for m, s, n, shift, p in zip(*leaves, strict=True):

@@ -21,7 +21,7 @@ class Draw(NamedTuple):
     """What `auto_sample` hands to `ivon` as noise.
 
     Attributes:
-      noise: noise of the point at which the gradient was taken.
+      noise: coordinates of the noise of the point at which the gradient was taken.
       at_sample: false if that point is the mean: such a gradient must not move `hess`.
       closes: whether the step is taken now, or the statistics only accumulated.
     """
