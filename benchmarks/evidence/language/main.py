@@ -38,6 +38,7 @@ from benchmarks.evidence.language.training import (
 from ivon_jax import metrics, predict_log_probs
 from ivon_jax import posterior as posterior_of
 
+AT_EQUAL_TIME = ("IVON, eigenbasis", "SOAP", "Muon")
 POINTS = 20  # of the curve at the mean; the average over samples is taken at every fifth
 CURVE_WINDOWS = 160
 FINAL_WINDOWS = 480
@@ -65,6 +66,7 @@ def compute(options: Options) -> None:
         raise SystemExit("give the text to learn: --text FILE, such as Tiny Shakespeare")
     text, steps = read_text(options.text), options.steps
     number = sum(map(len, TRIED.values())) + len(TRIED) * (options.seeds - 1) + 1
+    number += len(AT_EQUAL_TIME) * options.seeds
     journal = Journal(options.results, number)
     named = {"text": text.name, "digest": text.digest, "steps": steps}
 
@@ -79,9 +81,15 @@ def compute(options: Options) -> None:
     for seed in range(1, options.seeds):
         for name, settings in chosen.items():
             run(name, settings, seed)
-    both = {name: vars(x) for name, x in chosen.items()}
-    timed = {"part": "timing", **named, "both": both}
-    journal.compute(timed, partial(timing, text, chosen, steps))
+    all_chosen = {name: vars(x) for name, x in chosen.items()}
+    timed = {"part": "timing", **named, "chosen": all_chosen}
+    times = journal.compute(timed, partial(timing, text, chosen, steps))
+    for name, settings in chosen.items():
+        shorter = round(steps / times["ratio"][name][0])
+        for seed in range(options.seeds if name in AT_EQUAL_TIME else 0):
+            which = {"method": name, "values": vars(settings), "seed": seed}
+            which = {"part": "equal time", **named, **which, "shorter": shorter}
+            journal.compute(which, partial(one_run, text, settings, shorter, seed))
 
 
 def one_run(text: Text, settings: Settings, steps: int, seed: int) -> dict[str, Any]:
@@ -104,10 +112,10 @@ def one_run(text: Text, settings: Settings, steps: int, seed: int) -> dict[str, 
 
 
 def timing(text: Text, chosen: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Median seconds per step of both, in turn in this process, and the ratio of neighbours."""
+    """Median seconds per step, in turn in this process, and the ratios to AdamW's of neighbours."""
     functions, tokens, key = {}, jax.numpy.asarray(text.train), jax.random.key(0)
-    for name in ("AdamW", "IVON"):
-        init, advance = make_training(chosen[name], text.network, steps)
+    for name, settings in chosen.items():
+        init, advance = make_training(settings, text.network, steps)
 
         def ten_steps(state: State, advance: Any = advance) -> State:
             return advance(key, tokens, state, 10)
@@ -116,7 +124,7 @@ def timing(text: Text, chosen: dict[str, Any], steps: int) -> dict[str, Any]:
     measured = interleaved(functions, repetitions=15, block_seconds=1.0)
     return {
         "seconds": {name: float(np.median(x)) / 10 for name, x in measured.items()},
-        "ratio": ratios(measured["IVON"] / measured["AdamW"]),
+        "ratio": {name: ratios(x / measured["AdamW"]) for name, x in measured.items()},
     }
 
 

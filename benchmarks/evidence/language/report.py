@@ -1,7 +1,6 @@
 """The tables and the figure of the language benchmark, made from its journal."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,23 +13,34 @@ from examples._shared.reporting import COLORS, cell, save_figure
 PUBLISHED = {"86c4e6aa9db7c042": 1.88}  # nanoGPT's README, by digest: Tiny Shakespeare
 WAYS = {  # method, way, curve
     "AdamW": ("AdamW", "point", "curve"),
+    "signs": ("signs", "point", "curve"),
     "IVON, mean": ("IVON", "point", "curve"),
     "IVON, 8 samples": ("IVON", "samples", "averages"),
-    "signs": ("signs", "point", "curve"),
+    "Muon": ("Muon", "point", "curve"),
+    "SOAP": ("SOAP", "point", "curve"),
+    "eigenbasis, mean": ("IVON, eigenbasis", "point", "curve"),
+    "eigenbasis, 8 samples": ("IVON, eigenbasis", "samples", "averages"),
 }
+SAMPLED: dict[str, Any] = {"ls": "", "marker": "D", "ms": 6, "mfc": "none"}
 STYLES: dict[str, dict[str, Any]] = {
     "AdamW": {"color": COLORS["AdamW"]},
-    "IVON, mean": {"color": COLORS["IVON"]},
-    "IVON, 8 samples": {"color": COLORS["SGD"], "ls": "", "marker": "D", "ms": 6, "mfc": "none"},
     "signs": {"color": "0.5"},
+    "IVON, mean": {"color": COLORS["IVON at the mean"]},
+    "IVON, 8 samples": {"color": COLORS["IVON at the mean"], **SAMPLED},
+    "Muon": {"color": COLORS["SGD"]},
+    "SOAP": {"color": COLORS["unfamiliar"]},
+    "eigenbasis, mean": {"color": COLORS["IVON"]},
+    "eigenbasis, 8 samples": {"color": COLORS["IVON"], **SAMPLED},
 }
 NOTES = (
     "{steps:,} steps of 12 windows of 64 characters; mean ± standard error over {count}, which set "
     "the initial weights, the batches and IVON's noise. Settings are chosen by the loss on 5 % of "
     "the text with the first seed; `Validation` is on the last tenth. IVON's nine settings were "
-    "placed by 17 others, tried by hand for 500 steps on the same 5 %; AdamW's by nine earlier "
-    "ones.\n\nMilliseconds are medians "
-    "of interleaved blocks in one process, without evaluation. Of the settings, `longest` is "
+    "placed by 17 others, tried by hand for 500 steps on the same 5 %, those in the eigenbasis by "
+    "12; AdamW's by nine earlier ones, SOAP's and Muon's by their authors' defaults.\n\n"
+    "Milliseconds are medians of interleaved blocks in one process, without evaluation. Runs at "
+    "equal time have as many steps, with a schedule of that length, as take AdamW's time; settings "
+    "are those chosen for all steps. Of the settings, `longest` is "
     "α(h₀+δ)ξ, the longest step of a weight, and `turnover` (1−β₂)T; `clipped` is the share of "
     "weights whose step is at the clip radius, after a quarter of the run and at its end, h/h₀ are "
     "the quartiles at the end, and `inflated` is the share of weights whose h the noise of its own "
@@ -53,15 +63,22 @@ def write_report(journal: Journal) -> None:
         raise SystemExit("there is nothing to compare yet: let the command finish first")
     identity, times = timed[-1]
     named = {name: identity[name] for name in ("text", "digest", "steps")}
-    runs = journal.select(part="run", **named)
-    results = {
-        method: [x for run, x in runs if run["method"] == method and run["values"] == values]
-        for method, values in identity["both"].items()
-    }
+    chosen = identity["chosen"]
+
+    def of_chosen(part: str) -> Results:
+        runs = journal.select(part=part, **named)
+        return {
+            method: [x for run, x in runs if run["method"] == method and run["values"] == values]
+            for method, values in chosen.items()
+        }
+
+    runs, results = journal.select(part="run", **named), of_chosen("run")
+    in_time = of_chosen("equal time") | {"AdamW": results["AdamW"]}
     tables = {
-        "Validation": validation(results, **times),
+        "Validation, at equal steps": validation(results, times),
+        "Validation, at equal time": validation(in_time),
         "Validation loss on the way": on_the_way(results),
-    } | {f"Settings of {name}": settings_of(name, runs, identity["both"]) for name in results}
+    } | {f"Settings of {name}": settings_of(name, runs, chosen) for name in chosen}
     count, figure = len(results["AdamW"]), journal.path.with_suffix(".png")
     notes = NOTES.format(steps=named["steps"], count=f"{count} seed{'s' * (count > 1)}")
     if published := PUBLISHED.get(named["digest"]):
@@ -74,41 +91,42 @@ def write_report(journal: Journal) -> None:
     save_figure(draw(results), figure)
 
 
-def validation(results: Results, seconds: dict[str, float], ratio: Sequence[float]) -> Rows:
-    """The metrics of every way to predict, and the time per step."""
-    ways = {
-        name: [x["validation"][way] for x in results[method]]
-        for name, (method, way, _) in WAYS.items()
-    }
+def validation(results: Results, times: Result | None = None) -> Rows:
+    """The metrics of every way to predict, and with `times` the time per step."""
+    base = [x["validation"]["point"]["nll"] for x in results["AdamW"]]
+    last = ["ms per step", "of AdamW's [quartiles]"] if times else ["steps"]
+    rows: Rows = [["", "loss", "less AdamW's, same seed", "accuracy, %", "ECE, %", "Brier", *last]]
+    for name, (method, way, _) in WAYS.items():
+        runs = results.get(method, [])
+        found = [x["validation"][way] for x in runs]
+        if not found:
+            continue
 
-    def row(name: str, decimals: int, value: Callable[[dict[str, Any]], float]) -> list[str]:
-        return [name, *(cell([value(x) for x in runs], decimals) for runs in ways.values())]
+        def of(metric: str, decimals: int, scale: float, found: Any = found) -> str:
+            return cell([scale * x[metric] for x in found], decimals)
 
-    base, *others = ([x["nll"] for x in runs] for runs in ways.values())
-    lead = [cell(np.subtract(losses, base), 4) for losses in others]
-    ivon = f"{1e3 * seconds['IVON']:.1f}"
-    median, low, high = ratio
-    return [
-        ["", *ways],
-        row("loss (nats per character)", 4, lambda x: x["nll"]),
-        ["loss less AdamW's, same seed", "", *lead],
-        row("perplexity", 3, lambda x: math.exp(x["nll"])),
-        row("accuracy (%)", 2, lambda x: 100 * x["accuracy"]),
-        row("ECE (%)", 2, lambda x: 100 * x["ece"]),
-        row("Brier score", 4, lambda x: x["brier"]),
-        ["milliseconds per step", f"{1e3 * seconds['AdamW']:.1f}", ivon, ivon, ""],
-        ["as a ratio [quartiles]", "1", f"{median:.2f} [{low:.2f}, {high:.2f}]", "", ""],
-    ]
+        losses = [x["nll"] for x in found]
+        less = "" if method == "AdamW" else cell(np.subtract(losses, base), 4)
+        row = [name, of("nll", 4, 1), less, of("accuracy", 2, 100), of("ece", 2, 100)]
+        row.append(of("brier", 4, 1))
+        if times:
+            median, low, high = times["ratio"][method]
+            row.append(f"{1e3 * times['seconds'][method]:.1f}")
+            row.append("1" if method == "AdamW" else f"{median:.2f} [{low:.2f}, {high:.2f}]")
+        else:
+            row.append(f"{runs[0]['curve'][-1][0]:,}")
+        rows.append(row)
+    return rows
 
 
-def settings_of(method: str, runs: Runs, both: Mapping[str, Any]) -> Rows:
+def settings_of(method: str, runs: Runs, chosen: Mapping[str, Any]) -> Rows:
     """What a method has tried with the first seed, and what became of h."""
     tried = [(run, x) for run, x in runs if run["method"] == method and run["seed"] == 0]
     rows: Rows = []
     for run, result in tried:
         row = _setting(run, result)
         rows = rows or [[*row, ""]]
-        rows.append([*row.values(), "chosen" if run["values"] == both[method] else ""])
+        rows.append([*row.values(), "chosen" if run["values"] == chosen[method] else ""])
     return rows
 
 
@@ -130,7 +148,9 @@ def _setting(run: Run, result: Result) -> dict[str, str]:
 
 def curves(results: Results) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Steps, and losses of shape (seeds, points)."""
-    points = {k: np.array([x[c] for x in results[m]], float) for k, (m, _, c) in WAYS.items()}
+    points = {
+        k: np.array([x[c] for x in results.get(m, [])], float) for k, (m, _, c) in WAYS.items()
+    }
     return {name: (x[0, :, 0], x[:, :, 1]) for name, x in points.items() if x.size}
 
 
