@@ -42,6 +42,8 @@ NOISE = 0.1  # standard deviation of an observation, known to both methods
 NUM_TRAIN = 40
 MEMBERS = 5  # of the mixture
 SAMPLES = 500  # of a posterior, or of all members together
+# ess = N and a prior precision of ess · weight_decay = 1: plain Bayes.
+SETTINGS: Any = {"ess": NUM_TRAIN, "weight_decay": 1 / NUM_TRAIN, "hess_init": 3.0, "b2": 0.999}
 BAND = 1.96  # standard deviations on either side hold 95 % of a Gaussian
 
 Array = jax.Array
@@ -143,9 +145,7 @@ def fit_mixture(steps: int, problem: Problem, starts: Array, key: Array) -> Mome
 def learn(steps: int, problem: Problem, start: Array, key: Array) -> Posterior:
     """One run of IVON: the posterior that it ends with."""
     noise_key, train_key = jax.random.split(key)
-    # ess = N and a prior precision of ess · weight_decay = 1: plain Bayes.
-    settings: Any = {"ess": NUM_TRAIN, "weight_decay": 1 / NUM_TRAIN, "hess_init": 3.0, "b2": 0.999}
-    tx = auto_sample(ivon(schedule(0.1, steps), **settings), noise_key)
+    tx = auto_sample(ivon(schedule(0.1, steps), **SETTINGS), noise_key)
     run = partial(train, epochs=steps, batch_size=NUM_TRAIN)  # full batches: a step per epoch
     _, state = run(tx, loss_fn, start, (problem.x, problem.y), key=train_key, label="IVON")
     return posterior(state)

@@ -37,7 +37,7 @@ NOTES = (
     "the initial weights, the batches and IVON's noise. Settings are chosen by the loss on 5 % of "
     "the text with the first seed; `Validation` is on the last tenth. IVON's nine settings were "
     "placed by 17 others, tried by hand for 500 steps on the same 5 %, those in the eigenbasis by "
-    "12; AdamW's by nine earlier ones, SOAP's and Muon's by their authors' defaults.\n\n"
+    "13; AdamW's by nine earlier ones, SOAP's and Muon's by their authors' defaults.\n\n"
     "Milliseconds are medians of interleaved blocks in one process, without evaluation. Runs at "
     "equal time have as many steps, with a schedule of that length, as take AdamW's time; settings "
     "are those chosen for all steps. Of the settings, `longest` is "
