@@ -25,6 +25,7 @@ def test_sensitivity(capsys, monkeypatch):
     from benchmarks.evidence.uses import sensitivity
 
     monkeypatch.setattr(sensitivity, "EPOCHS", 2)
+    monkeypatch.setattr(sensitivity, "LONG", 2)
     monkeypatch.setattr(sensitivity, "STEPS", 10)
     one = {"λ = N": (sensitivity.LINEAR, sensitivity.VALUES)}  # so that all is compiled once
     monkeypatch.setattr(sensitivity, "SETTINGS", one)
