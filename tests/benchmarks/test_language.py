@@ -2,6 +2,7 @@
 
 import lzma
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ from benchmarks._shared.journal import Journal
 from benchmarks._shared.networks import GPT
 from benchmarks.evidence.language import main
 from benchmarks.evidence.language.text import CONTEXT, Text, fixed_windows, read_text
-from benchmarks.evidence.language.training import TRIED, Ivon
+from benchmarks.evidence.language.training import TRIED, Ivon, matrices_of_layers
 
 
 @pytest.fixture
@@ -53,20 +54,29 @@ def test_settings_of_ivon_mean_the_same_in_runs_of_any_length():
     assert longest == pytest.approx(1e-3)
 
 
+def test_muon_leaves_embeddings_and_vectors_to_adamw():
+    params = GPT(layers=1, heads=1, width=4, context=CONTEXT, vocabulary=7).init(jax.random.key(0))
+    numbers = jax.tree_util.tree_leaves_with_path(matrices_of_layers(params))
+    found = [jax.tree_util.keystr(path) for path, _ in numbers]
+    names = ("qkv", "out", "up", "down")
+    assert {x.split("[")[3].strip("']") for x in found} == set(names)
+    assert all(x.startswith("['layers']") for x in found)
+
+
 def test_runs_are_reported(text_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(main, "POINTS", 5)
     for name in ("CURVE_WINDOWS", "FINAL_WINDOWS"):
         monkeypatch.setattr(main, name, 2)
     tiny = GPT(layers=1, heads=1, width=4, context=CONTEXT, vocabulary=7)
     monkeypatch.setattr(Text, "network", tiny)  # compiles faster
-    tried = {name: settings[:1] for name, settings in TRIED.items()}
+    tried = {name: TRIED[name][:1] for name in ("AdamW", "IVON, eigenbasis")}
     monkeypatch.setattr(main, "TRIED", tried)
     timed = {"seconds": dict.fromkeys(TRIED, 0.01), "ratio": dict.fromkeys(TRIED, (1.0, 0.9, 1.1))}
     monkeypatch.setattr(main, "timing", lambda *_: timed)
     path = tmp_path / "language.jsonl"
-    main.main([f"--text={text_file}", "--steps=5", "--seeds=2", f"--results={path}"])
+    main.main([f"--text={text_file}", "--steps=5", "--seeds=1", f"--results={path}"])
     printed = capsys.readouterr().out
-    assert "IVON, 8 samples" in printed
+    assert "eigenbasis, 8 samples" in printed
     assert "chosen" in printed
     assert "at equal time" in printed
     assert (tmp_path / "language.png").stat().st_size > 10_000

@@ -17,7 +17,6 @@ WAYS = {  # method, way, curve
     "IVON, mean": ("IVON", "point", "curve"),
     "IVON, 8 samples": ("IVON", "samples", "averages"),
     "Muon": ("Muon", "point", "curve"),
-    "SOAP": ("SOAP", "point", "curve"),
     "eigenbasis, mean": ("IVON, eigenbasis", "point", "curve"),
     "eigenbasis, 8 samples": ("IVON, eigenbasis", "samples", "averages"),
 }
@@ -28,7 +27,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "IVON, mean": {"color": COLORS["IVON at the mean"]},
     "IVON, 8 samples": {"color": COLORS["IVON at the mean"], **SAMPLED},
     "Muon": {"color": COLORS["SGD"]},
-    "SOAP": {"color": COLORS["unfamiliar"]},
     "eigenbasis, mean": {"color": COLORS["IVON"]},
     "eigenbasis, 8 samples": {"color": COLORS["IVON"], **SAMPLED},
 }
@@ -37,7 +35,7 @@ NOTES = (
     "the initial weights, the batches and IVON's noise. Settings are chosen by the loss on 5 % of "
     "the text with the first seed; `Validation` is on the last tenth. IVON's nine settings were "
     "placed by 17 others, tried by hand for 500 steps on the same 5 %, those in the eigenbasis by "
-    "13; AdamW's by nine earlier ones, SOAP's and Muon's by their authors' defaults.\n\n"
+    "13, AdamW's by nine earlier ones; Muon's lie around the rate of 0.01.\n\n"
     "Milliseconds are medians of interleaved blocks in one process, without evaluation. Runs at "
     "equal time have as many steps, with a schedule of that length, as take AdamW's time; settings "
     "are those chosen for all steps. Of the settings, `longest` is "

@@ -13,7 +13,6 @@ import optax.contrib
 
 from benchmarks._shared.methods import estimator_step, plain_step, warmup_cosine
 from benchmarks._shared.networks import GPT
-from benchmarks.evidence.language.soap import scale_by_soap
 from benchmarks.evidence.language.text import CONTEXT
 from ivon_jax import Eigenbasis, diagnostics, ivon, recipes
 
@@ -58,12 +57,12 @@ class Muon:
             weight_decay=self.weight_decay,
             weight_decay_mask=recipes.matrices,
             adam_learning_rate=warmup_cosine(self.adam_learning_rate, steps),
-            muon_weight_dimension_numbers=_of_layers,
+            muon_weight_dimension_numbers=matrices_of_layers,
         )
         return optax.chain(CLIP, muon)
 
 
-def _of_layers(params: PyTree) -> PyTree:
+def matrices_of_layers(params: PyTree) -> PyTree:
     """Which matrices Muon orthogonalizes: all but the embeddings."""
 
     def numbers(path: Any, x: Array) -> Any:
@@ -71,22 +70,6 @@ def _of_layers(params: PyTree) -> PyTree:
         return optax.contrib.MuonDimensionNumbers() if in_layer and x.ndim == 2 else None
 
     return jax.tree_util.tree_map_with_path(numbers, params)
-
-
-@dataclass(frozen=True)
-class Soap:
-    """What is chosen for SOAP: Adam in the eigenbasis that IVON uses as well."""
-
-    learning_rate: float
-    weight_decay: float
-    b1: float = 0.95
-    b2: float = 0.95
-
-    def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Clipping by the global norm, then SOAP with decay of matrices only."""
-        decay = optax.add_decayed_weights(self.weight_decay, recipes.matrices)
-        rate = optax.scale_by_learning_rate(warmup_cosine(self.learning_rate, steps))
-        return optax.chain(CLIP, scale_by_soap(self.b1, self.b2), decay, rate)
 
 
 @dataclass(frozen=True)
@@ -143,7 +126,7 @@ class EigenIvon(Ivon):
         return Eigenbasis(max_dim=self.max_dim)
 
 
-Settings = AdamW | Muon | Soap | Ivon | Signs
+Settings = AdamW | Muon | Ivon | Signs
 # IVON's nine lie around what was best of 17 tried by hand in runs of 500 steps, by the same 5 % of
 # the text; three of the nine have ess, h₀ and clip radius as they were published, for GPT-2 (twice)
 # and for translation (IWSLT).
@@ -173,7 +156,6 @@ TRIED: dict[str, tuple[Settings, ...]] = {
         EigenIvon(4e-3, ess=1e8, hess_init=0.1, clip_radius=1e-3, turnover=5.0, max_dim=128),
         EigenIvon(2e-3, ess=1e8, hess_init=0.01, clip_radius=1e-3, turnover=2.0, max_dim=128),
     ),
-    "SOAP": tuple(Soap(rate, decay) for rate in (1.5e-3, 3e-3, 6e-3) for decay in (0.01, 0.1, 0.5)),
     "Muon": tuple(Muon(rate, decay) for rate in (5e-3, 1e-2, 2e-2) for decay in (0.01, 0.1, 0.5)),
     "signs": tuple(Signs(rate) for rate in (5e-4, 1e-3, 2e-3)),
 }

@@ -5,8 +5,9 @@
 1. Examples, spread evenly over the ranks of the estimate, are removed one at a time, and the model
    is trained again from where it was: by IVON with the same batches and noise, and at the posterior
    mean alone, by L-BFGS on the whole set to a stationary point. The posterior is learned for 60
-   epochs, (1−β₂)T = 1.2, and for 1,000: what is left of h₀ makes every estimate too small. For softmax regression,
-   which is convex, the exact diagonal and the full covariance show what a form costs.
+   epochs, (1−β₂)T = 1.2, and for 1,000: what is left of h₀ makes every estimate too small. For
+   softmax regression, which is convex, the exact diagonal and the full covariance show what a form
+   costs.
 2. A tenth of the labels is wrong. They are looked for where the network resists them (λ = N) and
    where it learns some by heart (λ = 10 N, wider, less decay). Five settings were looked at, width
    16 to 128, decay 1e-4 to 1e-2; nothing was selected by these results.
