@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -27,6 +28,7 @@ from ivon_jax import (
     save,
     signal_to_noise,
 )
+from ivon_jax._core.basis import in_coordinates
 from ivon_jax._core.noise import standard_normals
 from ivon_jax._core.sampling import threefry_key
 
@@ -165,6 +167,56 @@ def test_vectors_long_axes_and_kernels_of_convolutions():
     assert kernel.columns.shape == table.columns.shape == (4, 4)
 
 
+@pytest.mark.parametrize(("shape", "max_dim"), [((3, 4), 9), ((2, 3, 4), 4)])
+def test_stacked_layers_do_what_they_do_apart(shape, max_dim):
+    """Each has a basis of its own; also where the rows are too many to be turned."""
+    layers = 3
+    options: Any = {"update_every": 2, "decay": 0.5, "max_dim": max_dim}
+    stack, bias, *rest = matrices(3, (layers, *shape), (layers, 4), *2 * [(5, layers, *shape)])
+    apart = dict(enumerate(stack))
+    flags = {"kernel": True, "bias": True}
+    tx = ivon(0.05, **SETTINGS, basis=Eigenbasis(**options, stacked=flags))
+    own = ivon(0.05, **SETTINGS, basis=Eigenbasis(**options))
+    state, states = tx.init({"kernel": stack, "bias": bias}), own.init(apart)
+    step, steps = jax.jit(tx.update), jax.jit(own.update)
+    for noise, grads in zip(*rest, strict=True):
+        with_bias = ({"kernel": x, "bias": jnp.zeros_like(bias)} for x in (grads, noise))
+        state = step(next(with_bias), state, noise=next(with_bias))[1]
+        of_layers = (dict(enumerate(x)) for x in (grads, noise))
+        states = steps(next(of_layers), states, noise=next(of_layers))[1]
+    for field in ("mean", "hess", "momentum"):
+        found = getattr(state, field)["kernel"]
+        np.testing.assert_allclose(found, jnp.stack(list(getattr(states, field).values())))
+    q, layerwise = posterior(state), posterior(states)
+    np.testing.assert_allclose(
+        marginals(q).precision["kernel"],
+        jnp.stack(list(marginals(layerwise).precision.values())),
+    )
+    prior, priors = (Posterior(x.mean, jax.tree.map(jnp.ones_like, x.mean)) for x in (q, layerwise))
+    of_bias = Posterior(*({"bias": x["bias"]} for x in (q.mean, q.precision)))
+    other = Posterior(of_bias.mean, {"bias": jnp.ones_like(bias)})
+    expected = kl_divergence(layerwise, priors) + kl_divergence(of_bias, other)
+    np.testing.assert_allclose(kl_divergence(q, prior), expected)
+    noise = sample_params(jax.random.key(0), q)[1]
+    coordinates = in_coordinates(q.basis, jax.tree.leaves(noise))
+    precision = jax.tree.leaves(q.precision)
+    drawn = standard_normals(threefry_key(jax.random.key(0)), precision)
+    for found, e, p in zip(coordinates, drawn, precision, strict=True):
+        np.testing.assert_allclose(found, e / jnp.sqrt(p))
+
+
+def test_a_basis_of_layers_does_not_mix_with_one_of_the_whole():
+    stack = matrices(3, (3, 4, 2))[0]
+    whole, layers = (
+        ivon(0.1, ess=10, basis=Eigenbasis(stacked=stacked)).init({"kernel": stack})
+        for stacked in (None, {"kernel": True})
+    )
+    with pytest.raises(ValueError, match="of stacked layers"):
+        kl_divergence(whole, posterior(layers))
+    with pytest.raises(ValueError, match="stacked is a single value"):
+        ivon(0.1, ess=10, basis=Eigenbasis(stacked=True)).init({"kernel": stack})
+
+
 def test_the_basis_is_that_of_the_second_moments_of_the_gradients():
     loss, _ = quadratic((4, 3))
     keys = jax.random.split(jax.random.key(1), 60)
@@ -276,6 +328,25 @@ def test_a_state_of_nnx_without_its_empty_parts_is_read():
         optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4))) ** 2))(model))
     q = posterior(nnx.state(optimizer))
     assert [jax.tree.map(jnp.shape, sides) for sides in q.basis] == [((), ()), ((4, 4), (3, 3))]
+
+
+def test_a_step_multiplies_no_more_than_it_must():
+    """Noise, gradient, mean and step are turned once each, and two factors move."""
+    params = {"w": jnp.ones((4, 3))}
+    tx = auto_sample(ivon(0.05, **SETTINGS, basis=Eigenbasis()), 0)
+    program = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
+
+    def products(jaxpr):
+        count = 0
+        for equation in jaxpr.eqns:
+            count += equation.primitive.name == "dot_general"
+            if equation.primitive.name != "cond":  # what only every tenth step does
+                inner = jax.extend.core.jaxprs_in_params(equation.params)
+                count += sum(map(products, inner))
+        return count
+
+    # The gradient is turned twice, for g and for ĥ, which XLA merges.
+    assert products(program.jaxpr) == 2 * 5 + 2
 
 
 # --- The posterior --------------------------------------------------------------------------------

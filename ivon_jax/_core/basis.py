@@ -2,8 +2,9 @@
 
 A leaf M (rows × columns) has the coordinates M' = Q_Lᵀ M Q_R, with Q_L and Q_R the eigenvectors of
 moving averages of G Gᵀ and Gᵀ G over the gradients G (arXiv:2606.23357; the basis is that of SOAP,
-arXiv:2409.11321). Leaves of higher rank are matrices of all leading axes against the last. `()` in
-place of a matrix is the identity, which costs nothing: vectors and scalars have no other.
+arXiv:2409.11321). Leaves of higher rank are matrices of all leading axes against the last, or a
+stack of such matrices. `()` in place of a matrix is the identity, which costs nothing: vectors and
+scalars have no other.
 """
 
 import math
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 
 from ivon_jax._core.axes import gathered, split_like
 from ivon_jax._core.checks import Number, check_number, check_positive
+from ivon_jax._core.masks import leaf_flags
 from ivon_jax._core.trees import Owned, PyTree, get_field, place, unflatten_like
 
 
@@ -24,8 +26,9 @@ class Sides(NamedTuple):
     """The orthogonal matrices of one leaf; `()` is the identity.
 
     Attributes:
-      rows: Q_L (rows, rows), whose columns are the basis.
-      columns: Q_R (columns, columns).
+      rows: Q_L (rows, rows), whose columns are the basis; of a stack of matrices (n, rows, rows).
+      columns: Q_R (columns, columns); of a stack (n, 1, …, 1, columns, columns), with as many axes
+        as the leaf.
     """
 
     rows: jax.Array | tuple[()] = ()
@@ -62,6 +65,9 @@ class Eigenbasis:
       decay: of the moving averages L and R.
       max_dim: axes that are longer, such as a vocabulary, keep the identity.
       hess_clip: bound c > 1 on each step of h: ĥ is clipped to ±c(h+δ); none by default.
+      stacked: leaves whose first axis counts layers, as `nn.scan` makes them, each with a basis of
+        its own: a tree of bools (or a prefix of it), or a function of the parameters that returns
+        one, such as `{"blocks": True, "head": False}`.
 
     Raises:
       ValueError: if a number is out of range.
@@ -78,6 +84,7 @@ class Eigenbasis:
     decay: float = 0.95
     max_dim: int = 8192
     hess_clip: float = math.inf
+    stacked: PyTree | Callable[[PyTree], PyTree] | None = None
 
     def __post_init__(self) -> None:
         checked = {
@@ -91,7 +98,7 @@ class Eigenbasis:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    def init(self, mean: PyTree) -> EigenState:
+    def init(self, mean: PyTree, params: PyTree) -> EigenState:
         """The identity, as matrices where a basis will be, and factors of zero."""
         leaves = Owned(mean).leaves
         if not leaves:
@@ -100,14 +107,25 @@ class Eigenbasis:
             one, other = jnp.zeros([]), jnp.zeros([])  # two, for donation
             return EigenState(one, other)  # pyright: ignore[reportArgumentType]
 
-        def basis(make: Callable[[int, Any], jax.Array]) -> Basis:
-            def side(size: int, dtype: Any) -> jax.Array | tuple[()]:
-                return make(size, dtype) if 1 < size <= self.max_dim else ()
+        stacked = [False] * len(leaves)
+        if self.stacked is not None:
+            stacked = leaf_flags("stacked", self.stacked, mean, params, "stack them yourself")
 
-            return tuple(Sides(*(side(n, x.dtype) for n in _matrix(x.shape))) for x in leaves)
+        def basis(make: Callable[..., jax.Array]) -> Basis:
+            def side(shape: tuple[int, ...], dtype: Any) -> jax.Array | tuple[()]:
+                size = shape[-1]
+                if not 1 < size <= self.max_dim:
+                    return ()
+                return jnp.broadcast_to(make(size, dtype=dtype), shape)
 
-        eye, zeros = lambda n, t: jnp.eye(n, dtype=t), lambda n, t: jnp.zeros((n, n), t)
-        return EigenState(basis(eye), basis(zeros))
+            shapes = (_shapes(x.shape, is_stacked=is_stacked) for x, is_stacked in pairs)
+            return tuple(
+                Sides(*(side(shape, x.dtype) for shape in both))
+                for x, both in zip(leaves, shapes, strict=True)
+            )
+
+        pairs = list(zip(leaves, stacked, strict=True))
+        return EigenState(basis(jnp.eye), basis(lambda n, dtype: jnp.zeros((n, n), dtype)))
 
     def turned(
         self, state: Any, count: Any, grads: list[jax.Array], *coordinates: PyTree
@@ -174,11 +192,14 @@ def check_sides(basis: Any, own: Owned) -> None:
             f"mean, in a tuple; got {len(basis)} entries of type {type(basis).__name__}."
         )
     for path, leaf, sides in zip(own.paths, own.leaves, basis, strict=True):
-        for name, side, size in zip(Sides._fields, sides, _matrix(leaf.shape), strict=True):
-            if not isinstance(side, tuple) and side.shape != (size, size):
+        whole, layers = (_shapes(leaf.shape, is_stacked=x) for x in (False, True))
+        is_stacked = any(not isinstance(side, tuple) and side.ndim > 2 for side in sides)
+        needed = layers if is_stacked else whole
+        for name, side, shape in zip(Sides._fields, sides, needed, strict=True):
+            if not isinstance(side, tuple) and side.shape != shape:
                 raise ValueError(
                     f"basis has {name} of shape {side.shape} at {place(path)}, where a leaf of "
-                    f"shape {leaf.shape} needs {(size, size)}, or () for the identity."
+                    f"shape {leaf.shape} needs {shape}, or () for the identity."
                 )
 
 
@@ -198,19 +219,29 @@ def variances_in(target: Basis, source: Basis, variances: list[jax.Array]) -> li
 def _squares(target: Any, source: Any) -> Any:
     """The squared elements of Q_Tᵀ Q_S."""
     if isinstance(source, tuple):
-        return () if isinstance(target, tuple) else target.T**2
-    return (source if isinstance(target, tuple) else _product(target.T, source)) ** 2
+        return () if isinstance(target, tuple) else target.mT**2
+    if isinstance(target, tuple):
+        return source**2
+    if target.shape != source.shape:
+        raise ValueError(
+            f"one basis has a matrix of shape {target.shape} where the other has {source.shape}: "
+            "one is of stacked layers, and the other is not. Pass marginals(q) of one of them."
+        )
+    return _product(target.mT, source) ** 2
 
 
 def _inverse(sides: Sides) -> Sides:
-    return Sides(*(() if isinstance(q, tuple) else q.T for q in sides))
+    return Sides(*(() if isinstance(q, tuple) else q.mT for q in sides))
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a leaf; vectors and scalars have none that turn."""
-    if len(shape) < 2 or not math.prod(shape):
-        return 0, 0
-    return math.prod(shape[:-1]), shape[-1]
+def _shapes(shape: tuple[int, ...], *, is_stacked: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of both sides of a leaf; vectors and scalars have none that turn."""
+    stack, shape = (shape[:1], shape[1:]) if is_stacked else ((), shape)
+    if len(shape) < 2 or not math.prod(stack + shape):
+        return (0, 0), (0, 0)
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    between = (1,) * (len(shape) - 2) if is_stacked else ()
+    return (*stack, rows, rows), (*stack, *between, columns, columns)
 
 
 def _rotated(sides: Sides, x: jax.Array) -> jax.Array:
@@ -220,9 +251,9 @@ def _rotated(sides: Sides, x: jax.Array) -> jax.Array:
         return x
     turned = gathered(x)
     if not isinstance(right, tuple):
-        turned = _product(turned, right.T)
+        turned = _product(turned, right.mT)
     if not isinstance(left, tuple):
-        matrices = turned.reshape(-1, len(left), x.shape[-1])
+        matrices = turned.reshape(-1, *left.shape[:-1], x.shape[-1])
         turned = _product(left, matrices).reshape(x.shape)
     return split_like(turned, x)
 
@@ -237,15 +268,16 @@ def _moved_factors(decay: Number, factors: Sides, grad: jax.Array) -> Sides:
     left, right = factors
     if isinstance(left, tuple) and isinstance(right, tuple):
         return factors
-    grad = gathered(grad).reshape(-1, grad.shape[-1])
+    stack = next(q.shape[:1] if q.ndim > 2 else () for q in factors if not isinstance(q, tuple))
+    grad = gathered(grad).reshape(*stack, -1, grad.shape[-1])
 
     def moved(old: Any, a: jax.Array, b: jax.Array) -> Any:
         if isinstance(old, tuple):
             return old
-        new = decay * old + (1 - decay) * _product(a, b)
+        new = decay * old + (1 - decay) * _product(a, b).reshape(old.shape)
         return jnp.where(jnp.all(jnp.isfinite(new)), new, old)
 
-    return Sides(moved(left, grad, grad.T), moved(right, grad.T, grad))
+    return Sides(moved(left, grad, grad.mT), moved(right, grad.mT, grad))
 
 
 def _turned(
@@ -274,21 +306,26 @@ def _sorted(h: jax.Array, rows: jax.Array | None, columns: jax.Array | None) -> 
         return h
     moved = gathered(h)
     if columns is not None:
-        moved = moved[..., columns]
+        order = columns[..., None, :]
+        order = order.reshape((1,) * (h.ndim - order.ndim) + order.shape)
+        moved = jnp.take_along_axis(moved, order, axis=-1)
     if rows is not None:
-        moved = moved.reshape(len(rows), -1)[rows].reshape(h.shape)
+        matrices = moved.reshape(*rows.shape, -1)
+        moved = jnp.take_along_axis(matrices, rows[..., None], axis=-2).reshape(h.shape)
     return split_like(moved, h)
 
 
 def _exact(old: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvectors by falling eigenvalues; h keeps its order, for the identity has none."""
-    return jnp.linalg.eigh(factor)[1][:, ::-1], jnp.arange(len(old), dtype=jnp.int32)
+    order = jnp.arange(old.shape[-1], dtype=jnp.int32)
+    return jnp.linalg.eigh(factor)[1][..., ::-1], jnp.broadcast_to(order, old.shape[:-1])
 
 
 def _iterated(old: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same by a power iteration from the old ones, which are sorted first."""
     powered = _product(factor, old)
-    order = jnp.argsort(-jnp.sum(old * powered, axis=0)).astype(jnp.int32)
-    q, r = jnp.linalg.qr(powered[:, order])
+    order = jnp.argsort(-jnp.sum(old * powered, axis=-2)).astype(jnp.int32)
+    q, r = jnp.linalg.qr(jnp.take_along_axis(powered, order[..., None, :], axis=-1))
     # No vector turns round, which would mirror the noise.
-    return q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)[None], order
+    signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(q.dtype)
+    return q * signs[..., None, :], order

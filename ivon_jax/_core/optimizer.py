@@ -186,7 +186,7 @@ def ivon(
             hess=jax.tree.map(lambda m: jnp.full_like(m, constants.hess_init), mean),
             momentum=jax.tree.map(lambda m: jnp.zeros_like(m, momentum_dtype), mean),
             ess=jnp.array(ess, jnp.float32),
-            basis=() if basis is None else basis.init(mean),
+            basis=() if basis is None else basis.init(mean, params),
             **prior_fields,
         )
 

@@ -4,11 +4,9 @@
 `state.leaf_priors` reads them back as what the rule takes.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,12 +17,13 @@ from ivon_jax._core.checks import (
     check_precision,
     is_concrete,
 )
+from ivon_jax._core.masks import leaf_flags
 from ivon_jax._core.state import (
     GaussianPrior,
     IVONState,
     Posterior,
 )
-from ivon_jax._core.trees import Owned, PyTree, copy_array, is_masked, place, without_nnx
+from ivon_jax._core.trees import Owned, PyTree, copy_array, place
 
 DEFAULT_WEIGHT_DECAY = 1e-4
 
@@ -49,7 +48,8 @@ class WeightDecay(NamedTuple):
         # A copy even of an injected hyperparameter, so that donating the state frees neither.
         delta = jnp.array(self.delta, jnp.float32)
         if self.mask is not None:
-            delta = delta * decay_flags(self.mask, without_nnx(mean), params)
+            flags = leaf_flags("mask", self.mask, mean, params, "set weight_decay=0")
+            delta = delta * np.array(flags, np.float32)
         return {"weight_decay": delta}
 
 
@@ -114,43 +114,6 @@ def prior_source(
         if is_concrete(undefined) and bool(undefined):
             raise ValueError(f"prior.mean is NaN at {place(path)}: was its run diverging?")
     return GeneralPrior(prior)
-
-
-def decay_flags(
-    mask: PyTree | Callable[[PyTree], PyTree], mean: PyTree, params: PyTree
-) -> np.ndarray:
-    """One float32 0 or 1 for each owned leaf of `mean`, from a mask as in `optax.adamw`."""
-    if not jax.tree.leaves(mean):
-        # No leaf is owned, or optax has put its placeholder in place of the parameters.
-        return np.zeros(0, np.float32)
-    tree = without_nnx(mask(params) if callable(mask) else mask)
-    leaves = jax.tree.leaves(tree)
-    if not callable(mask) and len(leaves) == 1 and leaves[0] is tree:
-        raise ValueError(
-            f"mask is a single value, {tree!r}. Under inject_hyperparams a function is taken for "
-            "a schedule: pass static_args=('mask',). To treat all leaves alike leave mask out, or "
-            "set weight_decay=0."
-        )
-    for leaf in leaves:
-        if isinstance(leaf, jax.core.Tracer) or np.shape(leaf) or np.asarray(leaf).dtype != bool:
-            raise TypeError(
-                f"the leaves of mask must be Python bools; got {leaf!r}. Under inject_hyperparams "
-                "pass static_args=('mask',)."
-            )
-    return np.array(_broadcast(tree, mean), np.float32)
-
-
-def _broadcast(mask: PyTree, mean: PyTree) -> list[bool]:
-    """The flag of each leaf of `mean`, of which `mask` may be a prefix."""
-    if is_masked(mean):
-        return []
-    masks, mask_def = jax.tree.flatten(mask, is_leaf=lambda x: x is not mask)
-    if len(masks) == 1 and masks[0] is mask:
-        return [bool(mask)] * len(jax.tree.leaves(mean))
-    means, mean_def = jax.tree.flatten(mean, is_leaf=lambda x: x is not mean)
-    if mask_def != mean_def:
-        raise ValueError(f"mask does not fit the parameters: {mask_def} is no prefix of {mean_def}")
-    return [flag for pair in zip(masks, means, strict=True) for flag in _broadcast(*pair)]
 
 
 def _owned_copy(own: Owned, name: str, tree: PyTree) -> list[jax.Array]:
