@@ -167,9 +167,25 @@ def test_vectors_long_axes_and_kernels_of_convolutions():
     assert kernel.columns.shape == table.columns.shape == (4, 4)
 
 
-@pytest.mark.parametrize(("shape", "max_dim"), [((3, 4), 9), ((2, 3, 4), 4)])
+def test_kernels_are_split_where_their_matrices_are_smallest():
+    """Those of convolutions before the last axis, those of attention around heads · size."""
+    params = {"conv": jnp.ones((2, 2, 5, 6)), "in": jnp.ones((6, 3, 2)), "out": jnp.ones((3, 2, 6))}
+    state = ivon(0.1, ess=10, basis=Eigenbasis(max_dim=20)).init(params)
+    sizes = [(len(rows), len(columns)) for rows, columns in state.basis.vectors]
+    assert sizes == [(20, 6), (6, 6), (6, 6)]
+    q = posterior(state)
+    noise = matrices(5, (2, 6, 3, 2))[0]  # two samples
+    turn = rotation(3, 6)
+    basis = (Sides(), Sides(turn, turn.T), Sides())
+    found = in_coordinates(basis, [noise, noise, noise])[1]
+    expected = turn.T @ noise.reshape(2, 6, 6) @ turn.T
+    np.testing.assert_allclose(found, expected.reshape(noise.shape))
+    assert sample_params(jax.random.key(0), q)[0]["in"].shape == (6, 3, 2)
+
+
+@pytest.mark.parametrize(("shape", "max_dim"), [((3, 4), 9), ((2, 3, 4), 9)])
 def test_stacked_layers_do_what_they_do_apart(shape, max_dim):
-    """Each has a basis of its own; also where the rows are too many to be turned."""
+    """Each has a basis of its own."""
     layers = 3
     options: Any = {"update_every": 2, "decay": 0.5, "max_dim": max_dim}
     stack, bias, *rest = matrices(3, (layers, *shape), (layers, 4), *2 * [(5, layers, *shape)])
@@ -211,7 +227,7 @@ def test_a_basis_of_layers_does_not_mix_with_one_of_the_whole():
         ivon(0.1, ess=10, basis=Eigenbasis(stacked=stacked)).init({"kernel": stack})
         for stacked in (None, {"kernel": True})
     )
-    with pytest.raises(ValueError, match="of stacked layers"):
+    with pytest.raises(ValueError, match="of other axes, or of stacked layers"):
         kl_divergence(whole, posterior(layers))
     with pytest.raises(ValueError, match="stacked is a single value"):
         ivon(0.1, ess=10, basis=Eigenbasis(stacked=True)).init({"kernel": stack})
@@ -452,7 +468,7 @@ def test_what_cannot_be_done_says_what_to_do_instead(tmp_path):
     for basis, message in (
         (Sides(), "one Sides"),
         ((*q.basis, Sides()), "one Sides"),
-        ((Sides(jnp.eye(2)),), "rows of shape"),
+        ((Sides(jnp.eye(2)),), "needs"),
     ):
         with pytest.raises(ValueError, match=message):
             sample_params(jax.random.key(0), q._replace(basis=basis))

@@ -2,7 +2,7 @@
 
 A leaf M (rows × columns) has the coordinates M' = Q_Lᵀ M Q_R, with Q_L and Q_R the eigenvectors of
 moving averages of G Gᵀ and Gᵀ G over the gradients G (arXiv:2606.23357; the basis is that of SOAP,
-arXiv:2409.11321). Leaves of higher rank are matrices of all leading axes against the last, or a
+arXiv:2409.11321). Leaves of higher rank are matrices of some leading axes against the others, or a
 stack of such matrices. `()` in place of a matrix is the identity, which costs nothing: vectors and
 scalars have no other.
 """
@@ -27,8 +27,7 @@ class Sides(NamedTuple):
 
     Attributes:
       rows: Q_L (rows, rows), whose columns are the basis; of a stack of matrices (n, rows, rows).
-      columns: Q_R (columns, columns); of a stack (n, 1, …, 1, columns, columns), with as many axes
-        as the leaf.
+      columns: Q_R (columns, columns), or (n, columns, columns).
     """
 
     rows: jax.Array | tuple[()] = ()
@@ -112,20 +111,37 @@ class Eigenbasis:
             stacked = leaf_flags("stacked", self.stacked, mean, params, "stack them yourself")
 
         def basis(make: Callable[..., jax.Array]) -> Basis:
-            def side(shape: tuple[int, ...], dtype: Any) -> jax.Array | tuple[()]:
-                size = shape[-1]
-                if not 1 < size <= self.max_dim:
+            def side(stack: tuple[int, ...], size: int, dtype: Any) -> jax.Array | tuple[()]:
+                if not self._turns(size):
                     return ()
-                return jnp.broadcast_to(make(size, dtype=dtype), shape)
+                return jnp.broadcast_to(make(size, dtype), (*stack, size, size))
 
-            shapes = (_shapes(x.shape, is_stacked=is_stacked) for x, is_stacked in pairs)
+            splits = map(self._split, (x.shape for x in leaves), stacked)
             return tuple(
-                Sides(*(side(shape, x.dtype) for shape in both))
-                for x, both in zip(leaves, shapes, strict=True)
+                Sides(*(side(stack, size, x.dtype) for size in sizes))
+                for x, (stack, *sizes) in zip(leaves, splits, strict=True)
             )
 
-        pairs = list(zip(leaves, stacked, strict=True))
-        return EigenState(basis(jnp.eye), basis(lambda n, dtype: jnp.zeros((n, n), dtype)))
+        eye, zeros = lambda n, t: jnp.eye(n, dtype=t), lambda n, t: jnp.zeros((n, n), t)
+        return EigenState(basis(eye), basis(zeros))
+
+    def _turns(self, size: int) -> bool:
+        return 1 < size <= self.max_dim
+
+    def _split(self, shape: tuple[int, ...], is_stacked: bool) -> tuple[tuple[int, ...], int, int]:
+        """The axis of the stack, if any, and the rows and columns of the others as a matrix.
+
+        The smallest one of which both sides turn: a kernel (features, heads, size) of attention is
+        features × (heads · size), one of a convolution (height · width · in) × out.
+        """
+        stack, shape = (shape[:1], shape[1:]) if is_stacked else ((), shape)
+        splits = _splits(shape) if math.prod(stack) else []
+        turned = [split for split in splits if all(map(self._turns, split))]
+        if turned:
+            return stack, *min(reversed(turned), key=sum)
+        if not splits or (is_stacked and not self._turns(splits[-1][0])):
+            return stack, 0, 0
+        return stack, *splits[-1]
 
     def turned(
         self, state: Any, count: Any, grads: list[jax.Array], *coordinates: PyTree
@@ -192,15 +208,31 @@ def check_sides(basis: Any, own: Owned) -> None:
             f"mean, in a tuple; got {len(basis)} entries of type {type(basis).__name__}."
         )
     for path, leaf, sides in zip(own.paths, own.leaves, basis, strict=True):
-        whole, layers = (_shapes(leaf.shape, is_stacked=x) for x in (False, True))
-        is_stacked = any(not isinstance(side, tuple) and side.ndim > 2 for side in sides)
-        needed = layers if is_stacked else whole
-        for name, side, shape in zip(Sides._fields, sides, needed, strict=True):
-            if not isinstance(side, tuple) and side.shape != shape:
-                raise ValueError(
-                    f"basis has {name} of shape {side.shape} at {place(path)}, where a leaf of "
-                    f"shape {leaf.shape} needs {shape}, or () for the identity."
-                )
+        if not _fit(sides, leaf.shape):
+            shapes = [() if isinstance(side, tuple) else side.shape for side in sides]
+            usual = [(n, n) for n in (_splits(leaf.shape) or [(0, 0)])[-1]]
+            raise ValueError(
+                f"basis has rows and columns of shapes {shapes} at {place(path)}; a leaf of shape "
+                f"{leaf.shape} needs {usual}, those of another split of its axes or of a stack, or "
+                "() for the identity."
+            )
+
+
+def _fit(sides: Sides, shape: tuple[int, ...]) -> bool:
+    """Whether these are sides of a leaf of this shape, as one matrix or as a stack of them."""
+    present = [side for side in sides if not isinstance(side, tuple)]
+    stack, whole = ((), shape) if all(q.ndim == 2 for q in present) else (shape[:1], shape[1:])
+    splits = _splits(whole)
+    if len(present) < len(sides):  # the other side is known from the last axis alone
+        splits = splits[-1:]
+    fits = (
+        all(
+            isinstance(side, tuple) or side.shape == (*stack, size, size)
+            for side, size in zip(sides, split, strict=True)
+        )
+        for split in splits
+    )
+    return not present or any(fits)
 
 
 def variances_in(target: Basis, source: Basis, variances: list[jax.Array]) -> list[jax.Array]:
@@ -225,7 +257,7 @@ def _squares(target: Any, source: Any) -> Any:
     if target.shape != source.shape:
         raise ValueError(
             f"one basis has a matrix of shape {target.shape} where the other has {source.shape}: "
-            "one is of stacked layers, and the other is not. Pass marginals(q) of one of them."
+            "they are of other axes, or of stacked layers. Pass marginals(q) of one of them."
         )
     return _product(target.mT, source) ** 2
 
@@ -234,14 +266,11 @@ def _inverse(sides: Sides) -> Sides:
     return Sides(*(() if isinstance(q, tuple) else q.mT for q in sides))
 
 
-def _shapes(shape: tuple[int, ...], *, is_stacked: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of both sides of a leaf; vectors and scalars have none that turn."""
-    stack, shape = (shape[:1], shape[1:]) if is_stacked else ((), shape)
-    if len(shape) < 2 or not math.prod(stack + shape):
-        return (0, 0), (0, 0)
-    rows, columns = math.prod(shape[:-1]), shape[-1]
-    between = (1,) * (len(shape) - 2) if is_stacked else ()
-    return (*stack, rows, rows), (*stack, *between, columns, columns)
+def _splits(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Rows and columns of all matrices that an array of this shape can be."""
+    if not math.prod(shape):
+        return []
+    return [(math.prod(shape[:k]), math.prod(shape[k:])) for k in range(1, len(shape))]
 
 
 def _rotated(sides: Sides, x: jax.Array) -> jax.Array:
@@ -249,13 +278,22 @@ def _rotated(sides: Sides, x: jax.Array) -> jax.Array:
     left, right = sides
     if isinstance(left, tuple) and isinstance(right, tuple):
         return x
-    turned = gathered(x)
+    matrices = _matrices(sides, gathered(x))
     if not isinstance(right, tuple):
-        turned = _product(turned, right.mT)
+        matrices = _product(matrices, right.mT)
     if not isinstance(left, tuple):
-        matrices = turned.reshape(-1, *left.shape[:-1], x.shape[-1])
-        turned = _product(left, matrices).reshape(x.shape)
+        matrices = _product(left, matrices)
+    turned = matrices.reshape(x.shape)
     return split_like(turned, x)
+
+
+def _matrices(sides: Sides, x: jax.Array) -> jax.Array:
+    """A leaf, or several of them in further axes in front, as matrices (…, rows, columns)."""
+    left, right = sides
+    columns = x.shape[-1] if isinstance(right, tuple) else right.shape[-1]
+    if isinstance(left, tuple):
+        return x.reshape(-1, columns)
+    return x.reshape(-1, *left.shape[:-1], columns)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -268,13 +306,14 @@ def _moved_factors(decay: Number, factors: Sides, grad: jax.Array) -> Sides:
     left, right = factors
     if isinstance(left, tuple) and isinstance(right, tuple):
         return factors
-    stack = next(q.shape[:1] if q.ndim > 2 else () for q in factors if not isinstance(q, tuple))
-    grad = gathered(grad).reshape(*stack, -1, grad.shape[-1])
+    grad = _matrices(factors, gathered(grad))
+    if not isinstance(left, tuple):
+        grad = grad[0]
 
     def moved(old: Any, a: jax.Array, b: jax.Array) -> Any:
         if isinstance(old, tuple):
             return old
-        new = decay * old + (1 - decay) * _product(a, b).reshape(old.shape)
+        new = decay * old + (1 - decay) * _product(a, b)
         return jnp.where(jnp.all(jnp.isfinite(new)), new, old)
 
     return Sides(moved(left, grad, grad.mT), moved(right, grad.mT, grad))
@@ -295,24 +334,25 @@ def _turned(
             for q, f in zip(old, factor, strict=True)
         )
         found.append(Sides(left, right))
-        new_hess.append(_sorted(h, rows, columns))
+        new_hess.append(_sorted(old, h, rows, columns))
     turned = in_coordinates(tuple(found), in_parameters(vectors, momentum))
     turned = [g.astype(old.dtype) for g, old in zip(turned, momentum, strict=True)]
     return tuple(found), turned, new_hess
 
 
-def _sorted(h: jax.Array, rows: jax.Array | None, columns: jax.Array | None) -> jax.Array:
+def _sorted(
+    sides: Sides, h: jax.Array, rows: jax.Array | None, columns: jax.Array | None
+) -> jax.Array:
     if rows is None and columns is None:
         return h
-    moved = gathered(h)
+    matrices = _matrices(sides, gathered(h))
     if columns is not None:
         order = columns[..., None, :]
-        order = order.reshape((1,) * (h.ndim - order.ndim) + order.shape)
-        moved = jnp.take_along_axis(moved, order, axis=-1)
+        order = order.reshape((1,) * (matrices.ndim - order.ndim) + order.shape)
+        matrices = jnp.take_along_axis(matrices, order, axis=-1)
     if rows is not None:
-        matrices = moved.reshape(*rows.shape, -1)
-        moved = jnp.take_along_axis(matrices, rows[..., None], axis=-2).reshape(h.shape)
-    return split_like(moved, h)
+        matrices = jnp.take_along_axis(matrices, rows[None, ..., None], axis=-2)
+    return split_like(matrices.reshape(h.shape), h)
 
 
 def _exact(old: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
