@@ -2,7 +2,8 @@
 
 from ivon_jax import metrics, recipes
 from ivon_jax._core.auto_sampling import AutoSampleState, auto_sample, reseed
-from ivon_jax._core.basis import Eigenbasis, Sides
+from ivon_jax._core.basis import Sides
+from ivon_jax._core.eigenbasis import Eigenbasis
 from ivon_jax._core.estimators import mc_value_and_grad
 from ivon_jax._core.optimizer import ivon
 from ivon_jax._core.posteriors import (

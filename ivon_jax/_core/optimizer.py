@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from ivon_jax._core import rule
-from ivon_jax._core.basis import Eigenbasis, in_coordinates, in_parameters
+from ivon_jax._core.basis import in_coordinates, in_parameters
 from ivon_jax._core.checks import (
     Number,
     check_axis_name,
@@ -22,6 +22,7 @@ from ivon_jax._core.checks import (
     check_varying,
 )
 from ivon_jax._core.compiler import materialized
+from ivon_jax._core.eigenbasis import Eigenbasis
 from ivon_jax._core.priors import prior_source
 from ivon_jax._core.state import (
     IVONState,
