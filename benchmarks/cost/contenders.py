@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.cost.models import Model, PyTree
-from ivon_jax import auto_sample, ivon, mc_value_and_grad, sample_params
+from ivon_jax import Eigenbasis, auto_sample, ivon, mc_value_and_grad, sample_params
 
 # The cost does not depend on the values, as long as all of them stay finite.
 IVON: dict[str, Any] = {"learning_rate": 1e-3, "ess": 1e6}
@@ -113,6 +113,8 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
     "lean, bfloat16 momentum": partial(auto, {"momentum_dtype": jnp.bfloat16}, store_mean=False),
     "antithetic": partial(auto, antithetic=True),
     "explicit": explicit,
+    "eigenbasis": partial(auto, {"basis": Eigenbasis()}),
+    "eigenbasis to 128": partial(auto, {"basis": Eigenbasis(max_dim=128)}),
     "no draw, h given": lambda: plain(ivon(**IVON), hess_given=True),
 }
 USUAL = (BASELINE, "auto_sample", "auto_sample, lean", "explicit")

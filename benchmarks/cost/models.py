@@ -58,10 +58,11 @@ MODELS: dict[str, Model] = {
     "mlp": classifier(Perceptron(128, depth=1), (8, 8, 1)),
     "mlp1m": classifier(Perceptron(960), (8, 8, 1)),
     "resnet20": classifier(RESNET20, (32, 32, 3)),
+    "gpt1m": language_model(GPT(4, 4, 128, 64, vocabulary=65)),
     "gpt10m": language_model(GPT(6, 6, 384, 256, vocabulary=65, biases=True)),
     "gpt2-small": language_model(GPT(12, 12, 768, 1024, vocabulary=50_257, biases=True)),
 }
-"""Networks of 9,610, 1.0M, 0.27M, 10.8M and 124M parameters."""
+"""Networks of 9,610, 1.0M, 0.27M, 0.8M, 10.8M and 124M parameters."""
 
 
 # --- Trees of parameters, without values ----------------------------------------------------------

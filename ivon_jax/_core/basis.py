@@ -1,9 +1,9 @@
 """A basis for every matrix of parameters, in which the posterior's covariance is diagonal.
 
-A leaf M (rows × columns) has the coordinates M' = Q_Lᵀ M Q_R; `eigenbasis` finds Q_L and Q_R for the
-posterior of arXiv:2606.23357. Leaves of higher rank are matrices of some leading axes against the others, or a
-stack of such matrices. `()` in place of a matrix is the identity, which costs nothing: vectors and
-scalars have no other.
+A leaf M (rows × columns) has the coordinates M' = Q_Lᵀ M Q_R (arXiv:2606.23357); `eigenbasis` says
+how Q_L and Q_R are found. Leaves of higher rank are matrices of some leading axes against the
+others, or a stack of such matrices. `()` in place of a matrix is the identity, which costs nothing:
+vectors and scalars have no other.
 """
 
 import math
