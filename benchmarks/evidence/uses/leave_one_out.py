@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"""
 "Above the best": what the choice loses against the best epoch of the run on all {NUM_TRAIN} images,
-seed by seed. To second order {100 * whole.undefined.mean():.1f} % of the examples have no estimate,
-since their removal would leave no proper posterior; they are left out, which flatters it."""
+seed by seed. To second order {100 * whole.undefined.mean():.1f} % of the examples, {100 * turned.undefined.mean():.1f} % in the
+eigenbasis, have no estimate, since their removal would leave no proper posterior; they are left
+out, which flatters it."""
     )
 
 
