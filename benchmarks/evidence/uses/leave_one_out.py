@@ -61,12 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(f"\nWhich epoch to keep: {NUM_TRAIN} digits, {100 * WRONG:.0f} % of the labels wrong\n")
     print(table(whole, part, turned))
+    undefined = " and ".join(f"{100 * x.undefined.mean():.1f} %" for x in (whole, turned))
     print(
         f"""
 "Above the best": what the choice loses against the best epoch of the run on all {NUM_TRAIN} images,
-seed by seed. To second order {100 * whole.undefined.mean():.1f} % of the examples, {100 * turned.undefined.mean():.1f} % in the
-eigenbasis, have no estimate, since their removal would leave no proper posterior; they are left
-out, which flatters it."""
+seed by seed. To second order {undefined} (eigenbasis) of the examples have no estimate,
+since their removal would leave no proper posterior; they are left out, which flatters it."""
     )
 
 
