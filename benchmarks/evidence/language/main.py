@@ -4,13 +4,13 @@
     python benchmarks/evidence/language/main.py --report       # tables and figure
 
 A GPT of four layers, four heads and width 128 reads 64 characters and is trained for 2,000 steps of
-12 windows, without biases or dropout: nanoGPT's configuration for a CPU. AdamW, Muon, IVON and IVON
-in an eigenbasis try nine settings each with the first seed, from the same initial weights, with the
-same batches, schedule and clipping; what has the lowest loss on 5 % of the text (of IVON: averaged
-over samples) is run with the other seeds as well. Losses are of the last 10 %. A step in the
-eigenbasis takes longer: its runs are repeated with as many steps as take AdamW's time. Steps along
-the signs of the momentum show what IVON does where all its steps are clipped. A run takes three to
-four minutes on one core, in the eigenbasis seven, and all of them four hours.
+12 windows, without biases or dropout: nanoGPT's configuration for a CPU. AdamW, IVON and IVON in an
+eigenbasis try nine settings each, Muon five, with the first seed, from the same initial weights,
+with the same batches, schedule and clipping; what has the lowest loss on 5 % of the text (of IVON:
+averaged over samples) is run with the other seeds as well. Losses are of the last 10 %. A step in
+the eigenbasis takes longer: its runs are repeated with as many steps as take AdamW's time. Steps
+along the signs of the momentum show what IVON does where all its steps are clipped. A run takes
+three to four minutes on one core, in the eigenbasis seven, and all of them four hours.
 """
 
 from dataclasses import dataclass
