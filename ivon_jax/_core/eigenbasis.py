@@ -28,6 +28,11 @@ from ivon_jax._core.checks import Number, check_number, check_positive
 from ivon_jax._core.masks import leaf_flags
 from ivon_jax._core.trees import Owned, PyTree, unflatten_like
 
+_SINGLE = (
+    'It must be a tree of bools such as {"blocks": True, "head": False}, or a function of the '
+    "parameters that returns one; where the parameters are a single stack: lambda params: True."
+)
+
 
 @dataclass(frozen=True)
 class Eigenbasis:
@@ -35,8 +40,9 @@ class Eigenbasis:
 
     The recursion of `ivon` is unchanged and runs in the coordinates M' = Q_Lᵀ M Q_R. After the
     first step the eigenvectors are computed exactly, then every `update_every` steps by one power
-    iteration, sorted by their estimated eigenvalues. Momentum turns with the basis; h does not, its
-    entries follow the vectors when these are sorted.
+    iteration, sorted by their estimated eigenvalues. Momentum is turned into the new coordinates, h
+    is not: each of its entries stays with its vector, also where sorting moves that. The
+    state fixes which axes turn; all but `max_dim` and `stacked` may change in mid-run.
 
     Attributes:
       update_every: steps between two turns of the basis.
@@ -45,10 +51,12 @@ class Eigenbasis:
       hess_clip: bound c > 1 on each step of h: ĥ is clipped to ±c(h+δ); none by default.
       stacked: leaves whose first axis counts layers, as `nn.scan` makes them, each with a basis of
         its own: a tree of bools (or a prefix of it), or a function of the parameters that returns
-        one, such as `{"blocks": True, "head": False}`.
+        one, such as `{"blocks": True, "head": False}`. Otherwise that axis is turned like others,
+        which mixes the layers. Of such leaves those with two axes, like biases, are not turned.
 
     Raises:
-      ValueError: if a number is out of range.
+      ValueError: if a number is out of range; at `init` if `stacked` does not fit the parameters.
+      TypeError: if one is no number; at `init` if `stacked` has other leaves than bools.
 
     Example:
       >>> from ivon_jax import Eigenbasis, ivon
@@ -87,7 +95,7 @@ class Eigenbasis:
 
         stacked = [False] * len(leaves)
         if self.stacked is not None:
-            stacked = leaf_flags("stacked", self.stacked, mean, params, "stack them yourself")
+            stacked = leaf_flags("stacked", self.stacked, mean, params, _SINGLE)
 
         def basis(make: Callable[..., jax.Array]) -> Basis:
             def side(stack: tuple[int, ...], size: int, dtype: Any) -> jax.Array | tuple[()]:

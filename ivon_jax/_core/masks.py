@@ -14,7 +14,8 @@ def leaf_flags(
     mask: PyTree | Callable[[PyTree], PyTree],
     mean: PyTree,
     params: PyTree,
-    otherwise: str,
+    single: str,
+    hint: str = "",
 ) -> list[bool]:
     """The flag of each owned leaf of `mean`, from a mask as in `optax.adamw`.
 
@@ -23,7 +24,8 @@ def leaf_flags(
       mask: a tree of bools, a prefix of `mean`, or a function of `params` that returns one.
       mean: a tree of leaves, with `MaskedNode` where none is owned.
       params: what the function is given.
-      otherwise: what to do instead of leaving the mask out.
+      single: what to do instead of giving one value for all leaves.
+      hint: where else a leaf that is no bool may come from.
     """
     if not jax.tree.leaves(mean):
         # No leaf is owned, or optax has put its placeholder in place of the parameters.
@@ -31,17 +33,10 @@ def leaf_flags(
     tree = without_nnx(mask(params) if callable(mask) else mask)
     leaves = jax.tree.leaves(tree)
     if not callable(mask) and len(leaves) == 1 and leaves[0] is tree:
-        raise ValueError(
-            f"{name} is a single value, {tree!r}. Under inject_hyperparams a function is taken for "
-            f"a schedule: pass static_args=('{name}',). To treat all leaves alike leave {name} "
-            f"out, or {otherwise}."
-        )
+        raise ValueError(f"{name} is a single value, {tree!r}. {single}")
     for leaf in leaves:
         if isinstance(leaf, jax.core.Tracer) or np.shape(leaf) or np.asarray(leaf).dtype != bool:
-            raise TypeError(
-                f"the leaves of {name} must be Python bools; got {leaf!r}. Under "
-                f"inject_hyperparams pass static_args=('{name}',)."
-            )
+            raise TypeError(f"the leaves of {name} must be Python bools; got {leaf!r}.{hint}")
     return _broadcast(name, tree, without_nnx(mean))
 
 

@@ -125,6 +125,7 @@ def marginals(state: PyTree, params: PyTree | None = None) -> Posterior:
     q = state if isinstance(state, Posterior) else posterior(state, params)
     if not q.basis:
         return q
+    q = gaussian(q)  # checked
     own = Owned(q.mean)
     variances = [1 / p for p in own.checked("the precision", q.precision)]
     precisions = [1 / v for v in variances_in((), q.basis, variances)]

@@ -27,6 +27,12 @@ from ivon_jax._core.trees import Owned, PyTree, copy_array, place
 
 DEFAULT_WEIGHT_DECAY = 1e-4
 
+_STATIC_MASK = " Under inject_hyperparams pass static_args=('mask',)."
+_SINGLE_MASK = (
+    "Under inject_hyperparams a function is taken for a schedule: pass static_args=('mask',). To "
+    "treat all leaves alike leave mask out, or set weight_decay=0."
+)
+
 
 class WeightDecay(NamedTuple):
     """N(0, I/(λδ)) for the leaves that the mask names, and a flat prior for the others."""
@@ -48,7 +54,7 @@ class WeightDecay(NamedTuple):
         # A copy even of an injected hyperparameter, so that donating the state frees neither.
         delta = jnp.array(self.delta, jnp.float32)
         if self.mask is not None:
-            flags = leaf_flags("mask", self.mask, mean, params, "set weight_decay=0")
+            flags = leaf_flags("mask", self.mask, mean, params, _SINGLE_MASK, _STATIC_MASK)
             delta = delta * np.array(flags, np.float32)
         return {"weight_decay": delta}
 
