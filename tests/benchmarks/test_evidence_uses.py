@@ -73,7 +73,7 @@ def test_regression_1d(capsys, monkeypatch):
     monkeypatch.setattr(regression_1d.example, "fit_mixture", fitted)
     regression_1d.main(["--seeds", "1", "--steps", "2", "--draws", "4"])
     rows = rows_of(capsys.readouterr().out)
-    assert len(rows["clusters"]) == len(rows["std of f gap"]) == 5
+    assert len(rows["clusters"]) == len(rows["std of f gap"]) == 7
 
 
 def test_mixtures_average_probabilities_over_disjoint_groups(capsys, monkeypatch):
