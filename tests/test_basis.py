@@ -469,6 +469,7 @@ def test_what_cannot_be_done_says_what_to_do_instead(tmp_path):
         (Sides(), "one Sides"),
         ((*q.basis, Sides()), "one Sides"),
         ((Sides(jnp.eye(2)),), "needs"),
+        ((Sides((), jnp.ones((4, 3, 3))),), "needs"),  # columns of a stack without its rows
     ):
         with pytest.raises(ValueError, match=message):
             sample_params(jax.random.key(0), q._replace(basis=basis))

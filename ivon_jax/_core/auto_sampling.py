@@ -61,9 +61,9 @@ def auto_sample(
 
     One line turns a loop written for AdamW into variational learning: `optax.apply_updates(params,
     updates)` lands on the *next* sample θ' = m' + n', and the noise of the current one is recovered
-    as θ − m (redrawn from the key for parameters below float32, where the sum may round again).
-    Evaluate and save `posterior_mean(state)`, not the loop's parameters. The first gradient is
-    taken at the mean; it moves the mean but not `hess`.
+    as θ − m (redrawn from the key in a basis, and for parameters below float32, where the sum may
+    round again). Evaluate and save `posterior_mean(state)`, not the loop's parameters. The first
+    gradient is taken at the mean; it moves the mean but not `hess`.
 
     Args:
       tx: `ivon(...)`, or what contains it, as `optax.chain(optax.clip(1.0), ivon(...))`. Wrap once,

@@ -100,6 +100,8 @@ def _fit(sides: Sides, shape: tuple[int, ...]) -> bool:
     present = [side for side in sides if not isinstance(side, tuple)]
     stack, whole = ((), shape) if all(q.ndim == 2 for q in present) else (shape[:1], shape[1:])
     possible = splits(whole)
+    if stack and isinstance(sides.rows, tuple):
+        return False
     if len(present) < len(sides):  # the other side is known from the last axis alone
         possible = possible[-1:]
     fits = (

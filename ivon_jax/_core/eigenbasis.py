@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._core.axes import gathered, split_like
+from ivon_jax._core.axes import gathered, split_like, varying_axes, varying_over
 from ivon_jax._core.basis import (
     Basis,
     EigenState,
@@ -52,7 +52,8 @@ class Eigenbasis:
       stacked: leaves whose first axis counts layers, as `nn.scan` makes them, each with a basis of
         its own: a tree of bools (or a prefix of it), or a function of the parameters that returns
         one, such as `{"blocks": True, "head": False}`. Otherwise that axis is turned like others,
-        which mixes the layers. Of such leaves those with two axes, like biases, are not turned.
+        which mixes the layers. Of such leaves those with two axes, like biases, are not turned, nor
+        those with more rows than `max_dim`. A function makes an `Eigenbasis` that is hashable.
 
     Raises:
       ValueError: if a number is out of range; at `init` if `stacked` does not fit the parameters.
@@ -98,14 +99,15 @@ class Eigenbasis:
             stacked = leaf_flags("stacked", self.stacked, mean, params, _SINGLE)
 
         def basis(make: Callable[..., jax.Array]) -> Basis:
-            def side(stack: tuple[int, ...], size: int, dtype: Any) -> jax.Array | tuple[()]:
+            def side(x: jax.Array, stack: tuple[int, ...], size: int) -> jax.Array | tuple[()]:
                 if not self._turns(size):
                     return ()
-                return jnp.broadcast_to(make(size, dtype), (*stack, size, size))
+                whole = jnp.broadcast_to(make(size, x.dtype), (*stack, size, size))
+                return varying_over(whole, varying_axes(jax.typeof(x)))
 
             sizes_of = map(self._split, (x.shape for x in leaves), stacked)
             return tuple(
-                Sides(*(side(stack, size, x.dtype) for size in sizes))
+                Sides(*(side(x, stack, size) for size in sizes))
                 for x, (stack, *sizes) in zip(leaves, sizes_of, strict=True)
             )
 
@@ -118,8 +120,9 @@ class Eigenbasis:
     def _split(self, shape: tuple[int, ...], is_stacked: bool) -> tuple[tuple[int, ...], int, int]:
         """The axis of the stack, if any, and the rows and columns of the others as a matrix.
 
-        The smallest one of which both sides turn: a kernel (features, heads, size) of attention is
-        features × (heads · size), one of a convolution (height · width · in) × out.
+        The smallest one of which both sides turn. That is features × (heads · size) for a kernel
+        (features, heads, size) of attention where features > size, and (height · width · in) × out
+        for one of a convolution, but (height · width) × (in · out) where out < height · width.
         """
         stack, shape = (shape[:1], shape[1:]) if is_stacked else ((), shape)
         possible = splits(shape) if math.prod(stack) else []
@@ -151,8 +154,23 @@ class Eigenbasis:
             partial(_turned, _iterated, factors),
         ]
         case = jnp.where(count == 1, 1, jnp.where(count % self.update_every == 0, 2, 0))
-        vectors, *turned = jax.lax.switch(case, cases, state.vectors, momentum, hess)
+        leaves = map(_varying_alike, state.vectors, momentum, hess, factors)
+        vectors, momentum, hess = zip(*leaves, strict=True)
+        vectors, *turned = jax.lax.switch(case, cases, vectors, list(momentum), list(hess))
         return EigenState(vectors, factors), list(map(unflatten_like, coordinates, turned))
+
+
+def _varying_alike(
+    vectors: Sides, momentum: jax.Array, hess: jax.Array, factors: Sides
+) -> tuple[Sides, jax.Array, jax.Array]:
+    """What a turn changes of a leaf, varying over the mesh axes over which any of it does.
+
+    Under `shard_map` gradients of each device may meet a state that was the same on all.
+    """
+    changed = vectors, momentum, hess
+    types = map(jax.typeof, jax.tree.leaves((changed, factors)))
+    axes = frozenset[str]().union(*map(varying_axes, types))
+    return jax.tree.map(lambda x: varying_over(x, axes), changed)
 
 
 def _moved_factors(decay: Number, factors: Sides, grad: jax.Array) -> Sides:

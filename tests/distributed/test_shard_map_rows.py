@@ -25,7 +25,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from ivon_jax import auto_sample, ivon, mc_value_and_grad, reseed, sample_params
+from ivon_jax import Eigenbasis, auto_sample, ivon, mc_value_and_grad, reseed, sample_params
 
 DEVICES = 4
 PARAMS = jnp.array([1.0, -2.0, 0.5])
@@ -274,6 +274,45 @@ def test_a_scan_carries_what_differs_by_device_once_the_window_is_marked_as_vary
         return statistics(state.inner_state)
 
     assert_close(on_devices(steps, "checked"), references("auto_sample")["stacked windows"])
+
+
+def trained_apart(train):
+    """Parameters of every device after `train(x, start)`, which must differ."""
+    mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (PartitionSpec("d"), PartitionSpec()), "out_specs": PartitionSpec("d")}
+    found = jax.jit(jax.shard_map(train, mesh=mesh, **specs))(X, PARAMS)
+    assert found.shape == (DEVICES, 3, 1) and np.isfinite(found).all()
+    assert len({float(x) for x in found[:, 0, 0]}) == DEVICES
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_every_device_trains_a_posterior_of_its_own_in_a_basis(num_samples):
+    tx = auto_sample(ivon(0.1, **SETTINGS, basis=Eigenbasis()), 0, num_samples=num_samples)
+
+    def train(x, start):
+        params = start[:, None] + jax.lax.axis_index("d").astype(jnp.float32)
+        state = tx.init(params)
+        for _ in range(2 * num_samples):
+            grads = jax.grad(lambda w: loss(w[:, 0], x))(params)
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params[None]
+
+    trained_apart(train)
+
+
+def test_devices_that_draw_on_their_own_part_from_one_state_in_a_basis():
+    tx = ivon(0.1, **SETTINGS, basis=Eigenbasis())
+
+    def train(x, start):
+        state = tx.init(start[:, None])
+        for _ in range(2):
+            sample, noise = sample_params(own_key(), state)
+            grads = jax.grad(lambda w: loss(w[:, 0], x))(sample)
+            _, state = tx.update(grads, state, noise=noise)
+        return state.mean[None]
+
+    trained_apart(train)
 
 
 def test_an_axis_over_which_the_sample_is_replicated_is_named():

@@ -25,7 +25,7 @@ from benchmarks._shared.comparing import best_of
 from benchmarks._shared.journal import Evidence, Journal, command
 from benchmarks._shared.measuring import interleaved, jax_loop, ratios
 from benchmarks._shared.networks import GPT
-from benchmarks.evidence.language.report import tuning_loss, write_report
+from benchmarks.evidence.language.report import steps_in_time, tuning_loss, write_report
 from benchmarks.evidence.language.text import Text, fixed_windows, read_text
 from benchmarks.evidence.language.training import (
     TRIED,
@@ -86,7 +86,7 @@ def compute(options: Options) -> None:
     timed = {"part": "timing", **named, "chosen": all_chosen}
     times = journal.compute(timed, partial(timing, text, chosen, steps))
     for name, settings in chosen.items():
-        shorter = round(steps / times["ratio"][name][0])
+        shorter = steps_in_time(times, name, steps)
         for seed in range(options.seeds if name in AT_EQUAL_TIME else 0):
             which = {"method": name, "values": vars(settings), "seed": seed}
             which = {"part": "equal time", **named, **which, "shorter": shorter}

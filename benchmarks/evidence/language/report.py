@@ -55,6 +55,11 @@ def tuning_loss(result: Result) -> float:
     return chosen_by(result["tuning"])
 
 
+def steps_in_time(times: Result, method: str, steps: int) -> int:
+    """How many steps of a method take as long as so many of AdamW."""
+    return round(steps / times["ratio"][method][0])
+
+
 def write_report(journal: Journal) -> None:
     """Writes the tables (.md) and the figure (.png)."""
     timed = journal.select(part="timing")
@@ -64,15 +69,18 @@ def write_report(journal: Journal) -> None:
     named = {name: identity[name] for name in ("text", "digest", "steps")}
     chosen = identity["chosen"]
 
-    def of_chosen(part: str) -> Results:
-        runs = journal.select(part=part, **named)
+    def of_chosen(**which: Any) -> Results:
         return {
-            method: [x for run, x in runs if run["method"] == method and run["values"] == values]
+            method: [x for _, x in journal.select(**named, **which, method=method, values=values)]
             for method, values in chosen.items()
         }
 
-    runs, results = journal.select(part="run", **named), of_chosen("run")
-    in_time = of_chosen("equal time") | {"AdamW": results["AdamW"]}
+    runs, results = journal.select(part="run", **named), of_chosen(part="run")
+    in_time = {"AdamW": results["AdamW"]}
+    for method, values in chosen.items():
+        shorter = steps_in_time(times, method, named["steps"])
+        which = {"part": "equal time", "method": method, "values": values, "shorter": shorter}
+        in_time.setdefault(method, [x for _, x in journal.select(**named, **which)])
     tables = {
         "Validation, at equal steps": validation(results, times),
         "Validation, at equal time": validation(in_time),

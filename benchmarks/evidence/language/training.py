@@ -51,7 +51,7 @@ class Muon:
     adam_learning_rate: float = 6e-3
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Clipping by the global norm, then Muon with decay of matrices only."""
+        """Clipping by the global norm, then Muon with decay of the layers' matrices only."""
         muon = optax.contrib.muon(
             warmup_cosine(self.learning_rate, steps),
             weight_decay=self.weight_decay,
