@@ -49,6 +49,7 @@ def test_a_script_prints_a_row_for_each_contender(script, monkeypatch, capsys):
         assert all("nan" not in row for row in rows)
 
 
+@pytest.mark.slow
 def test_the_table_for_accelerators_has_all_sections_and_is_not_measured_twice(
     monkeypatch, capsys, tmp_path
 ):
@@ -56,13 +57,14 @@ def test_the_table_for_accelerators_has_all_sections_and_is_not_measured_twice(
     monkeypatch.setattr(accelerator, "SMALL", small)
     argv = ["--results", str(tmp_path / "a.jsonl"), "--millions", "1", "--repetitions", "1"]
     argv += ["--block-seconds", "0.001", "--optimizer-methods", BASELINE, "auto_sample"]
-    argv += ["--training-methods", BASELINE, "auto_sample"]
+    argv += ["--training-methods", BASELINE]  # one, for these are long to compile
     accelerator.main(argv)
     out = capsys.readouterr().out
     assert "jax finds no accelerator" in out and "nan" not in out
     sections = [line for line in out.splitlines() if line.startswith("## ")]
     assert len(sections) == 1 + 4 + 4
-    assert sum(line.startswith("auto_sample  ") for line in out.splitlines()) == 8
+    assert sum(line.startswith("auto_sample  ") for line in out.splitlines()) == 4
+    assert sum(line.startswith(f"{BASELINE}  ") for line in out.splitlines()) == 8
     monkeypatch.setattr(accelerator, "measured", None)
     accelerator.main(argv)
     assert (tmp_path / "a.md").read_text().count("```text") == 9 + 1
