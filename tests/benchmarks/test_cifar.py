@@ -124,7 +124,7 @@ def test_an_epoch_in_one_program_is_its_steps(folder):
 
 @pytest.mark.usefixtures("small")
 def test_the_command_compares_all_methods_and_goes_on(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(main.PRESETS, "laptop", main.Preset(24, 8, 8, 2, 8, 2))
+    monkeypatch.setitem(main.PRESETS, "laptop", main.Preset(24, 8, 8, 2, 1, 8, 2))
     grids = {name: {k: (x,) for k, x in values.items()} for name, values in VALUES.items()}
     grids["sgd"]["learning_rate"] = (0.1, 0.2)  # pyright: ignore
     monkeypatch.setattr(main, "GRIDS", grids)
