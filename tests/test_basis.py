@@ -22,6 +22,7 @@ from ivon_jax import (
     mc_value_and_grad,
     merge,
     posterior,
+    prior_of,
     prune,
     sample_params,
     save,
@@ -29,6 +30,7 @@ from ivon_jax import (
 )
 from ivon_jax._core.basis import in_coordinates
 from ivon_jax._core.noise import standard_normals
+from ivon_jax._core.optimizer import PRECISION_FLOOR
 from ivon_jax._core.sampling import threefry_key
 
 SETTINGS: Any = {"ess": 50.0, "hess_init": 0.5, "b1": 0.9, "b2": 0.9, "weight_decay": 0.125}
@@ -62,14 +64,23 @@ def rotated_gaussian(seed, rows=4, columns=3):
 # --- The recursion --------------------------------------------------------------------------------
 
 
-def in_numpy(m, gradient, noises, *, lr, every, decay, xi):
-    """The recursion of `ivon` in the coordinates of the eigenbasis, for one matrix."""
+def in_numpy(m, gradient, noises, *, lr, every, decay, xi, prior=None):
+    """The recursion of `ivon` in the coordinates of the eigenbasis, for one matrix.
+
+    The prior is a mean and the full precision of the matrix as a vector; `every=0` never turns.
+    """
     lam, h0, b1, b2, delta = (SETTINGS[k] for k in ("ess", "hess_init", "b1", "b2", "weight_decay"))
+    m0, of_prior = prior or (0 * m, lam * delta * np.eye(m.size))
+    smallest = np.linalg.eigvalsh(of_prior).min() / lam
     (rows, columns), trajectory = m.shape, []
     left, right = np.eye(rows), np.eye(columns)
     of_left, of_right = np.zeros((rows, rows)), np.zeros((columns, columns))
     h, g = np.full(m.shape, h0), np.zeros(m.shape)
     for t, e in enumerate(noises, start=1):
+        turn = np.kron(left, right)
+        delta = np.diag(turn.T @ of_prior @ turn).reshape(m.shape) / lam
+        pull = (turn.T @ of_prior @ (m - m0).ravel()).reshape(m.shape) / lam
+        h = np.maximum(h, PRECISION_FLOOR * (h0 + delta) - delta)
         n = e / np.sqrt(lam * (h + delta))
         gradient_t = gradient(m + left @ n @ right.T)
         turned = left.T @ gradient_t @ right
@@ -77,14 +88,15 @@ def in_numpy(m, gradient, noises, *, lr, every, decay, xi):
         g = b1 * g + (1 - b1) * turned
         d = (1 - b2) * (estimate - h)
         h = h + d + 0.5 * d**2 / (h + delta)
-        step = (g / (1 - b1**t) + delta * (left.T @ m @ right)) / (h + delta)
-        m = m - lr * (h0 + delta) * left @ np.clip(step, -xi, xi) @ right.T
+        h = np.maximum(h, PRECISION_FLOOR * (h0 + delta) - delta)
+        step = (g / (1 - b1**t) + pull) / (h + delta)
+        m = m - lr * (h0 + smallest) * left @ np.clip(step, -xi, xi) @ right.T
         of_left = decay * of_left + (1 - decay) * gradient_t @ gradient_t.T
         of_right = decay * of_right + (1 - decay) * gradient_t.T @ gradient_t
         momentum = left @ g @ right.T
-        if t == 1:
+        if every and t == 1:
             left, right = (np.linalg.eigh(f)[1][:, ::-1] for f in (of_left, of_right))
-        elif t % every == 0:
+        elif every and t % every == 0:
             sorted_rows = np.argsort(-np.diag(left.T @ of_left @ left))
             sorted_columns = np.argsort(-np.diag(right.T @ of_right @ right))
             h = h[sorted_rows][:, sorted_columns]
@@ -144,6 +156,74 @@ def test_trajectories_equal_an_independent_implementation(shape, xi):
     for (m, h), (params, state) in zip(expected, run(tx, loss, start, keys), strict=True):
         np.testing.assert_allclose(params, m, rtol=1e-9)
         np.testing.assert_allclose(state.hess, h, rtol=1e-8)
+
+
+@pytest.mark.parametrize("is_turned", [False, True], ids=["diagonal prior", "turned prior"])
+@pytest.mark.parametrize("every", [0, 2], ids=["diagonal posterior", "turned posterior"])
+def test_a_prior_in_any_basis_is_that_of_the_full_gaussian(is_turned, every):
+    q, covariance = rotated_gaussian(20)
+    if not is_turned:
+        q = q._replace(basis=())
+        covariance = jnp.diag(1 / q.precision.ravel())
+    loss, gradient = quadratic((4, 3))
+    keys = jax.random.split(jax.random.key(1), 12)
+    ones = jnp.ones((4, 3))
+    noises = [np.asarray(standard_normals(threefry_key(key), [ones])[0]) for key in keys]
+    start = matrices(2, (4, 3))[0]
+    how = {"lr": 0.05, "every": every, "decay": 0.8, "xi": np.inf}
+    full = np.asarray(q.mean), np.linalg.inv(covariance)
+    expected = in_numpy(np.asarray(start), gradient, noises, **how, prior=full)
+    basis = Eigenbasis(update_every=every, decay=0.8) if every else None
+    settings = {k: v for k, v in SETTINGS.items() if k != "weight_decay"}
+    tx = ivon(0.05, **settings, prior=q, basis=basis)
+    for (m, h), (params, state) in zip(expected, run(tx, loss, start, keys), strict=True):
+        np.testing.assert_allclose(params, m, rtol=1e-8)
+        np.testing.assert_allclose(state.hess, h, rtol=1e-7)
+    jax.tree.map(np.testing.assert_array_equal, prior_of(state), q)
+    found = diagnostics(state, {"learning_rate": 0.05, **settings})
+    np.testing.assert_allclose(found["kl"], kl_divergence(state, q), rtol=1e-6)
+
+
+def test_a_turn_keeps_the_precision_positive_under_a_prior_that_turns_too():
+    """A sharp prior in one direction lets h be negative there, which other directions forbid."""
+    w = matrices(0, (6, 6))[0]
+    prior = Posterior(0 * w, jnp.where(jnp.arange(6)[:, None] < 1, 1e4, 1e-3) * jnp.ones((6, 6)))
+    tx = ivon(0.0, ess=10, b2=0.5, prior=prior, basis=Eigenbasis(update_every=1, decay=0.5))
+    params, state = w, tx.init(w)
+    for grads in matrices(1, *[(6, 6)] * 8):
+        _, state = tx.update(grads, state, params, hess=-1e3 * jnp.ones((6, 6)))
+        assert jax.tree.leaves(posterior(state).precision)[0].min() > 0
+
+
+def test_a_part_takes_its_own_sides_of_a_prior_for_the_whole():
+    one, _ = rotated_gaussian(0)
+    other, _ = rotated_gaussian(9, 2, 5)
+    prior = Posterior(*({"a": x, "b": y} for x, y in zip(one[:2], other[:2], strict=True)))
+    prior = prior._replace(basis=one.basis + other.basis)
+    part = ivon(0.1, ess=10, prior=prior)
+    tx = optax.partition({"ivon": part, "sgd": optax.sgd(0.1)}, {"a": "sgd", "b": "ivon"})
+    state = tx.init(prior.mean)
+    jax.tree.map(np.testing.assert_array_equal, prior_of(state).basis, other.basis)
+    jax.tree.map(np.testing.assert_array_equal, prior_of(state, prior.mean).basis[1:], other.basis)
+    assert kl_divergence(part.init(prior.mean), prior) > 0
+
+
+def test_a_leaf_that_a_basis_turns_is_fixed_as_a_whole_or_not():
+    w = {"w": jnp.ones((3, 2))}
+    fixed = Posterior({"w": 5 * w["w"]}, {"w": jnp.full((3, 2), jnp.inf)})
+    tx = auto_sample(ivon(0.1, ess=10, prior=fixed, basis=Eigenbasis()), 0)
+    _, state = tx.update(w, tx.init(w), w)
+    np.testing.assert_array_equal(state.inner_state.mean["w"], fixed.mean["w"])
+    half = fixed._replace(precision={"w": jnp.array([[jnp.inf, 1.0]] * 3)})
+    with pytest.raises(ValueError, match=r"infinite for a part of the leaf at \['w'\]"):
+        ivon(0.1, ess=10, prior=half, basis=Eigenbasis()).init(w)
+    turned = half._replace(basis=(Sides(columns=rotation(0, 2)),))
+    with pytest.raises(ValueError, match="infinite for a part"):
+        ivon(0.1, ess=10, prior=turned).init(w)
+    ivon(0.1, ess=10, prior=half).init(w)
+    with pytest.raises(ValueError, match="of other axes"):
+        stacked = Posterior(*[jnp.ones((2, 3, 4))] * 2, (Sides(jnp.stack([jnp.eye(3)] * 2)),))
+        ivon(0.1, ess=10, prior=stacked, basis=Eigenbasis()).init(stacked.mean)
 
 
 def test_the_identity_as_basis_changes_no_bit():
@@ -455,13 +535,9 @@ def test_what_cannot_be_done_says_what_to_do_instead(tmp_path):
         with pytest.raises(ValueError, match=r"merge marginals\(q\)"):
             merge(pair)
     assert jnp.isnan(jax.jit(lambda a, b: merge([a, b]).mean)(q, other)).all()
-    with pytest.raises(ValueError, match="one of the two"):
-        ivon(0.1, ess=10, prior=marginals(q), basis=Eigenbasis())
     for option in ({"update_every": 0}, {"decay": 1.5}, {"max_dim": 0}, {"hess_clip": 1.0}):
         with pytest.raises(ValueError, match=next(iter(option))):
             Eigenbasis(**option)
-    with pytest.raises(ValueError, match=r"pass marginals\(prior\)"):
-        ivon(0.1, ess=10, prior=q)
     with pytest.raises(TypeError, match=r"must be an Eigenbasis\(\)"):
         ivon(0.1, ess=10, basis=Eigenbasis)  # pyright: ignore[reportArgumentType]
     for basis, message in (
@@ -536,6 +612,31 @@ def test_a_gradient_that_overflows_leaves_the_basis_alone():
 
 
 # --- Closed forms ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("basis", [None, Eigenbasis(update_every=10_000)], ids=["diagonal", "eigenbasis"])
+def test_data_in_two_parts_have_the_mean_of_all(basis):
+    """Linear regression: the second part's mean is exact if the prior keeps its correlations."""
+    x, noise, w = matrices(3, (60, 4), (60, 1), (4, 1))
+    x = x @ matrices(4, (4, 4))[0]
+    y = x @ w + 0.5 * noise
+    first, second = x[:30].T @ x[:30] + jnp.eye(4), x[30:].T @ x[30:]
+    values, vectors = jnp.linalg.eigh(first)
+    mean = jnp.linalg.solve(first, x[:30].T @ y[:30])
+    prior = Posterior(mean, values[:, None], (Sides(vectors),))
+    tx = ivon(0.3, ess=30, b2=0.9, hess_init=5.0, prior=prior, rescale_lr=False, basis=basis)
+
+    def step(state, _):
+        m = state.mean
+        turn = state.basis.vectors[0].rows if basis else jnp.eye(4)
+        hess = jnp.diag(turn.T @ second @ turn)[:, None] / 30
+        return tx.update(x[30:].T @ (x[30:] @ m - y[30:]) / 30, state, m, hess=hess)[1], None
+
+    state = jax.lax.scan(step, tx.init(mean), length=2000)[0]
+    q, total = posterior(state), first + second
+    np.testing.assert_allclose(q.mean, jnp.linalg.solve(total, x.T @ y), rtol=1e-6)
+    turn = q.basis[0].rows if basis else jnp.eye(4)
+    np.testing.assert_allclose(q.precision[:, 0], jnp.diag(turn.T @ total @ turn), rtol=1e-6)
 
 
 def test_linear_regression_is_exact_with_correlated_features():

@@ -49,10 +49,16 @@ def as_eigen_state(node: Any, number: int) -> EigenState | tuple[()]:
     """The state of so many leaves, from that or from the mappings that `nnx.state` makes of it."""
     if not isinstance(node, Mapping):
         return node
-    bases = (get_field(node, field) for field in EigenState._fields)
-    # They leave out what is empty.
-    sides = [[basis.get(i, {}) for i in range(number)] for basis in bases]
-    return EigenState(*(tuple(Sides(**dict(x)) for x in basis) for basis in sides))
+    return EigenState(*(as_basis(get_field(node, field), number) for field in EigenState._fields))
+
+
+def as_basis(node: Any, number: int) -> Basis:
+    """The basis of so many leaves, from that or from a mapping, which leaves out what is empty."""
+    if not isinstance(node, Mapping):
+        return node
+    if not node:
+        return ()
+    return tuple(Sides(**dict(node.get(i, {}))) for i in range(number))
 
 
 def in_coordinates(basis: Basis, leaves: list[jax.Array]) -> list[jax.Array]:
@@ -114,17 +120,18 @@ def _fit(sides: Sides, shape: tuple[int, ...]) -> bool:
     return not present or any(fits)
 
 
-def variances_in(target: Basis, source: Basis, variances: list[jax.Array]) -> list[jax.Array]:
-    """The variances of coordinates of the target, from those of independent ones of the source.
+def diagonal_in(target: Basis, source: Basis, diagonals: list[jax.Array]) -> list[jax.Array]:
+    """The diagonals in the target's coordinates of matrices that are diagonal in the source's.
 
-    With W = Q_Tᵀ Q_S of each side they are (W_L ⊙ W_L) V (W_R ⊙ W_R)ᵀ.
+    With W = Q_Tᵀ Q_S of each side such a diagonal D becomes (W_L ⊙ W_L) D (W_R ⊙ W_R)ᵀ. Variances
+    of independent coordinates become those of others, and precisions likewise.
     """
     if not target and not source:
-        return variances
-    none = (Sides(),) * len(variances)
+        return diagonals
+    none = (Sides(),) * len(diagonals)
     pairs = zip(target or none, source or none, strict=True)
     squares = [Sides(*map(_squares, to, of)) for to, of in pairs]
-    return list(map(_rotated, squares, variances))
+    return list(map(_rotated, squares, diagonals))
 
 
 def _squares(target: Any, source: Any) -> Any:

@@ -67,12 +67,14 @@ def gaussian_mean(state: PyTree) -> PyTree:
 def gaussian_basis(state: PyTree) -> Basis:
     """The basis alone, in the order of the leaves that all states own."""
     parts = find_states(state)
-    if not any(part.basis for part in parts):
-        return ()
+    return _merged_basis(parts, list(map(vectors_of, parts)))
+
+
+def _merged_basis(parts: list[IVONState], bases: list[Basis]) -> Basis:
     trees = []
-    for part in parts:
+    for part, basis in zip(parts, bases, strict=True):
         own = Owned(part.hess)
-        sides = vectors_of(part) if part.basis and own.leaves else (Sides(),) * len(own.leaves)
+        sides = basis if own.leaves and basis else (Sides(),) * len(own.leaves)
         trees.append(own.join([_Opaque(x) for x in sides]))
     merged = functools.reduce(_merge_owned, trees)
     basis = tuple(x.sides for x in jax.tree.leaves(merged))
@@ -86,7 +88,9 @@ def prior_gaussian(state: PyTree) -> Posterior:
     means = [part.prior.mean if part.prior else part.hess for part in flat]
     precisions = [part.prior.precision if part.prior else _precision([part]) for part in flat]
     return Posterior(
-        functools.reduce(_merge_owned, means), functools.reduce(_merge_owned, precisions)
+        functools.reduce(_merge_owned, means),
+        functools.reduce(_merge_owned, precisions),
+        _merged_basis(parts, [part.prior.basis if part.prior else () for part in parts]),
     )
 
 

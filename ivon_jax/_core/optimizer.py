@@ -23,13 +23,14 @@ from ivon_jax._core.checks import (
 )
 from ivon_jax._core.compiler import materialized
 from ivon_jax._core.eigenbasis import Eigenbasis
-from ivon_jax._core.priors import prior_source
+from ivon_jax._core.priors import check_prior_fits, prior_source
 from ivon_jax._core.state import (
     IVONState,
     Posterior,
     check_single,
     leaf_priors,
     precision_leaves,
+    prior_pulls,
     vectors_of,
 )
 from ivon_jax._core.tampering import with_loaded
@@ -113,7 +114,9 @@ def ivon(
         yesterday's `posterior(state)`: δ becomes s₀/λ element by element, δm becomes δ(m−m₀), and
         the factor of α is h₀ plus the smallest δ of each leaf (large where s₀ ≫ λh₀ throughout:
         use `rescale_lr=False` then). An infinite s₀ fixes the parameter at m₀, a zero one is flat.
-        `init` copies it into the state, where `update` reads it.
+        `init` copies it into the state, where `update` reads it. A basis, of the prior or of this
+        posterior, is accounted for: the pull is Λ₀(m−m₀)/λ with all of the prior's precision Λ₀,
+        and δ the diagonal of Λ₀/λ in the coordinates of the posterior.
       basis: in which coordinates of each matrix σ² is diagonal: `Eigenbasis()` for those of the
         eigenvectors of its gradients' second moments, in place of the parameters themselves. The
         update above then applies to M' = Q_Lᵀ M Q_R: `state.hess`, `state.momentum` and `hess=` of
@@ -127,8 +130,7 @@ def ivon(
 
     Raises:
       TypeError: if an argument is not a number, or traced below float32; or for another `basis`.
-      ValueError: if a number is out of range, or `prior` is combined with `weight_decay`, `mask` or
-        `basis`.
+      ValueError: if a number is out of range, or `prior` is combined with `weight_decay` or `mask`.
 
     References:
       Shen et al., Variational Learning is Effective for Large Deep Networks, ICML 2024,
@@ -172,16 +174,12 @@ def ivon(
     check_axis_name("axis_name", axis_name)
     if basis is not None and not isinstance(basis, Eigenbasis):
         raise TypeError(f"basis must be an Eigenbasis(), or None; got {basis!r}.")
-    if basis is not None and prior is not None:
-        raise ValueError(
-            "prior= is diagonal in the parameters and basis= turns these: use one of the two."
-        )
 
     @also_abstract
     def init(params: PyTree) -> IVONState:
         mean = jax.tree_util.tree_map_with_path(_owned_mean, params)
         mean, prior_fields = source.init(mean, params)
-        return IVONState(
+        state = IVONState(
             count=jnp.zeros([], jnp.int32),
             mean=mean,
             hess=jax.tree.map(lambda m: jnp.full_like(m, constants.hess_init), mean),
@@ -190,6 +188,8 @@ def ivon(
             basis=() if basis is None else basis.init(mean, params),
             **prior_fields,
         )
+        check_prior_fits(state)
+        return state
 
     # Traced once for leaves of one shape.
     statistics = jax.jit(functools.partial(rule.statistics, constants))
@@ -222,7 +222,7 @@ def ivon(
         corrections: dict[Any, jax.Array | None] = {x.dtype: None for x in m}
         if debias:
             corrections = {t: rule.bias_correction(b1, count, t) for t in corrections}
-        leaves = zip(in_coordinates(vectors, m), h, momentum, priors, strict=True)
+        leaves = zip(prior_pulls(new), h, momentum, priors, strict=True)
         steps = [mean_step(rate, corrections[x[0].dtype], *x) for x in leaves]
         m = materialized(list(map(moved, m, in_parameters(vectors, steps), priors)))
         momentum = [x.astype(old.dtype) for x, old in zip(momentum, g, strict=True)]
@@ -234,7 +234,13 @@ def ivon(
         if basis is None:
             return new
         eigen, (momentum, hess) = basis.turned(new.basis, count, grads, new.momentum, new.hess)
-        return new._replace(basis=eigen, momentum=momentum, hess=hess)
+        new = new._replace(basis=eigen, momentum=momentum, hess=hess)
+        if prior is None:
+            return new
+        # In other coordinates a general δ is another, and h may be too small for it.
+        pairs = zip(jax.tree.leaves(hess), leaf_priors(new), strict=True)
+        h = [p.where_fixed(h, rule.floored(constants, h, p.delta)) for h, p in pairs]
+        return new._replace(hess=unflatten_like(hess, h))
 
     def update(
         grads: PyTree,

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._core.basis import Sides, in_coordinates, variances_in
+from ivon_jax._core.basis import Sides, diagonal_in, in_coordinates
 from ivon_jax._core.checks import Number, check_floating, check_number
 from ivon_jax._core.gaussians import (
     gaussian,
@@ -128,7 +128,7 @@ def marginals(state: PyTree, params: PyTree | None = None) -> Posterior:
     q = gaussian(q)  # checked
     own = Owned(q.mean)
     variances = [1 / p for p in own.checked("the precision", q.precision)]
-    precisions = [1 / v for v in variances_in((), q.basis, variances)]
+    precisions = [1 / v for v in diagonal_in((), q.basis, variances)]
     return Posterior(q.mean, own.join(precisions))
 
 
@@ -204,7 +204,7 @@ def _moved(state: PyTree, params: PyTree) -> PyTree:
     check_floating(own, "params", owned)
     leaves = [copy_array(jnp.asarray(p, h.dtype)) for p, h in zip(owned, own.leaves, strict=True)]
     if isinstance(part.prior, GaussianPrior):  # what it fixes cannot be moved
-        centers, precisions, _ = map(jax.tree.leaves, part.prior)
+        centers, precisions = map(jax.tree.leaves, part.prior[:2])
         fixed = zip(precisions, centers, leaves, strict=True)
         leaves = [jnp.where(jnp.isinf(s0), m0, m) for s0, m0, m in fixed]
     mean = unflatten_like(get_field(state, "mean"), leaves)
@@ -293,7 +293,7 @@ def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
     pairs = zip(own.leaves, centers, precisions, strict=True)
     shifts = [m.astype(p.dtype) - m0.astype(p.dtype) for m, m0, p in pairs]
     shifts = in_coordinates(prior.basis, shifts)
-    variances = variances_in(prior.basis, q.basis, [1 / p for p in precisions])
+    variances = diagonal_in(prior.basis, q.basis, [1 / p for p in precisions])
     total = jnp.zeros([])
     leaves = zip(shifts, variances, precisions, prior_precisions, strict=True)
     for shift, variance, p, p0 in leaves:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ivon_jax._core.basis import Basis, check_sides
 from ivon_jax._core.checks import (
     Number,
     check_floating,
@@ -22,8 +23,9 @@ from ivon_jax._core.state import (
     GaussianPrior,
     IVONState,
     Posterior,
+    leaf_priors,
 )
-from ivon_jax._core.trees import Owned, PyTree, copy_array, place
+from ivon_jax._core.trees import Owned, PyTree, copy_array, place, unflatten_like
 
 DEFAULT_WEIGHT_DECAY = 1e-4
 
@@ -81,11 +83,20 @@ class GeneralPrior(NamedTuple):
             treedef.unflatten(center),
             treedef.unflatten(precision),
             jnp.where(jnp.isinf(stacked), 0, stacked),  # zero for a leaf that is fixed throughout
+            self._owned_basis(own),
         )
         mean = jax.tree.map(
             lambda m, m0, s0: jnp.where(jnp.isinf(s0), m0, m), mean, prior.mean, prior.precision
         )
         return mean, {"weight_decay": (), "prior": prior}
+
+    def _owned_basis(self, own: Owned) -> Basis:
+        """Copies of the sides of the owned leaves."""
+        if not self.prior.basis or not own.leaves:
+            return ()
+        numbers = unflatten_like(self.prior.mean, list(range(len(self.prior.basis))))
+        owned, _ = own.split("prior.mean", jax.tree.map(np.int32, numbers))
+        return tuple(jax.tree.map(copy_array, self.prior.basis[int(i)]) for i in owned)
 
     def update(self, state: IVONState, params: PyTree | None) -> dict[str, Any]:
         """Nothing: the prior stays as it is in the state."""
@@ -109,17 +120,26 @@ def prior_source(
             "prior takes the place of weight_decay and mask: give either. A weight decay δ is the "
             "prior of mean 0 and precision ess·δ."
         )
-    if prior.basis:
-        raise ValueError(
-            "prior has a basis, in whose coordinates its precision is: pass marginals(prior), "
-            "which leaves the correlations out."
-        )
     check_precision("prior.precision", prior.precision)
+    check_sides(prior.basis, Owned(prior.mean))
     for path, x in jax.tree_util.tree_leaves_with_path(prior.mean):
         undefined = jnp.any(jnp.isnan(x))
         if is_concrete(undefined) and bool(undefined):
             raise ValueError(f"prior.mean is NaN at {place(path)}: was its run diverging?")
     return GeneralPrior(prior)
+
+
+def check_prior_fits(state: IVONState) -> None:
+    """Refuses a general prior that has no diagonal in the coordinates of the state."""
+    if not isinstance(state.prior, GaussianPrior):
+        return
+    for path, prior in zip(Owned(state.mean).paths, leaf_priors(state), strict=True):
+        undefined = jnp.any(jnp.isnan(prior.delta))
+        if is_concrete(undefined) and bool(undefined):
+            raise ValueError(
+                f"prior.precision is infinite for a part of the leaf at {place(path)}, which a "
+                "basis mixes with the rest: fix that leaf as a whole, or use no basis."
+            )
 
 
 def _owned_copy(own: Owned, name: str, tree: PyTree) -> list[jax.Array]:

@@ -46,7 +46,7 @@ class LeafPrior(NamedTuple):
 
     Attributes:
       center: m₀; where δ is infinite the parameter is fixed there. None is zero, and fixes nothing.
-      delta: δ, a scalar or one number per element.
+      delta: δ, a scalar or one number per element; with a basis, of each coordinate.
       rate_delta: the scalar δ in the factor h₀+δ of the learning rate.
     """
 
@@ -57,10 +57,6 @@ class LeafPrior(NamedTuple):
     def astype(self, dtype: Any) -> "LeafPrior":
         """The prior in this dtype."""
         return jax.tree.map(lambda x: jnp.asarray(x, dtype), self)
-
-    def pull(self, m: jax.Array) -> jax.Array:
-        """δ(m−m₀)."""
-        return self.delta * (m if self.center is None else m - self.center)
 
     def where_fixed(self, fixed: Any, free: jax.Array) -> jax.Array:
         """`fixed` where δ is infinite, and `free` elsewhere."""
@@ -87,8 +83,13 @@ def statistics(
     d = rule.one_minus_b2 * (hess - h)
     # h + d + ½d²/(h+δ), grouped so that float32 keeps small changes and d² cannot overflow.
     new = h + (d + 0.5 * d * (d / (h + old_delta.astype(h.dtype))))
-    new = jnp.maximum(new, rule.floor * (rule.hess_init + prior.delta) - prior.delta)
-    return prior.where_fixed(h, new), g
+    return prior.where_fixed(h, floored(rule, new, prior.delta)), g
+
+
+def floored(rule: Rule, h: jax.Array, delta: jax.Array) -> jax.Array:
+    """h with h+δ no smaller than the share `floor` of h₀+δ."""
+    rule, delta = rule.astype(h.dtype), delta.astype(h.dtype)
+    return jnp.maximum(h, rule.floor * (rule.hess_init + delta) - delta)
 
 
 def bias_correction(b1: Scalar, count: jax.typing.ArrayLike, dtype: Any) -> jax.Array:
@@ -100,34 +101,33 @@ def bias_correction(b1: Scalar, count: jax.typing.ArrayLike, dtype: Any) -> jax.
     return 1 / -jnp.expm1(jnp.asarray(count, dtype) * log_b1)
 
 
-def direction(m: jax.Array, h: jax.Array, g_bar: jax.Array, prior: LeafPrior) -> jax.Array:
-    """(ḡ + δ(m−m₀))/(h+δ), the preconditioned step before the clip."""
-    prior = prior.astype(m.dtype)
-    numerator = g_bar + prior.pull(m)
+def direction(pull: jax.Array, h: jax.Array, g_bar: jax.Array, delta: jax.Array) -> jax.Array:
+    """(ḡ + δ(m−m₀))/(h+δ), the preconditioned step before the clip; the pull is δ(m−m₀)."""
+    numerator = g_bar + pull
     # Neither a clip nor the division may turn a statistic that has overflowed into a number.
     proper = jnp.isfinite(numerator) & jnp.isfinite(h)
-    return jnp.where(proper, numerator / (h + prior.delta), jnp.nan)
+    return jnp.where(proper, numerator / (h + delta.astype(h.dtype)), jnp.nan)
 
 
 def mean_step(
     rule: Rule,
     lr: Scalar,
     correction: jax.Array | None,
-    m: jax.Array,
+    pull: jax.Array,
     h: jax.Array,
     g: jax.Array,
     prior: LeafPrior,
 ) -> jax.Array:
     """α(h₀+δ)u with u = clip((ḡ + δ(m−m₀))/(h+δ), ±ξ), from the old m and the new h and g.
 
-    The correction is that of `bias_correction`, or None.
+    The pull is δ(m−m₀); the correction that of `bias_correction`, or None.
     """
-    u = direction(m, h, g if correction is None else g * correction, prior)
+    u = direction(pull, h, g if correction is None else g * correction, prior.delta)
     is_clipped = rule.clip_radius != math.inf if isinstance(rule.clip_radius, float) else True
-    rule, prior = rule.astype(m.dtype), prior.astype(m.dtype)
+    rule, prior = rule.astype(h.dtype), prior.astype(h.dtype)
     if is_clipped:
         u = jnp.clip(u, -rule.clip_radius, rule.clip_radius)
-    rate = jnp.asarray(lr, m.dtype)
+    rate = jnp.asarray(lr, h.dtype)
     if rule.rescale_lr:
         rate = rate * (rule.hess_init + prior.rate_delta)
     return rate * u

@@ -9,7 +9,11 @@ import jax.numpy as jnp
 from ivon_jax._core.basis import (
     Basis,
     EigenState,
+    as_basis,
     as_eigen_state,
+    diagonal_in,
+    in_coordinates,
+    in_parameters,
 )
 from ivon_jax._core.rule import LeafPrior
 from ivon_jax._core.trees import (
@@ -44,11 +48,13 @@ class GaussianPrior(NamedTuple):
       mean: tree of m₀.
       precision: tree of s₀; +inf fixes the element at m₀, 0 is flat.
       smallest: smallest s₀ of each leaf, float32; 0 for a leaf that is fixed throughout.
+      basis: the basis in whose coordinates s₀ is, not that of the state; `()` for the parameters'.
     """
 
     mean: PyTree
     precision: PyTree
     smallest: jax.Array
+    basis: Basis = ()
 
 
 class Window(NamedTuple):
@@ -155,10 +161,12 @@ def map_states(f: Callable[[Any], Any], state: PyTree) -> PyTree:
 
 def _as_state(node: Any) -> IVONState:
     fields = without_nnx({field: get_field(node, field) for field in IVONState._fields})
+    number = len(jax.tree.leaves(fields["hess"]))
     if fields["prior"]:
         prior = {f: get_field(fields["prior"], f) for f in GaussianPrior._fields}
+        prior["basis"] = as_basis(prior["basis"], number)
         fields["prior"] = GaussianPrior(**prior)
-    fields["basis"] = as_eigen_state(fields["basis"], len(jax.tree.leaves(fields["hess"])))
+    fields["basis"] = as_eigen_state(fields["basis"], number)
     return IVONState(**fields)
 
 
@@ -183,18 +191,39 @@ def check_single(state: Any) -> None:
 
 
 def leaf_priors(state: IVONState) -> list[LeafPrior]:
-    """The prior of each owned leaf under the state's ess."""
+    """The prior of each owned leaf under the state's ess, with δ in the state's coordinates."""
     if isinstance(state.prior, GaussianPrior):
+        centers, deltas = jax.tree.leaves(state.prior.mean), _own_deltas(state.prior, state.ess)
+        # Fixed are single elements, or in a leaf that is turned all: of a part NaN is made.
+        finite = [jnp.where(jnp.isinf(d), jnp.nan, d) for d in deltas]
+        turned = diagonal_in(vectors_of(state), state.prior.basis, finite)
+        deltas = [jnp.where(jnp.isinf(d), d, t) for d, t in zip(deltas, turned, strict=True)]
         rates = state.prior.smallest / state.ess
-        pairs = zip(*map(jax.tree.leaves, state.prior[:2]), strict=True)
-        return [
-            LeafPrior(m0, s0 / state.ess.astype(s0.dtype), rates[i])
-            for i, (m0, s0) in enumerate(pairs)
-        ]
+        return list(map(LeafPrior, centers, deltas, rates))
     # An infinite weight decay is a mistake: it has to be seen, and fixes nothing.
     decay = jnp.where(jnp.isinf(state.weight_decay), jnp.nan, state.weight_decay)
     deltas = [decay[i] if decay.ndim else decay for i in range(len(jax.tree.leaves(state.hess)))]
     return [LeafPrior(None, delta, delta) for delta in deltas]
+
+
+def prior_pulls(state: IVONState) -> list[jax.Array]:
+    """δ(m−m₀) of each owned leaf, in the state's coordinates."""
+    means, vectors = jax.tree.leaves(state.mean), vectors_of(state)
+    if not isinstance(state.prior, GaussianPrior):
+        leaves = zip(leaf_priors(state), in_coordinates(vectors, means), strict=True)
+        return [prior.delta.astype(m.dtype) * m for prior, m in leaves]
+    centers, basis = jax.tree.leaves(state.prior.mean), state.prior.basis
+    shifts = in_coordinates(basis, [m - m0 for m, m0 in zip(means, centers, strict=True)])
+    pulls = [
+        d.astype(x.dtype) * x
+        for d, x in zip(_own_deltas(state.prior, state.ess), shifts, strict=True)
+    ]
+    return in_coordinates(vectors, in_parameters(basis, pulls))
+
+
+def _own_deltas(prior: GaussianPrior, ess: jax.Array) -> list[jax.Array]:
+    """s₀/λ, in the coordinates of a general prior."""
+    return [s0 / ess.astype(s0.dtype) for s0 in jax.tree.leaves(prior.precision)]
 
 
 def precision_leaves(state: IVONState) -> list[jax.Array]:

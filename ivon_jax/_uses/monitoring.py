@@ -18,6 +18,7 @@ from ivon_jax._core.state import (
     find_states,
     leaf_priors,
     precision_leaves,
+    prior_pulls,
     vectors_of,
 )
 from ivon_jax._core.tampering import sample_agreement, sample_distance
@@ -184,7 +185,8 @@ def _numbers(
         "kl/flat": share(lambda x: jnp.broadcast_to(x.delta == 0, x.hess.shape)),
     }
     if "learning_rate" in given:
-        delta = jnp.min(jnp.stack([jnp.min(x.delta) for x in leaves])) if leaves else 0.0
+        deltas = [jnp.min(x.delta).astype(jnp.float32) for x in leaves]
+        delta = jnp.min(jnp.stack(deltas)) if leaves else 0.0
         busy = jnp.maximum((numbers["hess/p99"] + delta) / (hess_init + delta), 1)
         risk = MARGIN * given["learning_rate"] * gain * busy * (1 - b1) / (2 * (1 + b1))
         numbers["update/risk"] = jnp.where(jnp.isinf(jnp.asarray(clip_radius)), risk, 0.0)
@@ -246,16 +248,24 @@ class _Leaf(NamedTuple):
 def _leaves(state: IVONState, b1: Number, debias: bool) -> list[_Leaf]:
     count = jnp.maximum(state.count, 1)
 
-    def leaf(m: jax.Array, h: jax.Array, g: jax.Array, p: jax.Array, prior: LeafPrior) -> _Leaf:
+    def leaf(
+        m: jax.Array,
+        pull: jax.Array,
+        h: jax.Array,
+        g: jax.Array,
+        p: jax.Array,
+        prior: LeafPrior,
+    ) -> _Leaf:
         g = g.astype(m.dtype)
         g = g * bias_correction(b1, count, g.dtype) if debias else g
-        step = direction(m, h, g, prior)
+        step = direction(pull, h, g, prior.delta)
         step = jnp.where(state.count == 0, 0, prior.where_fixed(0, step))
         return _Leaf(m, h, p, prior.delta, prior.rate_delta, g, step, ~jnp.isinf(p))
 
     mean, hess, momentum = map(jax.tree.leaves, (state.mean, state.hess, state.momentum))
     mean = in_coordinates(vectors_of(state), mean)
-    return list(map(leaf, mean, hess, momentum, precision_leaves(state), leaf_priors(state)))
+    of_q, of_prior = precision_leaves(state), leaf_priors(state)
+    return list(map(leaf, mean, prior_pulls(state), hess, momentum, of_q, of_prior))
 
 
 def _largest_gain(leaf: _Leaf, hess_init: Number) -> jax.Array:
