@@ -614,7 +614,9 @@ def test_a_gradient_that_overflows_leaves_the_basis_alone():
 # --- Closed forms ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("basis", [None, Eigenbasis(update_every=10_000)], ids=["diagonal", "eigenbasis"])
+@pytest.mark.parametrize(
+    "basis", [None, Eigenbasis(update_every=10_000)], ids=["diagonal", "eigenbasis"]
+)
 def test_data_in_two_parts_have_the_mean_of_all(basis):
     """Linear regression: the second part's mean is exact if the prior keeps its correlations."""
     x, noise, w = matrices(3, (60, 4), (60, 1), (4, 1))

@@ -59,6 +59,17 @@ def test_laplace_is_exact_for_linear_regression(line):
     np.testing.assert_allclose(of_std, std, rtol=5 / (2 * methods.SAMPLES) ** 0.5)
 
 
+def test_the_eigenbasis_is_exact_for_correlated_features(line):
+    problem, mean, std = line
+    values = {"learning_rate": 0.05, "hess_init": 1.0}
+    out = methods.predictions(problem, "ivon_basis", 1, 4000, jax.random.key(0), values)
+    of_mean, of_std = moments(out)
+    np.testing.assert_allclose(of_mean, mean, atol=0.2 * std.mean())
+    np.testing.assert_allclose(of_std, std, rtol=0.2)
+    _, diagonal = moments(methods.predictions(problem, "ivon", 1, 4000, jax.random.key(0), values))
+    assert np.abs(of_std / std - 1).mean() < 0.5 * np.abs(diagonal / std - 1).mean()
+
+
 def test_the_laplace_matrix_of_a_softmax_is_the_hessian_at_the_mode():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(40, 3)), jnp.float32)
@@ -97,7 +108,7 @@ def test_the_free_energy_is_minus_the_evidence_at_the_exact_posterior():
     data = Data(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))
     problem = Problem(data, data, hidden=0, outputs=1, precision=PRECISION, noise=NOISE)
     values = {"learning_rate": 0.05, "hess_init": 4.0}
-    found = methods.free_energy(problem, 2, 16_000, jax.random.key(0), values)
+    found = methods.free_energy(problem, "ivon", 2, 16_000, jax.random.key(0), values)
     with_one = np.concatenate([x, np.ones((60, 1))], axis=1)
     covariance = NOISE**2 * np.eye(60) + with_one @ with_one.T / PRECISION
     evidence = multivariate_normal(np.zeros(60), covariance).logpdf(y)

@@ -18,6 +18,7 @@ from benchmarks._shared.tuning import Grid
 from benchmarks.evidence.images.methods import RANK, draw_swag, swag_of
 from benchmarks.evidence.inference.problems import Problem
 from ivon_jax import (
+    Eigenbasis,
     Posterior,
     kl_divergence,
     mixture,
@@ -60,7 +61,9 @@ GRIDS: dict[str, Grid] = {
     "swag": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "rate": (0.01, 0.03, 0.1, 0.3)},
     "ivon": IVON_GRID,
     "ivon_nll": IVON_GRID,
+    "ivon_basis": IVON_GRID,
 }
+BASIS = Eigenbasis(decay=0.99)
 
 
 @partial(jax.jit, static_argnames=("problem", "method", "runs", "gradients"))
@@ -76,16 +79,16 @@ def predictions(
     return draw(problem, method, fitted, values, draw_key)
 
 
-@partial(jax.jit, static_argnames=("problem", "runs", "gradients"))
+@partial(jax.jit, static_argnames=("problem", "method", "runs", "gradients"))
 def free_energy(
-    problem: Problem, runs: int, gradients: int, key: Array, values: Mapping[str, Any]
+    problem: Problem, method: str, runs: int, gradients: int, key: Array, values: Mapping[str, Any]
 ) -> Array:
     """What IVON minimises, per training example, where its runs end: E_q[loss] + KL(q‖p)/N."""
     number = len(problem.train.y)
 
     def one(key: Array) -> Array:
         fit_key, key = jax.random.split(key)
-        q = fit_ivon(problem, gradients // runs, values, fit_key)
+        q = FITS[method](problem, gradients // runs, values, fit_key)
         zero, flat = (optax.tree.full_like(q.mean, x) for x in (0.0, problem.precision))
         loss = lambda k: problem.loss(sample_params(k, q)[0], problem.train)  # noqa: E731
         losses = jax.lax.map(loss, jax.random.split(key, SAMPLES // runs))
@@ -112,15 +115,17 @@ def _train(problem: Problem, tx: Any, step: Any, num_steps: int, key: Array) -> 
     return shared.scan_random_batches(step, BATCH_SIZE, problem.train, carry, keys)[0]
 
 
-def fit_ivon(problem: Problem, num_steps: int, values: Mapping[str, Any], key: Array) -> Any:
+def fit_ivon(
+    problem: Problem,
+    num_steps: int,
+    values: Mapping[str, Any],
+    key: Array,
+    basis: Eigenbasis | None = None,
+) -> Any:
     """IVON at temperature 1 and with the prior of the problem: its posterior."""
-    number = len(problem.train.y)
-    tx = shared.optimizer(
-        "ivon",
-        {**values, "prior_precision": problem.precision, "b2": recipes.b2_for(num_steps)},
-        num_steps,
-        number,
-    )
+    number, b2 = len(problem.train.y), recipes.b2_for(num_steps)
+    fixed = {"prior_precision": problem.precision, "b2": b2, "basis": basis}
+    tx = shared.optimizer("ivon", {**values, **fixed}, num_steps, number)
     step = shared.ivon_step(problem.loss, tx)
     return posterior(_train(problem, tx, step, num_steps, key)[1])
 
@@ -180,6 +185,7 @@ FITS: dict[str, Callable[..., Any]] = {
     "swag": fit_swag,
     "ivon": fit_ivon,
     "ivon_nll": fit_ivon,
+    "ivon_basis": partial(fit_ivon, basis=BASIS),
 }
 
 
