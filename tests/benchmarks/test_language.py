@@ -82,6 +82,10 @@ def test_runs_are_reported(text_file, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "language.png").stat().st_size > 10_000
     for _, found in Journal(path).select(part="run"):
         assert [step for step, _ in found["curve"]] == [1, 2, 3, 4, 5]
+    other = tmp_path / "other.jsonl"
+    with pytest.raises(SystemExit, match="no results yet"):
+        main.main([f"--text={text_file}", f"--results={other}", f"--chosen-in={other}"])
+    assert main.chosen_elsewhere(path) == {name: x[0] for name, x in tried.items()}
 
 
 @pytest.mark.parametrize(("size", "message"), [(None, "cannot read"), (500, "at least 1,300")])

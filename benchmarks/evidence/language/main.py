@@ -2,6 +2,7 @@
 
     python benchmarks/evidence/language/main.py --text tinyshakespeare.txt
     python benchmarks/evidence/language/main.py --report       # tables and figure
+    python benchmarks/evidence/language/main.py --text OTHER --chosen-in FILE.jsonl
 
 A GPT of four layers, four heads and width 128 reads 64 characters and is trained for 2,000 steps of
 12 windows, without biases or dropout: nanoGPT's configuration for a CPU. AdamW, IVON and IVON in an
@@ -22,7 +23,7 @@ import jax
 import numpy as np
 
 from benchmarks._shared.comparing import best_of
-from benchmarks._shared.journal import Evidence, Journal, command
+from benchmarks._shared.journal import Evidence, Journal, command, read_journal
 from benchmarks._shared.measuring import interleaved, jax_loop, ratios
 from benchmarks._shared.networks import GPT
 from benchmarks.evidence.language.report import steps_in_time, tuning_loss, write_report
@@ -54,6 +55,8 @@ class Options(Evidence):
     results: Path = Path("language.jsonl")
     text: Path | None = None
     """A text file, read as bytes; it may be compressed (.xz)."""
+    chosen_in: Path | None = None
+    """A journal of another text: what was chosen there is run here, and nothing is tried."""
     steps: int = 2000
     seeds: int = 3
 
@@ -66,8 +69,9 @@ def compute(options: Options) -> None:
     if options.text is None:
         raise SystemExit("give the text to learn: --text FILE, such as Tiny Shakespeare")
     text, steps = read_text(options.text), options.steps
-    number = sum(map(len, TRIED.values())) + len(TRIED) * (options.seeds - 1) + 1
-    number += len(AT_EQUAL_TIME) * options.seeds
+    chosen = chosen_elsewhere(options.chosen_in) if options.chosen_in else {}
+    number = 0 if chosen else sum(map(len, TRIED.values()))
+    number += (len(chosen or TRIED) + len(AT_EQUAL_TIME)) * options.seeds + 1
     journal = Journal(options.results, number)
     named = {"text": text.name, "digest": text.digest, "steps": steps}
 
@@ -75,11 +79,10 @@ def compute(options: Options) -> None:
         which = {"part": "run", **named, "method": name, "values": vars(settings), "seed": seed}
         return journal.compute(which, partial(one_run, text, settings, steps, seed))
 
-    chosen = {}
-    for name, tried in TRIED.items():
+    for name, tried in () if chosen else TRIED.items():
         losses = [tuning_loss(run(name, x, 0)) for x in tried]
         chosen[name] = best_of(tried, losses)
-    for seed in range(1, options.seeds):
+    for seed in range(options.seeds):
         for name, settings in chosen.items():
             run(name, settings, seed)
     all_chosen = {name: vars(x) for name, x in chosen.items()}
@@ -91,6 +94,14 @@ def compute(options: Options) -> None:
             which = {"method": name, "values": vars(settings), "seed": seed}
             which = {"part": "equal time", **named, **which, "shorter": shorter}
             journal.compute(which, partial(one_run, text, settings, shorter, seed))
+
+
+def chosen_elsewhere(path: Path) -> dict[str, Settings]:
+    """What each method has chosen on another text."""
+    timed = read_journal(path).select(part="timing")
+    if not timed:
+        raise SystemExit(f"{path}: nothing is chosen there yet, let that command finish first")
+    return {name: type(TRIED[name][0])(**x) for name, x in timed[-1][0]["chosen"].items()}
 
 
 def one_run(text: Text, settings: Settings, steps: int, seed: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """UCI regression: test RMSE and log-likelihood of AdamW, MC-dropout, an ensemble and IVON.
 
-    python benchmarks/evidence/uci/main.py --data DIR/concrete    # 20 splits, some 12 minutes on one core
+    python benchmarks/evidence/uci/main.py --data DIR/concrete    # 20 splits, 12 minutes
     python benchmarks/evidence/uci/main.py --report               # tables
 
 DIR/concrete holds data.txt, index_features.txt, index_target.txt, and index_train_K.txt and
