@@ -148,16 +148,18 @@ class Eigenbasis:
             return state, list(coordinates)
         factors = tuple(map(partial(_moved_factors, self.decay), state.factors, grads))
         momentum, hess = (jax.tree.leaves(tree) for tree in coordinates)
-        cases = [
-            lambda *kept: kept,
-            partial(_turned, _exact, factors),
-            partial(_turned, _iterated, factors),
-        ]
-        case = jnp.where(count == 1, 1, jnp.where(count % self.update_every == 0, 2, 0))
         leaves = map(_varying_alike, state.vectors, momentum, hess, factors)
         vectors, momentum, hess = zip(*leaves, strict=True)
-        vectors, *turned = jax.lax.switch(case, cases, vectors, list(momentum), list(hess))
-        return EigenState(vectors, factors), list(map(unflatten_like, coordinates, turned))
+        case = jnp.where(count == 1, 1, jnp.where(count % self.update_every == 0, 2, 0))
+        ways = [partial(_found, way, factors) for way in (_kept, _exact, _iterated)]
+        found, orders = jax.lax.switch(case, ways, vectors)
+        turned = jax.lax.cond(
+            case == 0,
+            lambda *kept: kept[-2:],
+            _followed,
+            *(vectors, found, orders, list(momentum), list(hess)),
+        )
+        return EigenState(found, factors), list(map(unflatten_like, coordinates, turned))
 
 
 def _varying_alike(
@@ -191,46 +193,52 @@ def _moved_factors(decay: Number, factors: Sides, grad: jax.Array) -> Sides:
     return Sides(moved(left, grad, grad.mT), moved(right, grad.mT, grad))
 
 
-def _turned(
-    find: Callable[[Any, Any], tuple[jax.Array, jax.Array]],
-    factors: Basis,
-    vectors: Basis,
-    momentum: list[jax.Array],
-    hess: list[jax.Array],
-) -> tuple[Basis, list[jax.Array], list[jax.Array]]:
-    """New eigenvectors, momentum in their coordinates, and h, whose entries follow theirs."""
-    found, new_hess = [], []
-    for old, factor, h in zip(vectors, factors, hess, strict=True):
-        (left, rows), (right, columns) = (
-            ((), None) if isinstance(q, tuple) else find(q, f)
-            for q, f in zip(old, factor, strict=True)
-        )
-        found.append(Sides(left, right))
-        new_hess.append(_sorted(old, h, rows, columns))
-    turned = in_coordinates(tuple(found), in_parameters(vectors, momentum))
+def _found(find: Callable[..., Any], factors: Basis, vectors: Basis) -> tuple[Basis, Basis]:
+    """New eigenvectors, and which old one each of them continues."""
+
+    def of_side(old: Any, factor: Any) -> tuple[Any, Any]:
+        if isinstance(old, tuple):
+            return (), ()
+        q, order = find(old, factor)
+        return q, varying_over(order, varying_axes(jax.typeof(old)))
+
+    pairs = [list(map(of_side, old, factor)) for old, factor in zip(vectors, factors, strict=True)]
+    found = (tuple(Sides(*(pair[i] for pair in sides)) for sides in pairs) for i in (0, 1))
+    return next(found), next(found)
+
+
+def _followed(
+    old: Basis, new: Basis, orders: Basis, momentum: list[jax.Array], hess: list[jax.Array]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Momentum in the new coordinates, and h, whose entries go with their vectors."""
+    turned = in_coordinates(new, in_parameters(old, momentum))
     turned = [g.astype(old.dtype) for g, old in zip(turned, momentum, strict=True)]
-    return tuple(found), turned, new_hess
+    return turned, list(map(_sorted, new, orders, hess))
 
 
-def _sorted(
-    sides: Sides, h: jax.Array, rows: jax.Array | None, columns: jax.Array | None
-) -> jax.Array:
-    if rows is None and columns is None:
+def _sorted(sides: Sides, orders: Sides, h: jax.Array) -> jax.Array:
+    rows, columns = orders
+    if isinstance(rows, tuple) and isinstance(columns, tuple):
         return h
     matrices = matrices_of(sides, gathered(h))
-    if columns is not None:
+    if not isinstance(columns, tuple):
         order = columns[..., None, :]
         order = order.reshape((1,) * (matrices.ndim - order.ndim) + order.shape)
         matrices = jnp.take_along_axis(matrices, order, axis=-1)
-    if rows is not None:
+    if not isinstance(rows, tuple):
         matrices = jnp.take_along_axis(matrices, rows[None, ..., None], axis=-2)
     return split_like(matrices.reshape(h.shape), h)
 
 
+def _kept(old: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The old vectors, each where it was."""
+    del factor
+    return old, jnp.broadcast_to(jnp.arange(old.shape[-1], dtype=jnp.int32), old.shape[:-1])
+
+
 def _exact(old: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvectors by falling eigenvalues; h keeps its order, for the identity has none."""
-    order = jnp.arange(old.shape[-1], dtype=jnp.int32)
-    return jnp.linalg.eigh(factor)[1][..., ::-1], jnp.broadcast_to(order, old.shape[:-1])
+    return jnp.linalg.eigh(factor)[1][..., ::-1], _kept(old, factor)[1]
 
 
 def _iterated(old: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:

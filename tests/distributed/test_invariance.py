@@ -186,9 +186,9 @@ def test_a_donated_step_keeps_the_sharding_and_adds_no_collective(axis_type, nam
     assert_state_sharded_as_parameters(state, mesh)
 
 
-@pytest.mark.parametrize(("spec", "gathers"), [(P(), 0), (P("data", None), 11)])
+@pytest.mark.parametrize(("spec", "gathers"), [(P(), 0), (P("data", None), 8)])
 def test_a_basis_gathers_what_is_split_and_adds_nothing_where_all_is_replicated(spec, gathers):
-    """Rotations: of noise and gradient (3), mean, step; of momentum by either way to turn (4)."""
+    """Of noise, out and back, of gradient, mean and step; at a turn of momentum (2) and h."""
     mesh, tx = mesh_of(8, EXPLICIT), ivon(0.1, 100.0, basis=Eigenbasis())
     params = {"w": jax.device_put(np.ones((16, 4), np.float32), NamedSharding(mesh, spec))}
     with jax.set_mesh(mesh):
