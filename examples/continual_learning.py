@@ -9,6 +9,7 @@ level, and both are far from training on all tasks at once.
     python examples/continual_learning.py
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from examples._shared.datasets import load_small_digits
 from examples._shared.networks import NETWORK, accuracies
 from examples._shared.reporting import COLORS, cell, format_table, mean_and_error, save_figure
 from examples._shared.training import classification_loss, train, warmup_cosine
-from ivon_jax import Posterior, auto_sample, ivon, posterior
+from ivon_jax import Eigenbasis, Posterior, auto_sample, ivon, posterior
 
 NUM_TASKS = 5
 BATCH_SIZE = 50
@@ -86,7 +87,13 @@ SETTINGS = {
 
 
 def learn(
-    setting: Setting, steps: int, key: jax.Array, data: tuple, params: Any, prior: Posterior
+    setting: Setting,
+    steps: int,
+    key: jax.Array,
+    data: tuple,
+    params: Any,
+    prior: Posterior,
+    basis: Eigenbasis | None = None,
 ) -> tuple[Any, Posterior]:
     """Learns a task from where the last one ended; returns parameters and the next prior."""
     num_examples = len(data[1])
@@ -95,8 +102,8 @@ def learn(
     if setting.temperature:
         ess, h0 = num_examples / setting.temperature, setting.hess_init
         # Without rescaling the rate is a share of a Newton step, however sharp the prior.
-        tx = ivon(rate, ess, hess_init=h0, b2=0.999, prior=prior, rescale_lr=False)
-        tx = auto_sample(tx, noise_key)
+        more = {"rescale_lr": False, "basis": basis}
+        tx = auto_sample(ivon(rate, ess, hess_init=h0, b2=0.999, prior=prior, **more), noise_key)
     else:
         tx = optax.adamw(rate, weight_decay=setting.weight_decay)
     loss_fn = classification_loss(NETWORK.apply)
@@ -109,7 +116,9 @@ def learn(
     return q.mean, q
 
 
-def learn_in_turn(setting: Setting, tasks: Tasks, steps: int, bar: tqdm) -> np.ndarray:
+def learn_in_turn(
+    setting: Any, tasks: Tasks, steps: int, bar: tqdm, learn: Callable[..., Any] = learn
+) -> np.ndarray:
     """Accuracies in %, (seeds, after task, on task)."""
     images, labels = tasks.train
     keys = jax.vmap(jax.random.key)(jnp.arange(len(labels)))
