@@ -30,7 +30,7 @@ from ivon_jax import (
 )
 from ivon_jax._core.basis import in_coordinates
 from ivon_jax._core.noise import standard_normals
-from ivon_jax._core.optimizer import PRECISION_FLOOR
+from ivon_jax._core.optimizer import PRECISION_FLOOR, TURNED_FLOOR
 from ivon_jax._core.sampling import threefry_key
 
 SETTINGS: Any = {"ess": 50.0, "hess_init": 0.5, "b1": 0.9, "b2": 0.9, "weight_decay": 0.125}
@@ -64,23 +64,24 @@ def rotated_gaussian(seed, rows=4, columns=3):
 # --- The recursion --------------------------------------------------------------------------------
 
 
-def in_numpy(m, gradient, noises, *, lr, every, decay, xi, prior=None):
+def in_numpy(m, gradient, noises, *, lr, every, decay, xi, prior=None, sides=None):
     """The recursion of `ivon` in the coordinates of the eigenbasis, for one matrix.
 
     The prior is a mean and the full precision of the matrix as a vector; `every=0` never turns.
     """
+    floor = PRECISION_FLOOR if prior is None or not every else TURNED_FLOOR
     lam, h0, b1, b2, delta = (SETTINGS[k] for k in ("ess", "hess_init", "b1", "b2", "weight_decay"))
     m0, of_prior = prior or (0 * m, lam * delta * np.eye(m.size))
     smallest = np.linalg.eigvalsh(of_prior).min() / lam
     (rows, columns), trajectory = m.shape, []
-    left, right = np.eye(rows), np.eye(columns)
+    left, right = sides or (np.eye(rows), np.eye(columns))
     of_left, of_right = np.zeros((rows, rows)), np.zeros((columns, columns))
     h, g = np.full(m.shape, h0), np.zeros(m.shape)
     for t, e in enumerate(noises, start=1):
         turn = np.kron(left, right)
         delta = np.diag(turn.T @ of_prior @ turn).reshape(m.shape) / lam
         pull = (turn.T @ of_prior @ (m - m0).ravel()).reshape(m.shape) / lam
-        h = np.maximum(h, PRECISION_FLOOR * (h0 + delta) - delta)
+        h = np.maximum(h, floor * (h0 + delta) - delta)
         n = e / np.sqrt(lam * (h + delta))
         gradient_t = gradient(m + left @ n @ right.T)
         turned = left.T @ gradient_t @ right
@@ -88,7 +89,7 @@ def in_numpy(m, gradient, noises, *, lr, every, decay, xi, prior=None):
         g = b1 * g + (1 - b1) * turned
         d = (1 - b2) * (estimate - h)
         h = h + d + 0.5 * d**2 / (h + delta)
-        h = np.maximum(h, PRECISION_FLOOR * (h0 + delta) - delta)
+        h = np.maximum(h, floor * (h0 + delta) - delta)
         step = (g / (1 - b1**t) + pull) / (h + delta)
         m = m - lr * (h0 + smallest) * left @ np.clip(step, -xi, xi) @ right.T
         of_left = decay * of_left + (1 - decay) * gradient_t @ gradient_t.T
@@ -159,7 +160,7 @@ def test_trajectories_equal_an_independent_implementation(shape, xi):
 
 
 @pytest.mark.parametrize("is_turned", [False, True], ids=["diagonal prior", "turned prior"])
-@pytest.mark.parametrize("every", [0, 2], ids=["diagonal posterior", "turned posterior"])
+@pytest.mark.parametrize("every", [0, 2], ids=["its basis kept", "turned posterior"])
 def test_a_prior_in_any_basis_is_that_of_the_full_gaussian(is_turned, every):
     q, covariance = rotated_gaussian(20)
     if not is_turned:
@@ -172,14 +173,17 @@ def test_a_prior_in_any_basis_is_that_of_the_full_gaussian(is_turned, every):
     start = matrices(2, (4, 3))[0]
     how = {"lr": 0.05, "every": every, "decay": 0.8, "xi": np.inf}
     full = np.asarray(q.mean), np.linalg.inv(covariance)
-    expected = in_numpy(np.asarray(start), gradient, noises, **how, prior=full)
+    kept = None if every or not is_turned else list(map(np.asarray, q.basis[0]))
+    expected = in_numpy(np.asarray(start), gradient, noises, **how, prior=full, sides=kept)
     basis = Eigenbasis(update_every=every, decay=0.8) if every else None
     settings = {k: v for k, v in SETTINGS.items() if k != "weight_decay"}
     tx = ivon(0.05, **settings, prior=q, basis=basis)
     for (m, h), (params, state) in zip(expected, run(tx, loss, start, keys), strict=True):
-        np.testing.assert_allclose(params, m, rtol=1e-8)
+        np.testing.assert_allclose(params, m, rtol=1e-8, atol=1e-10)
         np.testing.assert_allclose(state.hess, h, rtol=1e-7)
     jax.tree.map(np.testing.assert_array_equal, prior_of(state), q)
+    if kept:
+        jax.tree.map(np.testing.assert_array_equal, posterior(state).basis, q.basis)
     found = diagnostics(state, {"learning_rate": 0.05, **settings})
     np.testing.assert_allclose(found["kl"], kl_divergence(state, q), rtol=1e-6)
 
@@ -216,13 +220,43 @@ def test_a_leaf_that_a_basis_turns_is_fixed_as_a_whole_or_not():
     np.testing.assert_array_equal(state.inner_state.mean["w"], fixed.mean["w"])
     half = fixed._replace(precision={"w": jnp.array([[jnp.inf, 1.0]] * 3)})
     with pytest.raises(ValueError, match=r"infinite for a part of the leaf at \['w'\]"):
-        ivon(0.1, ess=10, prior=half, basis=Eigenbasis()).init(w)
-    turned = half._replace(basis=(Sides(columns=rotation(0, 2)),))
+        jax.jit(ivon(0.1, ess=10, prior=half, basis=Eigenbasis()).init)(w)
     with pytest.raises(ValueError, match="infinite for a part"):
-        ivon(0.1, ess=10, prior=turned).init(w)
-    ivon(0.1, ess=10, prior=half).init(w)
+        ivon(0.1, ess=10, prior=half._replace(basis=(Sides((), rotation(0, 2)),))).init(w)
+    rows_only = half._replace(basis=(Sides(rotation(0, 3)),))  # a column is fixed as a whole
+    for prior in (half, rows_only):
+        tx = ivon(0.1, ess=10, prior=prior)
+        _, state = tx.update(w, tx.init(w), w, hess=w)
+        np.testing.assert_array_equal(state.mean["w"][:, 0], 5.0)
+        assert (state.mean["w"][:, 1] != 5.0).all()
+
+
+def test_a_turned_prior_has_the_dtype_of_the_mean_and_optax_maps_over_it():
+    q, _ = rotated_gaussian(0)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.float32), q)
+    for prior, dtype in ((q, jnp.float32), (q, jnp.bfloat16), (narrow, jnp.float64)):
+        w = q.mean.astype(dtype)
+        for basis in (None, Eigenbasis()):
+            tx = ivon(0.1, ess=10, prior=prior, basis=basis)
+            state = tx.init(w)
+            _, new = jax.eval_shape(lambda s, tx=tx, w=w: tx.update(w, s, w, hess=s.hess), state)
+            assert jax.tree.structure(new) == jax.tree.structure(state)
+            mapped = optax.tree.map_params(tx, lambda x: x, state)
+            assert jax.tree.structure(mapped) == jax.tree.structure(state)
+
+
+def test_priors_that_are_no_gaussian_are_refused():
+    q, _ = rotated_gaussian(0)
+    for sides, message in (
+        (Sides(3 * jnp.ones((4, 4))), "not orthogonal"),
+        (Sides(jnp.full((4, 4), jnp.nan)), "not orthogonal"),
+        (Sides(jnp.eye(4, dtype=int)), "all floating"),
+        (Sides([[1.0]]), "all floating"),  # pyright: ignore[reportArgumentType]
+    ):
+        with pytest.raises(ValueError, match=message):
+            ivon(0.1, ess=10, prior=q._replace(basis=(sides,)))
+    stacked = Posterior(*[jnp.ones((2, 3, 4))] * 2, (Sides(jnp.stack([jnp.eye(3)] * 2)),))
     with pytest.raises(ValueError, match="of other axes"):
-        stacked = Posterior(*[jnp.ones((2, 3, 4))] * 2, (Sides(jnp.stack([jnp.eye(3)] * 2)),))
         ivon(0.1, ess=10, prior=stacked, basis=Eigenbasis()).init(stacked.mean)
 
 
@@ -614,9 +648,7 @@ def test_a_gradient_that_overflows_leaves_the_basis_alone():
 # --- Closed forms ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "basis", [None, Eigenbasis(update_every=10_000)], ids=["diagonal", "eigenbasis"]
-)
+@pytest.mark.parametrize("basis", [None, Eigenbasis(update_every=10_000)], ids=["kept", "turned"])
 def test_data_in_two_parts_have_the_mean_of_all(basis):
     """Linear regression: the second part's mean is exact if the prior keeps its correlations."""
     x, noise, w = matrices(3, (60, 4), (60, 1), (4, 1))
@@ -630,14 +662,14 @@ def test_data_in_two_parts_have_the_mean_of_all(basis):
 
     def step(state, _):
         m = state.mean
-        turn = state.basis.vectors[0].rows if basis else jnp.eye(4)
+        turn = state.basis.vectors[0].rows
         hess = jnp.diag(turn.T @ second @ turn)[:, None] / 30
         return tx.update(x[30:].T @ (x[30:] @ m - y[30:]) / 30, state, m, hess=hess)[1], None
 
     state = jax.lax.scan(step, tx.init(mean), length=2000)[0]
     q, total = posterior(state), first + second
     np.testing.assert_allclose(q.mean, jnp.linalg.solve(total, x.T @ y), rtol=1e-6)
-    turn = q.basis[0].rows if basis else jnp.eye(4)
+    turn = q.basis[0].rows
     np.testing.assert_allclose(q.precision[:, 0], jnp.diag(turn.T @ total @ turn), rtol=1e-6)
 
 

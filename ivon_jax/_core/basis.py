@@ -38,26 +38,27 @@ class EigenState(NamedTuple):
 
     Attributes:
       vectors: Q_L and Q_R of every leaf that `ivon` owns.
-      factors: in the same form L and R, moving averages of G Gᵀ and Gᵀ G.
+      factors: in the same form L and R, moving averages of G Gᵀ and Gᵀ G; `()` for a basis that is
+        kept, which is that of the prior.
     """
 
     vectors: Basis
-    factors: Basis
+    factors: Basis = ()
 
 
 def as_eigen_state(node: Any, number: int) -> EigenState | tuple[()]:
     """The state of so many leaves, from that or from the mappings that `nnx.state` makes of it."""
     if not isinstance(node, Mapping):
         return node
-    return EigenState(*(as_basis(get_field(node, field), number) for field in EigenState._fields))
+    vectors, factors = (get_field(node, field) for field in EigenState._fields)
+    is_kept = bool(vectors) and not factors
+    return EigenState(as_basis(vectors, number), () if is_kept else as_basis(factors, number))
 
 
 def as_basis(node: Any, number: int) -> Basis:
     """The basis of so many leaves, from that or from a mapping, which leaves out what is empty."""
     if not isinstance(node, Mapping):
         return node
-    if not node:
-        return ()
     return tuple(Sides(**dict(node.get(i, {}))) for i in range(number))
 
 
@@ -92,18 +93,20 @@ def check_sides(basis: Any, own: Owned) -> None:
         )
     for path, leaf, sides in zip(own.paths, own.leaves, basis, strict=True):
         if not _fit(sides, leaf.shape):
-            shapes = [() if isinstance(side, tuple) else side.shape for side in sides]
+            shapes = [getattr(side, "shape", side) for side in sides]
             usual = [(n, n) for n in (splits(leaf.shape) or [(0, 0)])[-1]]
             raise ValueError(
                 f"basis has rows and columns of shapes {shapes} at {place(path)}; a leaf of shape "
                 f"{leaf.shape} needs {usual}, those of another split of its axes or of a stack, or "
-                "() for the identity."
+                "() for the identity, all floating."
             )
 
 
 def _fit(sides: Sides, shape: tuple[int, ...]) -> bool:
     """Whether these are sides of a leaf of this shape, as one matrix or as a stack of them."""
     present = [side for side in sides if not isinstance(side, tuple)]
+    if not all(hasattr(q, "ndim") and jnp.issubdtype(q.dtype, jnp.floating) for q in present):
+        return False
     stack, whole = ((), shape) if all(q.ndim == 2 for q in present) else (shape[:1], shape[1:])
     possible = splits(whole)
     if stack and isinstance(sides.rows, tuple):
@@ -173,7 +176,7 @@ def _rotated(sides: Sides, x: jax.Array) -> jax.Array:
     return split_like(turned, x)
 
 
-def matrices_of(sides: Sides, x: jax.Array) -> jax.Array:
+def matrices_of(sides: Sides, x: Any) -> Any:
     """A leaf, or several of them in further axes in front, as matrices (…, rows, columns)."""
     left, right = sides
     columns = x.shape[-1] if isinstance(right, tuple) else right.shape[-1]

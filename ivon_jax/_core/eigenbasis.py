@@ -203,8 +203,8 @@ def _found(find: Callable[..., Any], factors: Basis, vectors: Basis) -> tuple[Ba
         return q, varying_over(order, varying_axes(jax.typeof(old)))
 
     pairs = [list(map(of_side, old, factor)) for old, factor in zip(vectors, factors, strict=True)]
-    found = (tuple(Sides(*(pair[i] for pair in sides)) for sides in pairs) for i in (0, 1))
-    return next(found), next(found)
+    found = tuple(Sides(*(q for q, _ in sides)) for sides in pairs)
+    return found, tuple(Sides(*(order for _, order in sides)) for sides in pairs)
 
 
 def _followed(

@@ -15,6 +15,7 @@ from ivon_jax._core.state import (
     IVONState,
     Posterior,
     as_auto_sample_state,
+    basis_of_prior,
     find_states,
     is_auto_sample_state,
     is_lean,
@@ -90,7 +91,7 @@ def prior_gaussian(state: PyTree) -> Posterior:
     return Posterior(
         functools.reduce(_merge_owned, means),
         functools.reduce(_merge_owned, precisions),
-        _merged_basis(parts, [part.prior.basis if part.prior else () for part in parts]),
+        _merged_basis(parts, list(map(basis_of_prior, parts))),
     )
 
 

@@ -49,6 +49,9 @@ from ivon_jax._core.windows import Draw, mean_statistics, step_or_wait
 PRECISION_FLOOR = 2.0**-20
 """Smallest `precision_floor`: eight units of float32 rounding, a σ 1000 times σ₀."""
 
+TURNED_FLOOR = 2.0**-16
+"""The same where δ is a sum of products, as under a prior in other coordinates."""
+
 
 def ivon(
     learning_rate: optax.ScalarOrSchedule,
@@ -114,9 +117,10 @@ def ivon(
         yesterday's `posterior(state)`: δ becomes s₀/λ element by element, δm becomes δ(m−m₀), and
         the factor of α is h₀ plus the smallest δ of each leaf (large where s₀ ≫ λh₀ throughout:
         use `rescale_lr=False` then). An infinite s₀ fixes the parameter at m₀, a zero one is flat.
-        `init` copies it into the state, where `update` reads it. A basis, of the prior or of this
-        posterior, is accounted for: the pull is Λ₀(m−m₀)/λ with all of the prior's precision Λ₀,
-        and δ the diagonal of Λ₀/λ in the coordinates of the posterior.
+        `init` copies it into the state, where `update` reads it. A prior with a basis hands it on
+        to the posterior, which keeps it. With `basis=Eigenbasis()` the posterior turns: then the
+        pull is Λ₀(m−m₀)/λ with all of the prior's precision Λ₀, and δ the diagonal of Λ₀/λ in the
+        coordinates of the posterior; where Λ₀ is far from diagonal there, take a smaller rate.
       basis: in which coordinates of each matrix σ² is diagonal: `Eigenbasis()` for those of the
         eigenvectors of its gradients' second moments, in place of the parameters themselves. The
         update above then applies to M' = Q_Lᵀ M Q_R: `state.hess`, `state.momentum` and `hess=` of
@@ -169,7 +173,9 @@ def ivon(
         rescale_lr=rescale_lr,
         debias=debias,
     )
-    source = prior_source(weight_decay, mask, prior)
+    if prior is not None and basis is not None and isinstance(constants.floor, float):
+        constants = constants._replace(floor=max(constants.floor, TURNED_FLOOR))
+    source = prior_source(weight_decay, mask, prior, turns=basis is not None)
     momentum_dtype = check_momentum_dtype(momentum_dtype)
     check_axis_name("axis_name", axis_name)
     if basis is not None and not isinstance(basis, Eigenbasis):
@@ -185,10 +191,10 @@ def ivon(
             hess=jax.tree.map(lambda m: jnp.full_like(m, constants.hess_init), mean),
             momentum=jax.tree.map(lambda m: jnp.zeros_like(m, momentum_dtype), mean),
             ess=jnp.array(ess, jnp.float32),
-            basis=() if basis is None else basis.init(mean, params),
-            **prior_fields,
+            **{"basis": () if basis is None else basis.init(mean, params), **prior_fields},
         )
-        check_prior_fits(state)
+        if prior is not None and jax.tree.leaves(mean):
+            check_prior_fits(prior, state)
         return state
 
     # Traced once for leaves of one shape.
@@ -222,7 +228,7 @@ def ivon(
         corrections: dict[Any, jax.Array | None] = {x.dtype: None for x in m}
         if debias:
             corrections = {t: rule.bias_correction(b1, count, t) for t in corrections}
-        leaves = zip(prior_pulls(new), h, momentum, priors, strict=True)
+        leaves = zip(prior_pulls(new, priors), h, momentum, priors, strict=True)
         steps = [mean_step(rate, corrections[x[0].dtype], *x) for x in leaves]
         m = materialized(list(map(moved, m, in_parameters(vectors, steps), priors)))
         momentum = [x.astype(old.dtype) for x, old in zip(momentum, g, strict=True)]
@@ -254,7 +260,7 @@ def ivon(
         del ignored
         check_exactly_one(noise, hess)
         check_single(state)
-        _check_basis(basis, state)
+        _check_basis(basis is not None or bool(prior and prior.basis), state)
         own = Owned(state.mean)
         g, others = own.split("grads", grads)
         check_floating(own, "grads", g)
@@ -293,8 +299,8 @@ def ivon(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _check_basis(basis: Eigenbasis | None, state: IVONState) -> None:
-    if bool(state.basis) != (basis is not None):
+def _check_basis(has_basis: bool, state: IVONState) -> None:
+    if bool(state.basis) != has_basis:
         made = "with" if state.basis else "without"
         raise ValueError(
             f"this state was made by ivon {made} a basis, and cannot be continued otherwise: keep "

@@ -4,13 +4,14 @@
 `state.leaf_priors` reads them back as what the rule takes.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivon_jax._core.basis import Basis, check_sides
+from ivon_jax._core.basis import Basis, EigenState, Sides, check_sides, matrices_of, product
 from ivon_jax._core.checks import (
     Number,
     check_floating,
@@ -23,11 +24,14 @@ from ivon_jax._core.state import (
     GaussianPrior,
     IVONState,
     Posterior,
+    basis_of_prior,
     leaf_priors,
+    vectors_of,
 )
 from ivon_jax._core.trees import Owned, PyTree, copy_array, place, unflatten_like
 
 DEFAULT_WEIGHT_DECAY = 1e-4
+ORTHOGONAL = 1e-2  # largest error of an element of QᵀQ, far above that of saved eigenvectors
 
 _STATIC_MASK = " Under inject_hyperparams pass static_args=('mask',)."
 _SINGLE_MASK = (
@@ -62,9 +66,13 @@ class WeightDecay(NamedTuple):
 
 
 class GeneralPrior(NamedTuple):
-    """A Gaussian N(m₀, 1/s₀) such as yesterday's posterior: δ = s₀/λ, element by element."""
+    """A Gaussian N(m₀, 1/s₀) such as yesterday's posterior: δ = s₀/λ, element by element.
+
+    Its basis becomes that of the state, which keeps it; or where that turns, stays with the prior.
+    """
 
     prior: Posterior
+    turns: bool
 
     def init(self, mean: PyTree, params: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """The mean, with m₀ where s₀ is infinite, and copies of m₀ and s₀ for the owned leaves.
@@ -83,20 +91,26 @@ class GeneralPrior(NamedTuple):
             treedef.unflatten(center),
             treedef.unflatten(precision),
             jnp.where(jnp.isinf(stacked), 0, stacked),  # zero for a leaf that is fixed throughout
-            self._owned_basis(own),
         )
         mean = jax.tree.map(
             lambda m, m0, s0: jnp.where(jnp.isinf(s0), m0, m), mean, prior.mean, prior.precision
         )
-        return mean, {"weight_decay": (), "prior": prior}
+        fields = {"weight_decay": (), "prior": prior}
+        if not self.prior.basis:
+            return mean, fields
+        # Of no leaves, a leaf stands for the basis: see `Eigenbasis.init`.
+        basis: Any = self._owned_basis(own) if own.leaves else jnp.zeros([])
+        if self.turns:
+            return mean, {**fields, "prior": prior._replace(basis=basis)}
+        return mean, {**fields, "basis": EigenState(basis)}
 
     def _owned_basis(self, own: Owned) -> Basis:
         """Copies of the sides of the owned leaves."""
-        if not self.prior.basis or not own.leaves:
-            return ()
         numbers = unflatten_like(self.prior.mean, list(range(len(self.prior.basis))))
         owned, _ = own.split("prior.mean", jax.tree.map(np.int32, numbers))
-        return tuple(jax.tree.map(copy_array, self.prior.basis[int(i)]) for i in owned)
+        pairs = zip(owned, own.leaves, strict=True)
+        cast = lambda q, m: copy_array(jnp.asarray(q, m.dtype))  # noqa: E731
+        return tuple(jax.tree.map(partial(cast, m=m), self.prior.basis[int(i)]) for i, m in pairs)
 
     def update(self, state: IVONState, params: PyTree | None) -> dict[str, Any]:
         """Nothing: the prior stays as it is in the state."""
@@ -106,9 +120,9 @@ class GeneralPrior(NamedTuple):
 
 
 def prior_source(
-    weight_decay: Number | None, mask: Any, prior: Posterior | None
+    weight_decay: Number | None, mask: Any, prior: Posterior | None, turns: bool
 ) -> WeightDecay | GeneralPrior:
-    """The prior that these arguments of `ivon` stand for."""
+    """The prior that these arguments of `ivon` stand for; whether the state's basis turns."""
     if prior is None:
         delta = DEFAULT_WEIGHT_DECAY if weight_decay is None else weight_decay
         return WeightDecay(check_number("weight_decay", delta, low=0.0), mask)
@@ -122,24 +136,40 @@ def prior_source(
         )
     check_precision("prior.precision", prior.precision)
     check_sides(prior.basis, Owned(prior.mean))
+    for q in jax.tree.leaves(prior.basis):
+        eye = jnp.broadcast_to(jnp.eye(q.shape[-1], dtype=q.dtype), q.shape)
+        error = jnp.max(jnp.abs(product(q.mT, q) - eye), initial=0)
+        if is_concrete(error) and not bool(error < ORTHOGONAL):
+            raise ValueError("prior.basis is not orthogonal: each side needs QᵀQ = I.")
     for path, x in jax.tree_util.tree_leaves_with_path(prior.mean):
         undefined = jnp.any(jnp.isnan(x))
         if is_concrete(undefined) and bool(undefined):
             raise ValueError(f"prior.mean is NaN at {place(path)}: was its run diverging?")
-    return GeneralPrior(prior)
+    return GeneralPrior(prior, turns)
 
 
-def check_prior_fits(state: IVONState) -> None:
+def check_prior_fits(prior: Posterior, state: IVONState) -> None:
     """Refuses a general prior that has no diagonal in the coordinates of the state."""
-    if not isinstance(state.prior, GaussianPrior):
-        return
-    for path, prior in zip(Owned(state.mean).paths, leaf_priors(state), strict=True):
-        undefined = jnp.any(jnp.isnan(prior.delta))
-        if is_concrete(undefined) and bool(undefined):
+    own = Owned(state.mean)
+    leaf_priors(state)  # refuses bases of other axes
+    precisions = own.split("prior.precision", prior.precision)[0]
+    none = (Sides(),) * len(own.leaves)
+    bases = [basis or none for basis in (vectors_of(state), basis_of_prior(state))]
+    for path, s0, *sides in zip(own.paths, precisions, *bases, strict=True):
+        if is_concrete(s0) and any(_mixes_fixed(side, np.isinf(s0)) for side in sides):
             raise ValueError(
                 f"prior.precision is infinite for a part of the leaf at {place(path)}, which a "
                 "basis mixes with the rest: fix that leaf as a whole, or use no basis."
             )
+
+
+def _mixes_fixed(sides: Sides, fixed: np.ndarray) -> bool:
+    """Whether a side turns elements that are fixed together with others."""
+    if not jax.tree.leaves(sides):
+        return False
+    fixed = matrices_of(sides, fixed)
+    axes = [axis for axis, q in zip((-2, -1), sides, strict=True) if not isinstance(q, tuple)]
+    return any(bool((fixed.any(axis) != fixed.all(axis)).any()) for axis in axes)
 
 
 def _owned_copy(own: Owned, name: str, tree: PyTree) -> list[jax.Array]:

@@ -118,7 +118,7 @@ def mean_step(
     g: jax.Array,
     prior: LeafPrior,
 ) -> jax.Array:
-    """α(h₀+δ)u with u = clip((ḡ + δ(m−m₀))/(h+δ), ±ξ), from the old m and the new h and g.
+    """α(h₀+δ)u with u = clip((ḡ + δ(m−m₀))/(h+δ), ±ξ), of the old m and the new h and g.
 
     The pull is δ(m−m₀); the correction that of `bias_correction`, or None.
     """

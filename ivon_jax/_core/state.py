@@ -48,7 +48,8 @@ class GaussianPrior(NamedTuple):
       mean: tree of m₀.
       precision: tree of s₀; +inf fixes the element at m₀, 0 is flat.
       smallest: smallest s₀ of each leaf, float32; 0 for a leaf that is fixed throughout.
-      basis: the basis in whose coordinates s₀ is, not that of the state; `()` for the parameters'.
+      basis: where the state's basis turns, the one in whose coordinates s₀ is, `()` for those of
+        the parameters. Otherwise `()`: s₀ is in the coordinates of the state.
     """
 
     mean: PyTree
@@ -164,7 +165,7 @@ def _as_state(node: Any) -> IVONState:
     number = len(jax.tree.leaves(fields["hess"]))
     if fields["prior"]:
         prior = {f: get_field(fields["prior"], f) for f in GaussianPrior._fields}
-        prior["basis"] = as_basis(prior["basis"], number)
+        prior["basis"] = as_basis(prior["basis"], number) if prior["basis"] else ()
         fields["prior"] = GaussianPrior(**prior)
     fields["basis"] = as_eigen_state(fields["basis"], number)
     return IVONState(**fields)
@@ -192,38 +193,47 @@ def check_single(state: Any) -> None:
 
 def leaf_priors(state: IVONState) -> list[LeafPrior]:
     """The prior of each owned leaf under the state's ess, with δ in the state's coordinates."""
-    if isinstance(state.prior, GaussianPrior):
-        centers, deltas = jax.tree.leaves(state.prior.mean), _own_deltas(state.prior, state.ess)
-        # Fixed are single elements, or in a leaf that is turned all: of a part NaN is made.
-        finite = [jnp.where(jnp.isinf(d), jnp.nan, d) for d in deltas]
-        turned = diagonal_in(vectors_of(state), state.prior.basis, finite)
-        deltas = [jnp.where(jnp.isinf(d), d, t) for d, t in zip(deltas, turned, strict=True)]
-        rates = state.prior.smallest / state.ess
-        return list(map(LeafPrior, centers, deltas, rates))
+    number = len(jax.tree.leaves(state.hess))
+    if isinstance(state.prior, GaussianPrior) and number:
+        centers, precisions = map(jax.tree.leaves, state.prior[:2])
+        if not _is_aligned(state):
+            # What is fixed is not mixed with the rest: `check_prior_fits`.
+            finite = [jnp.where(jnp.isinf(s0), jnp.nan, s0) for s0 in precisions]
+            turned = diagonal_in(vectors_of(state), state.prior.basis, finite)
+            pairs = zip(precisions, turned, strict=True)
+            precisions = [jnp.where(jnp.isinf(s0), s0, s) for s0, s in pairs]
+        deltas = [s0 / state.ess.astype(s0.dtype) for s0 in precisions]
+        return list(map(LeafPrior, centers, deltas, state.prior.smallest / state.ess))
     # An infinite weight decay is a mistake: it has to be seen, and fixes nothing.
     decay = jnp.where(jnp.isinf(state.weight_decay), jnp.nan, state.weight_decay)
-    deltas = [decay[i] if decay.ndim else decay for i in range(len(jax.tree.leaves(state.hess)))]
+    deltas = [decay[i] if decay.ndim else decay for i in range(number)]
     return [LeafPrior(None, delta, delta) for delta in deltas]
 
 
-def prior_pulls(state: IVONState) -> list[jax.Array]:
-    """δ(m−m₀) of each owned leaf, in the state's coordinates."""
+def prior_pulls(state: IVONState, priors: list[LeafPrior]) -> list[jax.Array]:
+    """δ(m−m₀) of each owned leaf, or Λ₀(m−m₀)/λ, in the state's coordinates."""
     means, vectors = jax.tree.leaves(state.mean), vectors_of(state)
+    if isinstance(state.prior, GaussianPrior) and means:
+        centers, precisions = map(jax.tree.leaves, state.prior[:2])
+        means = [m - m0 for m, m0 in zip(means, centers, strict=True)]
+        if not _is_aligned(state):
+            shifts = zip(precisions, in_coordinates(state.prior.basis, means), strict=True)
+            pulls = [s0 / state.ess.astype(s0.dtype) * x for s0, x in shifts]
+            return in_coordinates(vectors, in_parameters(state.prior.basis, pulls))
+    shifts = zip(priors, in_coordinates(vectors, means), strict=True)
+    return [prior.delta.astype(x.dtype) * x for prior, x in shifts]
+
+
+def basis_of_prior(state: IVONState) -> Basis:
+    """The basis in whose coordinates the precision of a general prior is."""
     if not isinstance(state.prior, GaussianPrior):
-        leaves = zip(leaf_priors(state), in_coordinates(vectors, means), strict=True)
-        return [prior.delta.astype(m.dtype) * m for prior, m in leaves]
-    centers, basis = jax.tree.leaves(state.prior.mean), state.prior.basis
-    shifts = in_coordinates(basis, [m - m0 for m, m0 in zip(means, centers, strict=True)])
-    pulls = [
-        d.astype(x.dtype) * x
-        for d, x in zip(_own_deltas(state.prior, state.ess), shifts, strict=True)
-    ]
-    return in_coordinates(vectors, in_parameters(basis, pulls))
+        return ()
+    return vectors_of(state) if _is_aligned(state) else state.prior.basis
 
 
-def _own_deltas(prior: GaussianPrior, ess: jax.Array) -> list[jax.Array]:
-    """s₀/λ, in the coordinates of a general prior."""
-    return [s0 / ess.astype(s0.dtype) for s0 in jax.tree.leaves(prior.precision)]
+def _is_aligned(state: IVONState) -> bool:
+    """Whether these coordinates are the state's, which has no basis or keeps that of the prior."""
+    return not state.basis or state.basis.factors == ()
 
 
 def precision_leaves(state: IVONState) -> list[jax.Array]:

@@ -265,7 +265,7 @@ def _leaves(state: IVONState, b1: Number, debias: bool) -> list[_Leaf]:
     mean, hess, momentum = map(jax.tree.leaves, (state.mean, state.hess, state.momentum))
     mean = in_coordinates(vectors_of(state), mean)
     of_q, of_prior = precision_leaves(state), leaf_priors(state)
-    return list(map(leaf, mean, prior_pulls(state), hess, momentum, of_q, of_prior))
+    return list(map(leaf, mean, prior_pulls(state, of_prior), hess, momentum, of_q, of_prior))
 
 
 def _largest_gain(leaf: _Leaf, hess_init: Number) -> jax.Array:
