@@ -267,7 +267,7 @@ def compute(options: Options) -> None:
         if len(choices) > 1:
             found = [
                 journal.compute(
-                    options.run("validation", method, values),
+                    options.run("validation", method, values, epochs=study.preset.epochs_to_choose),
                     partial(study.validated, method, values),
                 )
                 for values in choices

@@ -101,7 +101,8 @@ def chosen_elsewhere(path: Path) -> dict[str, Settings]:
     timed = read_journal(path).select(part="timing")
     if not timed:
         raise SystemExit(f"{path}: nothing is chosen there yet, let that command finish first")
-    return {name: type(TRIED[name][0])(**x) for name, x in timed[-1][0]["chosen"].items()}
+    chosen = timed[-1][0]["chosen"].items()
+    return {name: type(TRIED[name][0])(**x) for name, x in chosen if name in TRIED}
 
 
 def one_run(text: Text, settings: Settings, steps: int, seed: int) -> dict[str, Any]:

@@ -32,11 +32,8 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 NOTES = (
     "{steps:,} steps of 12 windows of 64 characters; mean ± standard error over {count}, which set "
-    "the initial weights, the batches and IVON's noise. Settings are chosen by the loss on 5 % of "
-    "the text with the first seed; `Validation` is on the last tenth. IVON's nine settings were "
-    "placed by 17 others, tried by hand for 500 steps on the same 5 %, those in the eigenbasis by "
-    "13 and by one another, AdamW's by nine earlier ones; Muon has five, so that it may do better "
-    "than this.\n\n"
+    "the initial weights, the batches and IVON's noise. `Validation` is on the last tenth. "
+    "{how}\n\n"
     "Milliseconds are medians of interleaved blocks in one process, without evaluation. Runs at "
     "equal time have as many steps, with a schedule of that length, as take AdamW's time; settings "
     "are those chosen for all steps. Of the settings, `longest` is "
@@ -45,6 +42,13 @@ NOTES = (
     "the quartiles at the end, and `inflated` is the share of weights whose h the noise of its own "
     "estimate would hold up. `signs`: steps of one length along the signs of the momentum."
 )
+SEARCHED = (
+    "Settings are chosen by the loss on 5 % of the text with the first seed. IVON's nine were "
+    "placed by 17 others, tried by hand for 500 steps on the same 5 %, those in the eigenbasis by "
+    "13 and by one another, AdamW's by nine earlier ones; Muon has five, so that it may do better "
+    "than this."
+)
+TAKEN_OVER = "Settings are those that were chosen on another text; none was tried on this one."
 
 Results = dict[str, list[dict[str, Any]]]  # by method, one per seed
 Rows = list[Sequence[str]]
@@ -87,7 +91,11 @@ def write_report(journal: Journal) -> None:
         "Validation loss on the way": on_the_way(results),
     } | {f"Settings of {name}": settings_of(name, runs, chosen) for name in chosen}
     count, figure = len(results["AdamW"]), journal.path.with_suffix(".png")
-    notes = NOTES.format(steps=named["steps"], count=f"{count} seed{'s' * (count > 1)}")
+    with_first_seed = [run["method"] for run, _ in runs if run["seed"] == 0]
+    searched = len(with_first_seed) > len(set(with_first_seed))
+    how = SEARCHED if searched else TAKEN_OVER
+    seeds = f"{count} seed{'s' * (count > 1)}"
+    notes = NOTES.format(steps=named["steps"], count=seeds, how=how)
     if published := PUBLISHED.get(named["digest"]):
         notes += (
             f"\n\nnanoGPT's published validation loss with this configuration is {published}, "
