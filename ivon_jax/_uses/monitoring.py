@@ -142,6 +142,7 @@ def _numbers(
 ) -> dict[str, jax.Array]:
     """What `diagnostics` returns, from the states and the numbers that it was given."""
     hess_init, clip_radius, b1, b2, rescale_lr, debias = constants
+    kl = kl_divergence(parts, prior_of(parts)).astype(jnp.float32)  # refuses a missing mean
     leaves = [leaf for part in parts for leaf in _leaves(part, b1, debias)]
     ess = parts[0].ess
     number = float(sum(x.hess.size for x in leaves))
@@ -163,7 +164,6 @@ def _numbers(
     sigma = percentiles("sigma", precisions, from_top=True)
     gains = [_largest_gain(x, hess_init) for x in leaves]
     gain = jnp.max(jnp.stack(gains)) if gains else jnp.ones([], jnp.float32)
-    kl = kl_divergence(parts, prior_of(parts)).astype(jnp.float32)
     broken = _total(~jnp.isfinite(x.mean) | ~jnp.isfinite(x.hess) for x in leaves)
     numbers = {
         "step": jnp.max(jnp.stack([part.count for part in parts])),
