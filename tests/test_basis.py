@@ -210,6 +210,10 @@ def test_a_part_takes_its_own_sides_of_a_prior_for_the_whole():
     jax.tree.map(np.testing.assert_array_equal, prior_of(state).basis, other.basis)
     jax.tree.map(np.testing.assert_array_equal, prior_of(state, prior.mean).basis[1:], other.basis)
     assert kl_divergence(part.init(prior.mean), prior) > 0
+    turned = ivon(0.1, ess=10, prior=prior, basis=Eigenbasis())
+    parts = {"all": turned, "none": turned}  # of which one owns nothing
+    state = optax.partition(parts, {"a": "all", "b": "all"}).init(prior.mean)
+    jax.tree.map(np.testing.assert_array_equal, prior_of(state).basis, prior.basis)
 
 
 def test_a_leaf_that_a_basis_turns_is_fixed_as_a_whole_or_not():

@@ -233,7 +233,8 @@ def basis_of_prior(state: IVONState) -> Basis:
 
 def _is_aligned(state: IVONState) -> bool:
     """Whether these coordinates are the state's, which has no basis or keeps that of the prior."""
-    return not state.basis or state.basis.factors == ()
+    factors = state.basis.factors if state.basis else ()
+    return isinstance(factors, tuple) and not factors
 
 
 def precision_leaves(state: IVONState) -> list[jax.Array]:
