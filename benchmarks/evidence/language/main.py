@@ -2,7 +2,7 @@
 
     python benchmarks/evidence/language/main.py --text tinyshakespeare.txt
     python benchmarks/evidence/language/main.py --report       # tables and figure
-    python benchmarks/evidence/language/main.py --text OTHER --chosen-in FILE.jsonl
+    python benchmarks/evidence/language/main.py --text OTHER --chosen-in A.jsonl --results B.jsonl
 
 A GPT of four layers, four heads and width 128 reads 64 characters and is trained for 2,000 steps of
 12 windows, without biases or dropout: nanoGPT's configuration for a CPU. AdamW, IVON and IVON in an
