@@ -229,7 +229,7 @@ def trace(steps: int, values: Values, seed: Array, data: Data) -> dict[str, Arra
 
 def by_unit(params: Any) -> Array:
     """A row per hidden unit: its incoming weights, bias and outgoing weight."""
-    return jnp.concatenate([params["w1"], params["b1"][None], params["w2"][None]]).T
+    return jnp.concatenate([params["w1"], params["b1"][None], params["w2"].T]).T
 
 
 # --- Report ---------------------------------------------------------------------------------------
