@@ -1,5 +1,6 @@
 """The posterior in an eigenbasis: trajectories, closed forms, and every use of it."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -586,11 +587,19 @@ def test_what_cannot_be_done_says_what_to_do_instead(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             sample_params(jax.random.key(0), q._replace(basis=basis))
-    w = jnp.ones((2, 2))
-    plain, turned = ivon(0.1, ess=10), ivon(0.1, ess=10, basis=Eigenbasis())
-    for tx, state in ((plain, turned.init(w)), (turned, plain.init(w))):
-        with pytest.raises(ValueError, match="cannot be continued"):
-            tx.update(w, state, w, noise=w)
+
+
+def test_a_state_with_another_kind_of_basis_is_refused():
+    q, _ = rotated_gaussian(0)
+    w = q.mean
+    plain, turns = ivon(0.1, ess=10), ivon(0.1, ess=10, basis=Eigenbasis())
+    kept, both = ivon(0.1, ess=10, prior=q), ivon(0.1, ess=10, prior=q, basis=Eigenbasis())
+    kinds = {"no basis": plain, "the basis of its prior": kept, "a basis that turns": turns}
+    for (has, made), (wanted, tx) in itertools.permutations(kinds.items(), 2):
+        with pytest.raises(ValueError, match=f"state has {has}, where this .* has {wanted}"):
+            tx.update(w, made.init(w), w, noise=w)
+    with pytest.raises(ValueError, match="no basis"):
+        both.update(w, plain.init(w), w, noise=w)
 
 
 def test_a_base_of_one_precision_is_diagonal_in_every_basis():

@@ -199,8 +199,8 @@ def _found(find: Callable[..., Any], factors: Basis, vectors: Basis) -> tuple[Ba
     def of_side(old: Any, factor: Any) -> tuple[Any, Any]:
         if isinstance(old, tuple):
             return (), ()
-        q, order = find(old, factor)
-        return q, varying_over(order, varying_axes(jax.typeof(old)))
+        axes = varying_axes(jax.typeof(old))
+        return tuple(varying_over(x, axes) for x in find(old, factor))
 
     pairs = [list(map(of_side, old, factor)) for old, factor in zip(vectors, factors, strict=True)]
     found = tuple(Sides(*(q for q, _ in sides)) for sides in pairs)

@@ -25,9 +25,13 @@ from ivon_jax._core.compiler import materialized
 from ivon_jax._core.eigenbasis import Eigenbasis
 from ivon_jax._core.priors import check_prior_fits, prior_source
 from ivon_jax._core.state import (
+    KEPT,
+    NO_BASIS,
+    TURNING,
     IVONState,
     Posterior,
     check_single,
+    kind_of_basis,
     leaf_priors,
     precision_leaves,
     prior_pulls,
@@ -180,6 +184,8 @@ def ivon(
     check_axis_name("axis_name", axis_name)
     if basis is not None and not isinstance(basis, Eigenbasis):
         raise TypeError(f"basis must be an Eigenbasis(), or None; got {basis!r}.")
+    kind = KEPT if prior is not None and prior.basis else NO_BASIS
+    kind = kind if basis is None else TURNING
 
     @also_abstract
     def init(params: PyTree) -> IVONState:
@@ -260,7 +266,7 @@ def ivon(
         del ignored
         check_exactly_one(noise, hess)
         check_single(state)
-        _check_basis(basis is not None or bool(prior and prior.basis), state)
+        _check_basis(kind, state)
         own = Owned(state.mean)
         g, others = own.split("grads", grads)
         check_floating(own, "grads", g)
@@ -299,12 +305,11 @@ def ivon(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _check_basis(has_basis: bool, state: IVONState) -> None:
-    if bool(state.basis) != has_basis:
-        made = "with" if state.basis else "without"
+def _check_basis(expected: str, state: IVONState) -> None:
+    if (found := kind_of_basis(state)) != expected:
         raise ValueError(
-            f"this state was made by ivon {made} a basis, and cannot be continued otherwise: keep "
-            "the argument, or start anew from its mean: tx.init(posterior_mean(state))."
+            f"this state has {found}, where this ivon() has {expected}: keep its arguments basis "
+            "and prior, or start anew from the state's mean: tx.init(posterior_mean(state))."
         )
 
 

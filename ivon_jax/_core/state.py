@@ -124,6 +124,9 @@ class AutoSampleState(NamedTuple):
     expected: PyTree = ()
 
 
+NO_BASIS, KEPT, TURNING = "no basis", "the basis of its prior", "a basis that turns"
+
+
 def is_ivon_state(node: Any) -> bool:
     """Whether a node is an `IVONState`, or the mapping that `flax.nnx.state` makes of it."""
     return has_fields(node, IVONState)
@@ -233,8 +236,15 @@ def basis_of_prior(state: IVONState) -> Basis:
 
 def _is_aligned(state: IVONState) -> bool:
     """Whether these coordinates are the state's, which has no basis or keeps that of the prior."""
-    factors = state.basis.factors if state.basis else ()
-    return isinstance(factors, tuple) and not factors
+    return kind_of_basis(state) != TURNING
+
+
+def kind_of_basis(state: IVONState) -> str:
+    """Whether the state has a basis, and one that turns."""
+    if not state.basis:
+        return NO_BASIS
+    factors = state.basis.factors
+    return KEPT if isinstance(factors, tuple) and not factors else TURNING
 
 
 def precision_leaves(state: IVONState) -> list[jax.Array]:

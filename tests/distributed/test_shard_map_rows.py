@@ -315,6 +315,19 @@ def test_devices_that_draw_on_their_own_part_from_one_state_in_a_basis():
     trained_apart(train)
 
 
+def test_devices_that_estimate_the_curvature_on_their_own_share_a_gradient_in_a_basis():
+    tx = ivon(0.1, **SETTINGS, basis=Eigenbasis())
+
+    def train(x, start):
+        state = tx.init(start[:, None])
+        for _ in range(2):
+            hess = jnp.sum(x**2) * jnp.ones_like(state.mean)
+            _, state = tx.update(jnp.ones_like(state.mean), state, hess=hess)
+        return state.mean[None]
+
+    trained_apart(train)
+
+
 def test_an_axis_over_which_the_sample_is_replicated_is_named():
     tx = ivon(0.1, **SETTINGS, axis_name=("r", "c"))
     state = tx.init(PARAMS)
