@@ -55,14 +55,3 @@ __all__ += ["leave_one_out", "merge", "prune", "sensitivity", "signal_to_noise",
 __all__ += ["diagnostics", "learning_status", "load", "load_metadata", "save"]
 __all__ += ["LeaveOneOut", "Linearized", "Mixture", "Moments", "Sensitivity", "Status"]
 __all__ += ["metrics", "recipes"]
-
-_RULE = "the rule of examples/leave_one_out.py"
-_REMOVED = {"Selection": _RULE, "select_by_leave_one_out": _RULE}
-_REMOVED["group_sensitivity"] = "jax.ops.segment_sum(scores, groups, num_groups)"
-
-
-def __getattr__(name: str) -> object:
-    if name in _REMOVED:
-        # Not an AttributeError, whose message `from ivon_jax import` would swallow.
-        raise ImportError(f"ivon_jax.{name} was removed in version 0.2: use {_REMOVED[name]}.")
-    raise AttributeError(f"module 'ivon_jax' has no attribute {name!r}")

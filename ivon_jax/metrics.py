@@ -1,7 +1,7 @@
 """Metrics of predicted probabilities: accuracy, calibration, uncertainty, detection.
 
 All but `detection` are pure and run under jit. Class probabilities come as log-probabilities
-of shape (..., K), labels as integers of shape (...); results are means over all examples.
+of shape (..., K), labels as integers of shape (...); scores are means over all examples.
 Log-probabilities that are not normalised are refused; under jit, where values are unknown,
 the metric is then NaN, as it is for predictions that are NaN.
 """
@@ -17,7 +17,7 @@ from ivon_jax._uses.detection import Detection, detection
 from ivon_jax._uses.log_probs import checked_labels, checked_log_probs
 
 __all__ = ["CalibrationBins", "accuracy", "brier", "calibration_bins", "ece"]
-__all__ += ["gaussian_nll", "nll", "top_k_accuracy"]
+__all__ += ["gaussian_nll", "nll", "risk_coverage", "top_k_accuracy"]
 __all__ += ["Detection", "detection", "mutual_information", "predictive_entropy"]
 
 
@@ -241,8 +241,8 @@ def risk_coverage(log_probs: jax.Array, labels: jax.Array) -> tuple[jax.Array, j
     under the risk-coverage curve (Geifman & El-Yaniv 2017).
 
     Args:
-      log_probs: log-probabilities (n, K).
-      labels: integer labels (n,).
+      log_probs: log-probabilities (..., K), of n examples.
+      labels: integer labels (...).
 
     Returns:
       `coverage` 1/n, 2/n … 1 and `risk`, both of shape (n,). Predictions of equal confidence stay
@@ -259,6 +259,7 @@ def risk_coverage(log_probs: jax.Array, labels: jax.Array) -> tuple[jax.Array, j
       [0.5 1. ] [0.  0.5]
     """
     log_probs, labels = checked_labels(log_probs, labels)
+    log_probs, labels = log_probs.reshape(-1, log_probs.shape[-1]), labels.ravel()
     order = jnp.argsort(-jnp.max(log_probs, axis=-1), stable=True)
     wrong = (_predicted(log_probs) != labels)[order].astype(log_probs.dtype)
     wrong = jnp.where(jnp.any(jnp.isnan(log_probs)), jnp.nan, wrong)
@@ -291,6 +292,8 @@ def gaussian_nll(mean: jax.Array, variance: jax.Array, targets: jax.Array) -> ja
             "mean, variance and targets must have one shape (a broadcast of (n,) against (n, 1) "
             f"would be n² errors); got {shapes[0]}, {shapes[1]} and {shapes[2]}."
         )
+    if not jnp.size(mean):
+        raise ValueError("there are no predictions to average over.")
     if not jnp.issubdtype(jnp.result_type(mean), jnp.floating):
         raise TypeError(f"mean must be floating; got {jnp.result_type(mean)}.")
     dtype = wide_dtype(jnp.result_type(mean))

@@ -13,6 +13,8 @@ import optax
 
 from ivon_jax._core.optimizer import ivon
 from ivon_jax._uses.starting import (
+    DECAYS,
+    INVERSE_SQUARE_ROOT,
     b2_for,
     ess_for_squared_error,
     hess_init_for,
@@ -59,11 +61,15 @@ class Recipe:
       batch_size: examples (sequences for a language model) per step; None if not published.
       length: how long the run was.
       warmup: share of the run in which the rate rises linearly from 0, or a number of steps.
-      decay: then "cosine" or "linear" to 0, or "inverse square root"; cosine if not published.
+      decay: then "cosine" or "linear" to 0, or "inverse square root", which needs a warmup; cosine
+        if not published.
       clip_norm: bound on the global norm of each sample's gradient, before `ivon`, or None.
       test_samples: posterior samples averaged for prediction; None if not published.
       source: where the values were published.
       note: what else to know.
+
+    Raises:
+      ValueError: for another `decay`; of `schedule` if the warmup fills the run.
     """
 
     settings: Mapping[str, Any]
@@ -77,6 +83,12 @@ class Recipe:
     note: str = ""
 
     def __post_init__(self):
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay must be one of {DECAYS}; got {self.decay!r}.")
+        if self.decay == INVERSE_SQUARE_ROOT and not self.warmup:
+            raise ValueError(
+                f"the {INVERSE_SQUARE_ROOT} counts from the end of a warmup: give one."
+            )
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
 
     def schedule(self, num_steps: int) -> optax.Schedule:
@@ -119,32 +131,51 @@ class Recipe:
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), tx)
 
 
-def _settings(*values: float, **others: Any) -> dict[str, Any]:
-    names = ("learning_rate", "ess", "hess_init", "weight_decay", "b2")
-    return {**dict(zip(names, values, strict=True)), **others}
-
-
 _VISION = {"length": "200 epochs", "warmup": 5 / 200, "test_samples": 64}
 CIFAR = Recipe(
-    _settings(0.2, 5e4, 0.5, 2e-4, 0.99999),
+    dict(
+        learning_rate=0.2,
+        ess=5e4,
+        hess_init=0.5,
+        weight_decay=2e-4,
+        b2=0.99999,
+    ),
     batch_size=50,
     note="CIFAR-10 and CIFAR-100, ResNet-20 to DenseNet-121 with filter response normalisation.",
     **_VISION,
 )
 TINY_IMAGENET = Recipe(
-    _settings(0.2, 2e5, 0.5, 2e-4, 0.99999),
+    dict(
+        learning_rate=0.2,
+        ess=2e5,
+        hess_init=0.5,
+        weight_decay=2e-4,
+        b2=0.99999,
+    ),
     batch_size=50,
     note="ess is twice the number of training images. The schedule is CIFAR's.",
     **_VISION,
 )
 IMAGENET = Recipe(
-    _settings(2.5, 1_281_167, 0.05, 5e-5, 0.999995),
+    dict(
+        learning_rate=2.5,
+        ess=1_281_167,
+        hess_init=0.05,
+        weight_decay=5e-5,
+        b2=0.999995,
+    ),
     batch_size=1024,
     note="ResNet-50. The schedule is CIFAR's.",
     **_VISION,
 )
 CIFAR_10_LARGE_BATCH = Recipe(
-    _settings(0.3, 5e4, 1.0, 1e-4, 0.9999),
+    dict(
+        learning_rate=0.3,
+        ess=5e4,
+        hess_init=1.0,
+        weight_decay=1e-4,
+        b2=0.9999,
+    ),
     batch_size=256,
     length="50,000 steps",
     source=THIRD_PARTY,
@@ -154,7 +185,15 @@ CIFAR_10_LARGE_BATCH = Recipe(
 
 def _gpt2(learning_rate: float) -> Recipe:
     return Recipe(
-        _settings(learning_rate, 1e10, 1e-3, 1e-6, 0.99999, mask=matrices, clip_radius=1e-3),
+        dict(
+            learning_rate=learning_rate,
+            ess=1e10,
+            hess_init=1e-3,
+            weight_decay=1e-6,
+            b2=0.99999,
+            mask=matrices,
+            clip_radius=1e-3,
+        ),
         batch_size=480,
         length="100,000 steps of 480 sequences of 1,024 tokens, 2,000 of them warmup",
         warmup=0.02,
@@ -167,23 +206,44 @@ GPT2_125M = _gpt2(300.0)
 GPT2_355M = _gpt2(200.0)
 GPT2_773M = _gpt2(150.0)
 IWSLT14 = Recipe(
-    _settings(0.15, 1e8, 0.1, 1e-4, 0.99999, clip_radius=1e-3),
+    dict(
+        learning_rate=0.15,
+        ess=1e8,
+        hess_init=0.1,
+        weight_decay=1e-4,
+        b2=0.99999,
+        clip_radius=1e-3,
+    ),
     batch_size=None,
     length="translation, from scratch",
     warmup=4000,
-    decay="inverse square root",
+    decay=INVERSE_SQUARE_ROOT,
     clip_norm=1.0,
     source=THIRD_PARTY,
     note="Transformer-base; 2 Monte Carlo samples in every training step.",
 )
 UCI_ENERGY = Recipe(
-    _settings(0.02, 6000, 0.5, 5e-3, 0.999),
+    dict(
+        learning_rate=0.02,
+        ess=6000,
+        hess_init=0.5,
+        weight_decay=5e-3,
+        b2=0.999,
+    ),
     batch_size=8,
     length="60 epochs",
     note="One hidden layer of 50 units; 5 Monte Carlo samples in every training step.",
 )
 LORA = Recipe(
-    _settings(0.03, 1e7, 1e-3, 0.0, 0.99999, clip_radius=1e-3, rescale_lr=False),
+    dict(
+        learning_rate=0.03,
+        ess=1e7,
+        hess_init=1e-3,
+        weight_decay=0.0,
+        b2=0.99999,
+        clip_radius=1e-3,
+        rescale_lr=False,
+    ),
     batch_size=4,
     length="10,000 steps",
     decay="linear",
@@ -192,7 +252,15 @@ LORA = Recipe(
     note="Low-rank adapters of Llama-2-7B. Published: ess 1e6 to 1e8, hess_init 3e-4 to 1e-3.",
 )
 LORA_2B = Recipe(
-    _settings(0.03, 1e7, 3e-4, 1e-6, 0.99999, clip_radius=1e-3, rescale_lr=False),
+    dict(
+        learning_rate=0.03,
+        ess=1e7,
+        hess_init=3e-4,
+        weight_decay=1e-6,
+        b2=0.99999,
+        clip_radius=1e-3,
+        rescale_lr=False,
+    ),
     batch_size=32,
     length="fine-tuning; not published",
     warmup=512,

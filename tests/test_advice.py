@@ -18,7 +18,9 @@ RATE = {"learning_rate": 0.1}
 
 
 def test_the_status_says_what_is_wrong():
-    assert str(learning_status(ivon(**SETTINGS).init(PARAMS), SETTINGS)).startswith("no: no step")
+    assert str(learning_status(ivon(**SETTINGS).init(PARAMS), SETTINGS)).startswith(
+        "not started: no step"
+    )
     good = str(learning_status(trained(SETTINGS), SETTINGS))
     assert good.startswith("yes: after 3 steps") and "\n" not in good
     slow = {**SETTINGS, "b2": 0.99999}
@@ -57,8 +59,48 @@ def test_the_status_says_what_is_wrong():
     assert "no free element" in learning_status(nothing._replace(count=1), RATE).message
 
 
+def test_forgetting_the_start_is_not_taken_for_learning():
+    tx = ivon(**SETTINGS)
+    state, zeros = tx.init(PARAMS), jax.tree.map(jnp.zeros_like, PARAMS)
+    for _ in range(3):
+        _, state = tx.update(zeros, state, PARAMS, hess=zeros)
+    kind, message = learning_status(state, SETTINGS)
+    assert kind == "no" and message.startswith("h has only been forgotten")
+    assert diagnostics(state, SETTINGS)["hess/learned"] == 0
+
+
+def test_settings_with_another_start_are_reported_before_the_first_step():
+    kind, message = learning_status(ivon(0.1, 1e3, hess_init=0.01).init(jnp.ones(3)), RATE)
+    assert kind == "at risk" and "hess_init=1" in message
+
+
+def test_noise_in_most_weights_is_said_during_the_run():
+    state = trained(SETTINGS)
+    state = state._replace(ess=jnp.float32(1e-3))
+    assert "compare the samples' loss" in learning_status(state, SETTINGS | {"ess": 1e-3}).message
+
+
+@pytest.mark.parametrize("wrong", [{"hess_init": -1.0}, {"b1": 2.0}, {"clip_radius": 0.0}])
+def test_settings_that_ivon_refuses_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        diagnostics(ivon(**SETTINGS).init(PARAMS), SETTINGS | wrong)
+
+
+def test_a_mean_that_a_check_has_spoiled_is_not_blamed_on_the_rate():
+    tx = auto_sample(ivon(**SETTINGS), 0, check=True)
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(3):
+        updates, state = jax.jit(tx.update)(PARAMS, state, params)
+        params = optax.apply_updates(params, jax.tree.map(lambda u: 2 * u, updates))
+    kind, message = learning_status(state, SETTINGS)
+    assert kind == "broken" and 0 < message.index("without jit say so") < message.index("rate")
+
+
 def test_samples_that_are_mostly_noise_are_reported_before_the_first_step():
-    for ess, expected in ((1.0, "at risk: the samples are mostly noise"), (1e3, "no: no step")):
+    for ess, expected in (
+        (1.0, "at risk: the samples are mostly noise"),
+        (1e3, "not started: no step"),
+    ):
         status = learning_status(
             ivon(0.1, ess, hess_init=0.01).init(jnp.ones(3)), {**RATE, "hess_init": 0.01}
         )

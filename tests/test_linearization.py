@@ -141,3 +141,8 @@ def test_bad_input_is_refused():
     for shapes in (((3,), (2, 2)), ((4, 1), (4, 1)), ((), ())):
         with pytest.raises(ValueError, match="K >= 2 classes"):
             probit_log_probs(*map(jnp.zeros, shapes))
+
+
+def test_integer_logits_are_refused():
+    with pytest.raises(TypeError, match="floating; got int"):
+        probit_log_probs(jnp.array([3, 0]), jnp.array([0.9, 0.9]))

@@ -93,3 +93,13 @@ def test_bad_input_is_refused():
         merge([q([0.0, 0.0], [1.0, np.nan])])
     with pytest.raises(ValueError, match="structure"):
         task_arithmetic([A.mean], {"v": jnp.ones(2)})
+
+
+def test_one_model_is_not_taken_for_several_and_any_sequence_is_taken():
+    q = Posterior({"a": jnp.ones(2)}, {"a": jnp.ones(2)})
+    assert jnp.all(merge(x for x in (q, q)).precision["a"] == 2)
+    for one in (q, ivon(0.1, ess=10).init(q.mean)):
+        with pytest.raises(TypeError, match="one entry per model"):
+            merge(one)
+    with pytest.raises(TypeError, match="one model per entry"):
+        task_arithmetic(q.mean, q.mean)

@@ -323,3 +323,17 @@ def test_the_risk_falls_with_coverage_where_confidence_ranks_the_errors():
     assert np.all(np.isnan(metrics.risk_coverage(log_probs.at[0].set(jnp.nan), labels)[1]))
     with pytest.raises(ValueError, match="must be log-probabilities"):
         metrics.risk_coverage(log_probs + 1, labels)
+
+
+def test_risk_and_coverage_of_labels_of_any_shape():
+    log_probs = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (2, 3, 4)))
+    labels = jnp.array([[0, 1, 2], [3, 0, 1]])
+    found = metrics.risk_coverage(log_probs, labels)
+    flat = metrics.risk_coverage(log_probs.reshape(6, 4), labels.ravel())
+    jax.tree.map(np.testing.assert_array_equal, found, flat)
+    assert "risk_coverage" in metrics.__all__
+
+
+def test_no_predictions_have_no_average():
+    with pytest.raises(ValueError, match="no predictions"):
+        metrics.gaussian_nll(jnp.zeros(0), jnp.ones(0), jnp.zeros(0))

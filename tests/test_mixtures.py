@@ -127,8 +127,13 @@ def test_other_leaves_come_from_the_parameters():
     assert np.all(out > 50)
     # Each member may have leaves of its own.
     stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
-    out = predict_samples(both, 2)(KEY, jax.vmap(tx.init)(stacked), X, params=stacked)
+    states = jax.vmap(tx.init)(stacked)
+    out = predict_samples(both, 2)(KEY, mixture(jax.vmap(posterior)(states, stacked)), X)
     assert np.all(out[0] < 150) and np.all(out[1] > 150)
+    # Of stacked parameters nobody knows which of the others are stacked as well.
+    shared = stacked | {"b": jnp.full((2,), 100.0)}
+    with pytest.raises(ValueError, match="must be those of one network"):
+        predict_samples(both, 2)(KEY, states, X, params=shared)
 
 
 def test_one_component_is_the_posterior_alone():

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from ivon_jax import ivon, posterior, posterior_mean, sample_params
+from ivon_jax import Eigenbasis, auto_sample, ivon, posterior, posterior_mean, sample_params
 from ivon_jax._core.optimizer import PRECISION_FLOOR
 
 PARAMS = {"a": {"w": jnp.arange(6.0).reshape(3, 2) / 6.0}, "b": jnp.ones(2)}
@@ -471,3 +471,26 @@ def test_a_leaf_without_a_gradient_is_refused_with_both_remedies():
     state = ivon(0.1, 10).init(PARAMS)
     with pytest.raises(ValueError, match=r"trained part only.*optax.partition"):
         ivon(0.1, 10).update({**PARAMS, "b": None}, state, hess=PARAMS)
+
+
+def test_a_schedule_that_goes_below_zero_is_refused_or_seen():
+    tx = ivon(lambda step: -0.1, ess=10)
+    w = jnp.ones(2)
+    state = tx.init(w)
+    with pytest.raises(ValueError, match=r"returned -0\.1: it must be >= 0"):
+        tx.update(w, state, w, noise=w)
+    _, state = jax.jit(tx.update)(w, state, w, noise=w)
+    assert jnp.isnan(state.mean).all()
+
+
+@pytest.mark.parametrize("basis", [None, Eigenbasis()], ids=["diagonal", "eigenbasis"])
+def test_steps_without_jit_compile_nothing_after_the_first_ones(basis):
+    tx = auto_sample(ivon(0.1, ess=10, basis=basis), 0)
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    state, events = tx.init(params), []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    for _ in range(3):
+        events.clear()
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    assert not [name for name in events if "backend_compile" in name]

@@ -9,10 +9,13 @@ from ivon_jax import (
     Posterior,
     auto_sample,
     ivon,
+    marginals,
     posterior,
     posterior_mean,
     prior_of,
+    prune,
     sample_params,
+    signal_to_noise,
     with_mean,
 )
 
@@ -203,3 +206,13 @@ def test_a_posterior_made_by_hand_needs_precisions_that_are_not_negative(precisi
     for use in (posterior, lambda q: sample_params(jax.random.key(0), q)):
         with pytest.raises(ValueError, match=r"precision must be >= 0 .*\['w'\]"):
             use(q)
+
+
+def test_mean_and_precision_of_other_shapes_or_trees_are_refused():
+    for q in (
+        Posterior(jnp.ones(2), jnp.ones((3, 1))),
+        Posterior({"a": jnp.ones(2)}, {"b": jnp.ones(2)}),
+    ):
+        for use in (posterior, marginals, signal_to_noise, lambda q: prune(q, fraction=0.5)):
+            with pytest.raises(ValueError, match="precision"):
+                use(q)

@@ -118,3 +118,9 @@ def test_order_statistics_of_sharded_leaves_gather_nothing():
     np.testing.assert_array_equal(f(x), [0.0, 2048.0])
     compiled = f.lower(x).compile().as_text()
     assert "all-gather" not in compiled and "all-reduce" in compiled
+
+
+@pytest.mark.parametrize(("fraction", "number"), [(0.53, 53), (0.59, 59), (0.599, 59)])
+def test_a_fraction_of_a_hundred_is_counted_in_decimals(fraction, number):
+    q = Posterior(jnp.arange(1.0, 101.0), jnp.ones(100))
+    assert int((~prune(q, fraction=fraction)[1]).sum()) == number

@@ -167,3 +167,9 @@ def test_the_format_is_described_in_the_file(tmp_path):
         "format": "ivon_jax.posterior.v1",
         "paths": {"mean.w": ["w"], "precision.w": ["w"]},
     }
+
+
+def test_metadata_of_a_foreign_file_is_refused(tmp_path):
+    (tmp_path / "x").write_bytes(b"nothing that was saved")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        load_metadata(tmp_path / "x")

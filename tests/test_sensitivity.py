@@ -4,7 +4,6 @@ import numpy as np
 import optax
 import pytest
 
-import ivon_jax
 from ivon_jax import (
     ivon,
     leave_one_out,
@@ -86,12 +85,6 @@ def test_images_as_outputs_and_jit(state):
     assert got.deviation.shape == got.variance.shape == (7, 3, 1) and got.score.shape == (7,)
     f = leave_one_out(apply, loss, second_order=True)
     assert f(posterior(state, temperature=0.01), X, targets=targets).output.shape == (7, 3, 1)
-
-
-@pytest.mark.parametrize("name", ["group_sensitivity", "select_by_leave_one_out", "Selection"])
-def test_removed_functions_say_what_to_use(name):
-    with pytest.raises(ImportError, match=r"was removed in version 0\.2: use "):
-        getattr(ivon_jax, name)
 
 
 @pytest.mark.parametrize("build", [sensitivity, leave_one_out])

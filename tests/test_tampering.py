@@ -228,13 +228,13 @@ def test_loaded_weights_are_announced_before_the_first_step():
     state = auto_sample(ivon(**SETTINGS), 0).init(PARAMS)
     loaded = jax.tree.map(lambda x: x + 3.0, PARAMS)
     kind, message = learning_status(state, SETTINGS, params=loaded)
-    assert kind == "no" and "at the first step they become the mean" in message
+    assert kind == "not started" and "at the first step they become the mean" in message
     # Inside the first window of two the loop is at a sample, which a change spoils.
     tx = auto_sample(ivon(**SETTINGS), 0, num_samples=2)
     params, state = run(tx, 1)[-1]
     moved = jax.tree.map(lambda x: x + 3.0, params)
     assert learning_status(state, SETTINGS, params=moved).kind == "tampered"
-    assert learning_status(state, SETTINGS, params=params).kind == "no"
+    assert learning_status(state, SETTINGS, params=params).kind == "not started"
 
 
 def test_the_state_of_a_check_survives_optax_and_knows_its_leaves():

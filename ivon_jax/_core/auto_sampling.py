@@ -142,7 +142,7 @@ def auto_sample(
             raise ValueError("auto_sample draws its own noise: leave noise= and hess= out.")
         options = {"store_mean": store_mean, "antithetic": antithetic, "check": check}
         _check_continues(state, num_samples, options)
-        handed_over = params is not None
+        given, handed_over = state, params is not None
         if params is None:
             params = _drawn_again(state, grads)
         own = owned_leaves(state.inner_state)
@@ -191,7 +191,8 @@ def auto_sample(
         updates = unflatten_like(updates, jax.tree.leaves(joined))
         if not store_mean:
             new_state = new_state._replace(inner_state=without_means(inner_state))
-        return updates, new_state
+        # Of the same nodes: those of an `nnx.State` have become dicts on the way.
+        return updates, unflatten_like(given, jax.tree.leaves(new_state))
 
     # optax types a state as any tree of arrays.
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

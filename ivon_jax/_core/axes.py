@@ -22,14 +22,14 @@ def zeros_of(aval: Any) -> jax.Array:
     )
 
 
-def varying_over(zeros: jax.Array, names: frozenset[str]) -> jax.Array:
+def varying_over(x: jax.Array, names: frozenset[str]) -> jax.Array:
     """An array that varies over these mesh axes as well, for jax's bookkeeping."""
-    axes = tuple(sorted(names - varying_axes(jax.typeof(zeros))))
+    axes = tuple(sorted(names - varying_axes(jax.typeof(x))))
     if not axes:
-        return zeros
+        return x
     if hasattr(jax.lax, "pcast"):  # its older name is pvary
-        return jax.lax.pcast(zeros, axes, to="varying")
-    return jax.lax.pvary(zeros, axes)  # pyright: ignore[reportAttributeAccessIssue]
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def split_over(x: jax.Array, names: tuple[str, ...]) -> jax.Array:

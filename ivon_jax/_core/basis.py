@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ivon_jax._core.axes import gathered, split_like
 from ivon_jax._core.trees import Owned, get_field, place
@@ -135,6 +136,18 @@ def diagonal_in(target: Basis, source: Basis, diagonals: list[jax.Array]) -> lis
     pairs = zip(target or none, source or none, strict=True)
     squares = [Sides(*map(_squares, to, of)) for to, of in pairs]
     return list(map(_rotated, squares, diagonals))
+
+
+def mixes(sides: Sides, flags: Any) -> Any:
+    """Whether a side turns elements that are flagged together with others."""
+    found = np.False_
+    if all(isinstance(q, tuple) for q in sides):
+        return found
+    matrices = matrices_of(sides, flags)
+    for axis, q in zip((-2, -1), sides, strict=True):
+        if not isinstance(q, tuple):
+            found |= (matrices.any(axis) != matrices.all(axis)).any()
+    return found
 
 
 def _squares(target: Any, source: Any) -> Any:

@@ -92,6 +92,18 @@ def check_scalar(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a scalar; got an array of shape {jnp.shape(value)}.")
 
 
+def checked_rate(rate: Any) -> Any:
+    """A rate by a schedule, which may miss its end at 0 by rounding; under jit NaN below that."""
+    check_scalar("the learning rate that the schedule returned", rate)
+    proper = ~(jnp.asarray(rate) < -1e-6)
+    if is_concrete(proper) and not bool(proper):
+        raise ValueError(
+            f"the schedule of the learning rate returned {float(rate):g}: it must be >= 0 (ivon "
+            "subtracts its steps itself)."
+        )
+    return jnp.where(proper, rate, jnp.nan)
+
+
 def _check_array(name: str, value: Any) -> None:
     dtype = value.dtype
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
@@ -151,6 +163,8 @@ def check_floating(own: Owned, name: str, leaves: list[jax.Array]) -> None:
 def check_axis_name(name: str, value: Any) -> None:
     """Refuses what cannot name mesh or mapped axes."""
     names = value if isinstance(value, tuple) else (value,)
+    if value is not None and not names:
+        raise ValueError(f"{name} is an empty tuple: name an axis, or pass None.")
     if value is not None and not all(isinstance(n, str) for n in names):
         raise TypeError(f"{name} must be the name of an axis, or a tuple of names; got {value!r}.")
 

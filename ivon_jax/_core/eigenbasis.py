@@ -56,8 +56,9 @@ class Eigenbasis:
         those with more rows than `max_dim`. A function makes an `Eigenbasis` that is hashable.
 
     Raises:
-      ValueError: if a number is out of range; at `init` if `stacked` does not fit the parameters.
-      TypeError: if one is no number; at `init` if `stacked` has other leaves than bools.
+      ValueError: if a number is out of range, or `update_every` or `max_dim` no integer; at `init` if
+        `stacked` does not fit the parameters.
+      TypeError: if `decay` or `hess_clip` is no number; at `init` if `stacked` has other leaves than bools.
 
     Example:
       >>> from ivon_jax import Eigenbasis, ivon
@@ -89,8 +90,8 @@ class Eigenbasis:
         """The identity, as matrices where a basis will be, and factors of zero."""
         leaves = Owned(mean).leaves
         if not leaves:
-            # `optax.tree_map_params` looks at the state of no parameters: there a leaf stands for
-            # whatever the real state has in its place, and a tuple only for one as long.
+            # `optax.tree_map_params` looks at the state of no parameters: there an array stands in
+            # for whatever the real state has in its place, and a tuple only for one as long.
             one, other = jnp.zeros([]), jnp.zeros([])  # two, for donation
             return EigenState(one, other)  # pyright: ignore[reportArgumentType]
 
@@ -133,6 +134,14 @@ class Eigenbasis:
             return stack, 0, 0
         return stack, *possible[-1]
 
+    def clipped(self, hess: jax.Array, h: jax.Array, scale: jax.Array) -> jax.Array:
+        """ĥ within ±c(h+δ), from the scale h+δ; but h itself, which says nothing, stays."""
+        if self.hess_clip == math.inf:
+            return hess
+        bound = self.hess_clip * scale
+        # What has overflowed must not become a number.
+        return jnp.where(jnp.isfinite(hess) & (hess != h), jnp.clip(hess, -bound, bound), hess)
+
     def turned(
         self, state: Any, count: Any, grads: list[jax.Array], *coordinates: PyTree
     ) -> tuple[EigenState, list[PyTree]]:
@@ -151,14 +160,9 @@ class Eigenbasis:
         leaves = map(_varying_alike, state.vectors, momentum, hess, factors)
         vectors, momentum, hess = zip(*leaves, strict=True)
         case = jnp.where(count == 1, 1, jnp.where(count % self.update_every == 0, 2, 0))
-        ways = [partial(_found, way, factors) for way in (_kept, _exact, _iterated)]
-        found, orders = jax.lax.switch(case, ways, vectors)
-        turned = jax.lax.cond(
-            case == 0,
-            lambda *kept: kept[-2:],
-            _followed,
-            *(vectors, found, orders, list(momentum), list(hess)),
-        )
+        found, orders = jax.lax.switch(case, _WAYS, factors, vectors)
+        leaves = vectors, found, orders, list(momentum), list(hess)
+        turned = jax.lax.cond(case == 0, _stayed, _followed, *leaves)
         return EigenState(found, factors), list(map(unflatten_like, coordinates, turned))
 
 
@@ -199,8 +203,8 @@ def _found(find: Callable[..., Any], factors: Basis, vectors: Basis) -> tuple[Ba
     def of_side(old: Any, factor: Any) -> tuple[Any, Any]:
         if isinstance(old, tuple):
             return (), ()
-        axes = varying_axes(jax.typeof(old))
-        return tuple(varying_over(x, axes) for x in find(old, factor))
+        axes, (q, order) = varying_axes(jax.typeof(old)), find(old, factor)
+        return varying_over(q, axes), varying_over(order, axes)
 
     pairs = [list(map(of_side, old, factor)) for old, factor in zip(vectors, factors, strict=True)]
     found = tuple(Sides(*(q for q, _ in sides)) for sides in pairs)
@@ -214,6 +218,14 @@ def _followed(
     turned = in_coordinates(new, in_parameters(old, momentum))
     turned = [g.astype(old.dtype) for g, old in zip(turned, momentum, strict=True)]
     return turned, list(map(_sorted, new, orders, hess))
+
+
+def _stayed(
+    old: Basis, new: Basis, orders: Basis, momentum: list[jax.Array], hess: list[jax.Array]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The same where nothing has turned."""
+    del old, new, orders
+    return momentum, hess
 
 
 def _sorted(sides: Sides, orders: Sides, h: jax.Array) -> jax.Array:
@@ -249,3 +261,7 @@ def _iterated(old: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
     # No vector turns round, which would mirror the noise.
     signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(q.dtype)
     return q * signs[..., None, :], order
+
+
+# Made once: jax compiles a branch anew for a function that it does not know.
+_WAYS = tuple(partial(_found, way) for way in (_kept, _exact, _iterated))

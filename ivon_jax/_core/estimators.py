@@ -13,7 +13,7 @@ from ivon_jax._core.axes import split_over
 from ivon_jax._core.checks import Number, check_axis_name, check_number, check_positive, renamed
 from ivon_jax._core.gaussians import gaussian
 from ivon_jax._core.rule import hess_estimate
-from ivon_jax._core.sampling import PosteriorNoise, fold_in_groups, one_or_many, threefry_key
+from ivon_jax._core.sampling import ParameterGaussian, fold_in_groups, one_or_many, threefry_key
 from ivon_jax._core.trees import PyTree, wide_dtype
 
 # Value, gradients and the statistic that ĥ is made of, the last two for floating leaves.
@@ -126,7 +126,7 @@ def mc_value_and_grad(
         key: jax.Array, state: PyTree, *args: Any, params: PyTree | None = None
     ) -> tuple[Any, PyTree, PyTree]:
         _check_args(args, rngs, batches or ())
-        q = PosteriorNoise(gaussian(state, params), params)
+        q = ParameterGaussian(gaussian(state, params), params)
         mean = q.mean()
         key, first = threefry_key(key), jnp.int32(0)
         if axis_name is not None:
@@ -142,7 +142,7 @@ def mc_value_and_grad(
 
         def at_sample(s: Any, sample_key: Any, sliced: dict[int, Any]) -> tuple[_Estimates, Any]:
             sign = jnp.where(s % 2 == 0, 1.0, -1.0) if antithetic else 1.0
-            sample, displacement = q.sample(sample_key, sign)
+            sample, displacement = q.sample_with_noise(sample_key, sign)
             here = _arguments(args, sliced, rngs, first + s)
             value, aux, grads = _value_and_grad(fun, has_aux, sample, here)
             if grad_transform is not None:
@@ -150,7 +150,7 @@ def mc_value_and_grad(
             grads = [g.astype(wide_dtype(g.dtype)) for g in grads]
 
             def coordinates(leaves: list[jax.Array]) -> list[jax.Array]:
-                return _pick(mean, q.coordinates(_place(mean, leaves, lambda x: x)))
+                return _pick(mean, q.tree_in_coordinates(_place(mean, leaves, lambda x: x)))
 
             if estimator == "reparam":
                 noise = _pick(mean, q.tree(displacement()))
@@ -227,7 +227,7 @@ def _transformed(
 
 
 def _hutchinson(
-    fun: Callable[..., Any], has_aux: bool, q: PosteriorNoise, key: jax.Array, args: list[Any]
+    fun: Callable[..., Any], has_aux: bool, q: ParameterGaussian, key: jax.Array, args: list[Any]
 ) -> list[jax.Array]:
     """u ⊙ ∇²fun(m)u, with u = ±1 at random where IVON owns the leaf and zero elsewhere."""
     signs = [
@@ -236,7 +236,7 @@ def _hutchinson(
     ]
     tree = q.mean()
     mean = _pick(tree, tree)
-    turned = _pick(tree, q.tree(q.parameters(signs)))
+    turned = _pick(tree, q.tree(q.in_parameters(signs)))
     probe = [u.astype(m.dtype) for u, m in zip(turned, mean, strict=True)]
 
     def gradient(leaves: list[jax.Array]) -> list[jax.Array]:
@@ -244,7 +244,7 @@ def _hutchinson(
 
     _, products = jax.jvp(gradient, (mean,), (probe,))
     products = [x.astype(wide_dtype(x.dtype)) for x in products]
-    products = _pick(tree, q.coordinates(_place(tree, products, lambda x: x)))
+    products = _pick(tree, q.tree_in_coordinates(_place(tree, products, lambda x: x)))
     signs = _pick(tree, q.tree(signs))
     return [u.astype(x.dtype) * x for u, x in zip(signs, products, strict=True)]
 
@@ -312,10 +312,11 @@ def _split(argnum: int, arg: PyTree, num_samples: int) -> PyTree:
 
 
 def _argnums(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    numbers = (value,) if isinstance(value, int) else tuple(value)
-    if not all(isinstance(i, int) and i >= 1 for i in numbers):
+    numbers = tuple(value) if isinstance(value, Sequence) else (value,)
+    proper = (isinstance(i, int | np.integer) and not isinstance(i, bool) for i in numbers)
+    if not all(proper) or any(i < 1 for i in numbers):
         raise ValueError(
             f"{name} counts the arguments of fun as in jax.grad, where the parameters are "
             f"argument 0; expected integers >= 1, got {value!r}."
         )
-    return numbers
+    return tuple(map(int, numbers))

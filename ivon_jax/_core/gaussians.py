@@ -42,8 +42,10 @@ def gaussian(state: PyTree, params: PyTree | None = None) -> Posterior:
     loop's `params`.
     """
     if isinstance(state, Posterior):
+        own = Owned(state.mean)
+        own.checked("precision", state.precision)
         check_precision("precision", state.precision)
-        check_sides(state.basis, Owned(state.mean))
+        check_sides(state.basis, own)
         return without_nnx(state)
     state = with_means(state, params)
     parts = find_states(state)

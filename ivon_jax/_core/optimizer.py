@@ -18,8 +18,8 @@ from ivon_jax._core.checks import (
     check_floating,
     check_momentum_dtype,
     check_number,
-    check_scalar,
     check_varying,
+    checked_rate,
 )
 from ivon_jax._core.compiler import materialized
 from ivon_jax._core.eigenbasis import Eigenbasis
@@ -48,7 +48,7 @@ from ivon_jax._core.trees import (
     unflatten_like,
     wide_dtype,
 )
-from ivon_jax._core.windows import Draw, mean_statistics, step_or_wait
+from ivon_jax._core.windows import Draw, lined_up, step_or_wait
 
 PRECISION_FLOOR = 2.0**-20
 """Smallest `precision_floor`: eight units of float32 rounding, a σ 1000 times σ₀."""
@@ -112,7 +112,7 @@ def ivon(
       clip_radius: ξ, bound on each element of u; a step moves a parameter by at most α(h₀+δ)ξ.
       precision_floor: smallest new h+δ as a share of h₀+δ. The default only keeps the precision
         positive; 0.1 guards against divergence: σ stays below 3.2 times its initial value, and
-        the factor 1/(h+δ) of a step below ten times.
+        the factor 1/(h+δ) of a step below ten times. (At least 2⁻¹⁶ with `prior` and `basis`.)
       rescale_lr: whether α is multiplied by h₀+δ.
       debias: whether g is debiased by 1−β₁ᵗ.
       axis_name: mapped axis (or axes) over which ĝ and n⊙ĝ are averaged; devices draw on their own.
@@ -177,8 +177,9 @@ def ivon(
         rescale_lr=rescale_lr,
         debias=debias,
     )
-    if prior is not None and basis is not None and isinstance(constants.floor, float):
-        constants = constants._replace(floor=max(constants.floor, TURNED_FLOOR))
+    if prior is not None and basis is not None:
+        larger = max if isinstance(constants.floor, float) else jnp.maximum
+        constants = constants._replace(floor=larger(constants.floor, TURNED_FLOOR))
     source = prior_source(weight_decay, mask, prior, turns=basis is not None)
     momentum_dtype = check_momentum_dtype(momentum_dtype)
     check_axis_name("axis_name", axis_name)
@@ -214,20 +215,18 @@ def ivon(
         """Lines 3 to 7 of the algorithm, for averaged ĝ and ĥ."""
         if axis_name is not None:
             grads, hess = jax.lax.pmean((grads, hess), axis_name)
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        check_scalar("the learning rate that the schedule returned", rate)
+        rate = learning_rate
+        if callable(rate):
+            rate = checked_rate(rate(state.count))
         count = optax.safe_increment(state.count)
         new = state._replace(count=count, ess=jnp.array(ess, jnp.float32), **prior_fields)
         m, h, g = (jax.tree.leaves(tree) for tree in (state.mean, state.hess, state.momentum))
         old_deltas = [prior.delta for prior in leaf_priors(state)]
         priors = leaf_priors(new)
         vectors = vectors_of(state)
-        if basis is not None and basis.hess_clip != math.inf:
-            precisions = precision_leaves(state)
-            bounds = [basis.hess_clip * (p / state.ess.astype(p.dtype)) for p in precisions]
-            pairs = zip(hess, bounds, strict=True)
-            # What has overflowed must not become a number.
-            hess = [jnp.where(jnp.isfinite(x), jnp.clip(x, -c, c), x) for x, c in pairs]
+        if basis is not None:
+            scales = [p / state.ess.astype(p.dtype) for p in precision_leaves(state)]
+            hess = list(map(basis.clipped, hess, h, scales))
         turned = in_coordinates(vectors, grads)
         h_and_g = list(map(statistics, h, g, turned, hess, old_deltas, priors))
         h, momentum = materialized([h for h, _ in h_and_g]), [g for _, g in h_and_g]
@@ -282,20 +281,20 @@ def ivon(
                 state = with_loaded(state, base, state.count == 0, own_noise)
         take_step = functools.partial(step, source.update(state, params))
         if hess is not None:
-            g, h = mean_statistics(own, g, "hess", hess, lambda _, hess: hess)
-            new_state = take_step(state, g, h)
+            g, h, mean = lined_up(own, g, "hess", hess)
+            new_state = take_step(state, mean(g), mean(h))
         else:
-            # The mean of products n_s ⊙ ĝ_s, not the product of means.
             vectors = vectors_of(state)
-            of_noise = () if isinstance(noise, Draw) else vectors
-            draw = noise if isinstance(noise, Draw) else Draw(noise)
-
-            def products_of(grads: list[jax.Array], noise: list[jax.Array]) -> list[jax.Array]:
-                both = in_coordinates(of_noise, noise), in_coordinates(vectors, grads)
-                return list(map(jnp.multiply, *both))
-
-            g, products = mean_statistics(own, g, "noise", draw.noise, products_of)
-            new_state = step_or_wait(take_step, state, g, products, draw)
+            if isinstance(noise, Draw):
+                draw = noise
+                g, n, mean = lined_up(own, g, "noise", draw.noise)
+            else:
+                draw = Draw(noise)
+                g, n, mean = lined_up(own, g, "noise", noise)
+                n = in_coordinates(vectors, n)
+            # The mean of products n_s ⊙ ĝ_s, not the product of means.
+            products = list(map(jnp.multiply, n, in_coordinates(vectors, g)))
+            new_state = step_or_wait(take_step, state, mean(g), mean(products), draw)
         moves = list(map(difference, jax.tree.leaves(new_state.mean), base, dtypes))
         updates = own.join(moves, jax.tree.map(_no_update, others))
         like = grads if params is None else params

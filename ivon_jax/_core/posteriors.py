@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._core.basis import Sides, diagonal_in, in_coordinates
-from ivon_jax._core.checks import Number, check_floating, check_number
+from ivon_jax._core.basis import Sides, diagonal_in, in_coordinates, mixes
+from ivon_jax._core.checks import Number, check_floating, check_number, is_concrete
 from ivon_jax._core.gaussians import (
     gaussian,
     gaussian_mean,
@@ -29,6 +29,7 @@ from ivon_jax._core.trees import (
     PyTree,
     copy_array,
     get_field,
+    place,
     set_fields,
     unflatten_like,
     wide_zeros,
@@ -45,8 +46,8 @@ def posterior(state: PyTree, params: PyTree | None = None, temperature: Number =
       temperature: τ > 0; the precision is divided by it, so τ < 1 sharpens.
 
     Returns:
-      A `Posterior` of copies, which stays valid when the state is donated; with a basis, if `ivon`
-      has one, in whose coordinates the precision then is.
+      A `Posterior` of copies, which stays valid when the state is donated. If `ivon` has a basis,
+      the precision is in its coordinates.
 
     Raises:
       ValueError: if there is no `IVONState`, `params` does not fit, or τ is not positive.
@@ -104,8 +105,8 @@ def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:
 def marginals(state: PyTree, params: PyTree | None = None) -> Posterior:
     """The Gaussian with the same mean and variances, but without correlations.
 
-    For what needs a precision for each parameter, such as pruning, where the posterior has a basis;
-    without one nothing is changed.
+    For uses that need one precision per parameter, such as pruning. A posterior without a basis is
+    returned unchanged.
 
     Args:
       state: a `Posterior`, or as in `posterior`.
@@ -122,12 +123,11 @@ def marginals(state: PyTree, params: PyTree | None = None) -> Posterior:
       >>> print(f"{variances[0]:.2f} {variances[1]:.2f}")
       6.76 4.24
     """
-    q = state if isinstance(state, Posterior) else posterior(state, params)
+    q = posterior(state, params)
     if not q.basis:
         return q
-    q = gaussian(q)  # checked
     own = Owned(q.mean)
-    variances = [1 / p for p in own.checked("the precision", q.precision)]
+    variances = [1 / p for p in own.checked("precision", q.precision)]
     precisions = [1 / v for v in diagonal_in((), q.basis, variances)]
     return Posterior(q.mean, own.join(precisions))
 
@@ -266,8 +266,8 @@ def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
     """KL(q‖prior) = ½Σ[s₀σ² + s₀(m−m₀)² − 1 − log(s₀σ²)] of two Gaussians, in nats.
 
     The sums are over the coordinates in which the prior is diagonal. Elements with a flat prior
-    (s₀ = 0) and those that are fixed in q (σ = 0) are left out; with a basis, leaves have to be
-    flat or fixed as a whole.
+    (s₀ = 0) and those that are fixed in q (σ = 0) are left out. What a basis mixes has to be flat,
+    or fixed, as a whole.
 
     Args:
       q: a posterior, or a state.
@@ -277,7 +277,8 @@ def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
       A scalar; +inf where the prior fixes an element at another value, or one that is free in q.
 
     Raises:
-      ValueError: if the trees do not fit.
+      ValueError: if the trees do not fit, or a basis mixes flat or fixed elements with others
+        (under jit the result is then NaN).
 
     Example:
       >>> from ivon_jax import Posterior, kl_divergence
@@ -294,7 +295,18 @@ def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
     shifts = [m.astype(p.dtype) - m0.astype(p.dtype) for m, m0, p in pairs]
     shifts = in_coordinates(prior.basis, shifts)
     variances = diagonal_in(prior.basis, q.basis, [1 / p for p in precisions])
+    none = (Sides(),) * len(own.leaves)
     total = jnp.zeros([])
+    bases = q.basis or none, prior.basis or none
+    for path, p, p0, *sides in zip(own.paths, precisions, prior_precisions, *bases, strict=True):
+        flags = jnp.isinf(p), jnp.isinf(p0), p0 == 0
+        mixed = jnp.stack([mixes(side, x) for side in sides for x in flags]).any()
+        if is_concrete(mixed) and bool(mixed):
+            raise ValueError(
+                f"a basis mixes flat or fixed elements of {place(path)} with others, which leaves "
+                "no coordinates in which both Gaussians are proper: take marginals(q)."
+            )
+        total = jnp.where(mixed, jnp.nan, total)
     leaves = zip(shifts, variances, precisions, prior_precisions, strict=True)
     for shift, variance, p, p0 in leaves:
         p0 = p0.astype(p.dtype)

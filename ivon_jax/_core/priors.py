@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivon_jax._core.basis import Basis, EigenState, Sides, check_sides, matrices_of, product
+from ivon_jax._core.basis import Basis, EigenState, Sides, check_sides, mixes, product
 from ivon_jax._core.checks import (
     Number,
     check_floating,
@@ -98,7 +98,7 @@ class GeneralPrior(NamedTuple):
         fields = {"weight_decay": (), "prior": prior}
         if not self.prior.basis:
             return mean, fields
-        # Of no leaves, a leaf stands for the basis: see `Eigenbasis.init`.
+        # For an empty tree an array stands in for the basis: see `Eigenbasis.init`.
         basis: Any = self._owned_basis(own) if own.leaves else jnp.zeros([])
         if self.turns:
             return mean, {**fields, "prior": prior._replace(basis=basis)}
@@ -156,20 +156,11 @@ def check_prior_fits(prior: Posterior, state: IVONState) -> None:
     none = (Sides(),) * len(own.leaves)
     bases = [basis or none for basis in (vectors_of(state), basis_of_prior(state))]
     for path, s0, *sides in zip(own.paths, precisions, *bases, strict=True):
-        if is_concrete(s0) and any(_mixes_fixed(side, np.isinf(s0)) for side in sides):
+        if is_concrete(s0) and any(mixes(side, np.isinf(s0)) for side in sides):
             raise ValueError(
                 f"prior.precision is infinite for a part of the leaf at {place(path)}, which a "
                 "basis mixes with the rest: fix that leaf as a whole, or use no basis."
             )
-
-
-def _mixes_fixed(sides: Sides, fixed: np.ndarray) -> bool:
-    """Whether a side turns elements that are fixed together with others."""
-    if not jax.tree.leaves(sides):
-        return False
-    fixed = matrices_of(sides, fixed)
-    axes = [axis for axis, q in zip((-2, -1), sides, strict=True) if not isinstance(q, tuple)]
-    return any(bool((fixed.any(axis) != fixed.all(axis)).any()) for axis in axes)
 
 
 def _owned_copy(own: Owned, name: str, tree: PyTree) -> list[jax.Array]:

@@ -18,8 +18,8 @@ class Rule(NamedTuple):
     Attributes:
       hess_init: h₀.
       b1: β₁.
-      one_minus_b1: 1−β₁ (from Python numbers: in float32 1−0.99999 is off by 0.14 %).
-      one_minus_b2: 1−β₂.
+      one_minus_b1: 1−β₁.
+      one_minus_b2: 1−β₂ (from a Python number: in float32 1−0.99999 is off by 0.14 %).
       clip_radius: ξ.
       floor: smallest h+δ as a share of h₀+δ.
       rescale_lr: whether α is multiplied by h₀+δ.

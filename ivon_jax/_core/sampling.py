@@ -78,15 +78,15 @@ def sample_params(
       >>> bool(jnp.array_equal(sample["w"], state.mean["w"] + noise["w"]))
       True
     """
-    q = PosteriorNoise(gaussian(state, params), params)
+    q = ParameterGaussian(gaussian(state, params), params)
     key = threefry_key(key)
     noise = q.draw(key)
     later = kept_on_cpu(noise, jax.random.key_data(key), q.draw_again)
-    return q.sampled(key, noise), q.tree(later)
+    return q.sample_of(key, noise), q.tree(later)
 
 
-class PosteriorNoise:
-    """Draws from one Gaussian in the structure of the parameters, if these are given."""
+class ParameterGaussian:
+    """A Gaussian whose mean and samples have structure and dtypes of the parameters, if given."""
 
     def __init__(self, q: Posterior, params: PyTree | None = None):
         self._own = Owned(q.mean)
@@ -109,7 +109,7 @@ class PosteriorNoise:
         noise = gaussian_noise(key, self.precision, sign)
         return materialized(in_parameters(self._basis, noise))
 
-    def coordinates(self, tree: PyTree) -> PyTree:
+    def tree_in_coordinates(self, tree: PyTree) -> PyTree:
         """A tree like the sample, with the owned leaves in coordinates."""
         owned, others = self._own.split("the gradients", tree)
         turned = self._own.join(self.in_coordinates(owned), others)
@@ -119,7 +119,7 @@ class PosteriorNoise:
         """The coordinates of owned leaves, which may have further axes in front."""
         return in_coordinates(self._basis, leaves)
 
-    def parameters(self, coordinates: list[jax.Array]) -> list[jax.Array]:
+    def in_parameters(self, coordinates: list[jax.Array]) -> list[jax.Array]:
         """The owned leaves with these coordinates."""
         return in_parameters(self._basis, coordinates)
 
@@ -127,7 +127,7 @@ class PosteriorNoise:
         """The draw once more, from the data of its key."""
         return self.draw(jax.random.wrap_key_data(key_data, impl=THREEFRY))
 
-    def sample(
+    def sample_with_noise(
         self, key: jax.Array, sign: jax.Array | float
     ) -> tuple[PyTree, Callable[[], list[jax.Array]]]:
         """θ = m ± n in the parameters' dtypes, and how to compute ±n' where it is used.
@@ -156,7 +156,11 @@ class PosteriorNoise:
 
         return self._like_params(moved), displacement
 
-    def sampled(self, key: jax.Array, noise: list[jax.Array]) -> PyTree:
+    def draw_sample(self, key: jax.Array) -> PyTree:
+        """m + n in the parameters' dtypes."""
+        return self.sample_of(key, self.draw(key))
+
+    def sample_of(self, key: jax.Array, noise: list[jax.Array]) -> PyTree:
         """m + n in the parameters' dtypes, for noise drawn with this key."""
         return self._like_params(samples(key, self._own.leaves, noise, self._dtypes))
 

@@ -41,23 +41,30 @@ CHANGED = (
 def with_loaded(
     state: IVONState, params: list[jax.Array], when: jax.Array, noise: list[jax.Array] | None = None
 ) -> IVONState:
-    """The state with parameters as its mean that were loaded after `init`.
+    """The state with parameters that were loaded after `init` as its mean.
 
     Those are neither the mean, which may have been rounded, nor the sample of the noise.
     """
+    leaves = zip(
+        jax.tree.leaves(state.mean),
+        params,
+        leaf_priors(state),
+        noise or [None] * len(params),
+        strict=True,
+    )
+    return state._replace(mean=unflatten_like(state.mean, [_adopted(when, *x) for x in leaves]))
 
-    @jax.jit  # traced once for leaves of one shape
-    def adopt(m: jax.Array, p: jax.Array, prior: LeafPrior, n: jax.Array | None) -> jax.Array:
-        if varying_axes(jax.typeof(p)) - varying_axes(jax.typeof(m)):
-            return m  # each device has a sample of its own
-        loaded = when & _differ(p, m)
-        if n is not None and n.shape == m.shape and jnp.issubdtype(n.dtype, jnp.floating):
-            loaded &= _differ(p, m + n.astype(m.dtype))
-        return prior.where_fixed(m, jnp.where(loaded, p.astype(m.dtype), m))
 
-    every = noise or [None] * len(params)
-    means = list(map(adopt, jax.tree.leaves(state.mean), params, leaf_priors(state), every))
-    return state._replace(mean=unflatten_like(state.mean, means))
+@jax.jit  # traced once for leaves of one shape
+def _adopted(
+    when: jax.Array, m: jax.Array, p: jax.Array, prior: LeafPrior, n: jax.Array | None
+) -> jax.Array:
+    if varying_axes(jax.typeof(p)) - varying_axes(jax.typeof(m)):
+        return m  # each device has a sample of its own
+    loaded = when & _differ(p, m)
+    if n is not None and n.shape == m.shape and jnp.issubdtype(n.dtype, jnp.floating):
+        loaded &= _differ(p, m + n.astype(m.dtype))
+    return prior.where_fixed(m, jnp.where(loaded, p.astype(m.dtype), m))
 
 
 def with_loaded_means(state: AutoSampleState, owned: list[jax.Array]) -> AutoSampleState:

@@ -31,24 +31,24 @@ class Draw(NamedTuple):
     closes: jax.Array | bool = True
 
 
-def mean_statistics(
-    own: Owned,
-    grads: list[jax.Array],
-    name: str,
-    other: PyTree,
-    statistic: Callable[[list[jax.Array], list[jax.Array]], list[jax.Array]],
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """ĝ and the statistic of ĝ_s and `other`, averaged over the samples s if there are several."""
+Leaves = list[jax.Array]
+
+
+def lined_up(
+    own: Owned, grads: Leaves, name: str, other: PyTree
+) -> tuple[Leaves, Leaves, Callable[[Leaves], Leaves]]:
+    """ĝ_s, the owned leaves of `other`, and what averages such leaves over samples s, if any."""
     leaves, _ = own.split(name, other)
     check_floating(own, name, leaves)
     stacked = own.num_samples(**{"grads": grads, name: leaves}) is not None
-    grads = [jnp.asarray(g, m.dtype) for g, m in zip(grads, own.leaves, strict=True)]
-    leaves = [jnp.asarray(x, m.dtype) for x, m in zip(leaves, own.leaves, strict=True)]
 
-    def mean(x: jax.Array) -> jax.Array:
-        return jnp.mean(x, axis=0) if stacked else x
+    def mean(leaves: Leaves) -> Leaves:
+        return [jnp.mean(x, axis=0) for x in leaves] if stacked else leaves
 
-    return list(map(mean, grads)), list(map(mean, statistic(grads, leaves)))
+    def wide(leaves: Leaves) -> Leaves:
+        return [jnp.asarray(x, m.dtype) for x, m in zip(leaves, own.leaves, strict=True)]
+
+    return wide(grads), wide(leaves), mean
 
 
 def step_or_wait(

@@ -12,6 +12,7 @@ from ivon_jax._core.state import GaussianPrior, find_states
 from ivon_jax._core.tampering import CHANGED, auto_sample_states
 from ivon_jax._core.trees import PyTree
 from ivon_jax._uses.monitoring import MOVED, arguments, diagnostics
+from ivon_jax._uses.starting import GUARD
 
 EXPLODED = 1e3
 """A median of h above this multiple of h₀ counts as divergence."""
@@ -31,21 +32,18 @@ SHORT = 1e-6
 TAMPERED = 6.0
 """A loop's parameters that are farther from the mean, in σ, are no sample: a draw is within 5.3."""
 
-GUARD = 0.1
-"""The `precision_floor` that `learning_status` recommends."""
-
 
 class Status(NamedTuple):
     """An answer to "is my posterior learning?"; `str(status)` is one line of both.
 
     Attributes:
-      kind: "yes", "no", "at risk" (of diverging, or of learning something else than is meant),
-        "broken" (not finite) or "tampered" (the loop's parameters are not the sample that was
-        drawn).
+      kind: "not started", "yes", "no", "at risk" (of diverging, or of learning something else than
+        is meant), "broken" (not finite) or "tampered" (the loop's parameters are not the sample
+        that was drawn).
       message: what was found, and what to change.
     """
 
-    kind: Literal["yes", "no", "at risk", "broken", "tampered"]
+    kind: Literal["not started", "yes", "no", "at risk", "broken", "tampered"]
     message: str
 
     def __str__(self) -> str:
@@ -76,7 +74,7 @@ def learning_status(
       >>> from ivon_jax import ivon, learning_status
       >>> settings = dict(learning_rate=0.1, ess=100, hess_init=0.5)
       >>> print(learning_status(ivon(**settings).init(jnp.ones(3)), settings))
-      no: no step has been taken.
+      not started: no step has been taken; median |m|/σ is 7.07.
     """
     if "learning_rate" not in settings:
         raise TypeError(
@@ -90,7 +88,7 @@ def learning_status(
         or _changed(state, numbers)
         or _broken(state, numbers)
         or _disagreement(state, settings)
-        or _not_begun(numbers)
+        or _not_begun(numbers, arguments(settings))
         or _curvature(numbers, arguments(settings))
     )
 
@@ -113,7 +111,7 @@ def _changed(state: PyTree, numbers: dict[str, float]) -> Status | None:
     at_start = not numbers["step"] and all(bool(x.at_mean) for x in auto_sample_states(state))
     if distance > TAMPERED and at_start:
         return Status(
-            "no",
+            "not started",
             "no step has been taken, and the parameters are not those that init was given: at the "
             "first step they become the mean. To evaluate before, call with_mean(state, params).",
         )
@@ -147,16 +145,24 @@ def _broken(state: PyTree, numbers: dict[str, float]) -> Status | None:
                     f"{name} in the state is {value:g}, which is what a value out of its range "
                     "becomes: mend what sets it, and start again from a state before that.",
                 )
-    if numbers["nonfinite"]:
-        return Status(
-            "broken",
-            f"{numbers['nonfinite'] * numbers['num_parameters']:.0f} elements of mean or hess are "
-            "not finite. Start again with a smaller learning rate, a larger hess_init or a "
-            "clip_radius. Or a hyperparameter that is injected has left its range, or something "
-            "changes the parameters after ivon, which auto_sample(..., check=True) turns into "
-            "NaN: two steps from a new state without jit, vmap or scan say so.",
-        )
-    return None
+    if not numbers["nonfinite"]:
+        return None
+    found = (
+        f"{numbers['nonfinite'] * numbers['num_parameters']:.0f} elements of mean or hess are not "
+        "finite. "
+    )
+    checks = any(jax.tree.leaves(x.expected) for x in auto_sample_states(state))
+    changed = (
+        "With check=True a change of the parameters or their updates becomes that under jit, and "
+        f"two steps from a new state without jit say so: {CHANGED} If these say nothing: "
+    )
+    return Status(
+        "broken",
+        f"{found}{changed * checks}Start again with a smaller learning rate, a larger hess_init or "
+        "a clip_radius. Or the loss is a sum and not a mean; an injected hyperparameter has left "
+        "its range; or something changes the parameters after ivon, such as a transformation "
+        "outside auto_sample, which auto_sample(..., check=True) says in two steps without jit.",
+    )
 
 
 def _disagreement(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
@@ -186,9 +192,15 @@ def _disagreement(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
     return None
 
 
-def _not_begun(numbers: dict[str, float]) -> Status | None:
+def _not_begun(numbers: dict[str, float], given: Mapping[str, Any]) -> Status | None:
     """No step, or nothing that a step could change."""
     signal = numbers["signal_to_noise/p50"]
+    if not numbers["step"] and numbers["hess/moved"]:
+        return Status(
+            "at risk",
+            f"no step has been taken, and the median of h is {numbers['hess/p50']:g}, where the "
+            f"settings have hess_init={given['hess_init']:g}: pass all arguments of ivon().",
+        )
     if not numbers["step"] and signal < 0.5:
         return Status(
             "at risk",
@@ -196,7 +208,7 @@ def _not_begun(numbers: dict[str, float]) -> Status | None:
             "raise hess_init or ess.",
         )
     if not numbers["step"]:
-        return Status("no", "no step has been taken.")
+        return Status("not started", f"no step has been taken; median |m|/σ is {signal:.3g}.")
     if numbers["fixed"] == 1 or not numbers["num_parameters"]:
         return Status("no", "there is no free element to learn.")
     return None
@@ -208,7 +220,8 @@ def _curvature(numbers: dict[str, float], given: Mapping[str, Any]) -> Status:
     median = numbers["hess/p50"] / hess_init
     found = (
         f"after {numbers['step']:.0f} steps {100 * numbers['hess/moved']:.0f} % of h has moved by "
-        f"more than {100 * MOVED:.0f} % of h₀ (median h/h₀ {median:.3g})"
+        f"more than {100 * MOVED:.0f} % of h₀ (median h/h₀ {median:.3g}; forgetting alone leaves "
+        f"{b2 ** numbers['step']:.3g})"
     )
     if median > INFLATED and numbers["hess/inflated"] > 0.5:
         return Status(
@@ -242,7 +255,9 @@ def _curvature(numbers: dict[str, float], given: Mapping[str, Any]) -> Status:
             "a step of the weight with the least curvature is "
             f"{numbers['update/gain']:.3g} times as long as under h₀, which diverges if it wakes "
             f"up: set precision_floor={GUARD:g}, or lower hess_init, or the learning rate by a "
-            f"factor of {numbers['update/risk']:.2g}.",
+            f"factor of {numbers['update/risk']:.2g}."
+            + " And see that the loss is a mean, not a sum."
+            * (numbers["update/risk"] > LARGE),
         )
     if numbers["hess/moved"] < 0.05:
         memory = 1 - b2 ** numbers["step"]
@@ -252,11 +267,20 @@ def _curvature(numbers: dict[str, float], given: Mapping[str, Any]) -> Status:
             f"{100 * memory:.2g} % of the way. Lower b2 or hess_init, raise the learning rate, or "
             "train longer.",
         )
+    if numbers["hess/learned"] < 0.01:
+        return Status(
+            "no",
+            f"h has only been forgotten: {found}, and {100 * (1 - numbers['hess/learned']):.3g} % "
+            "of h are within a tenth of that. Do the gradients reach these weights?",
+        )
     signal = numbers["signal_to_noise/p50"]
     share = f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped"
     ended = not numbers["update/risk"] and math.isinf(float(given["clip_radius"]))
     over = " (The rate is 0, at which nothing diverges: ask during the run as well.)" * ended
-    return Status("yes", f"{found}; median |m|/σ is {signal:.3g}, and {share}.{over}")
+    noisy = " More than half of the weights are mostly noise: compare the samples' loss with "
+    noisy += "the mean's on held-out data."
+    noisy *= signal < 0.5
+    return Status("yes", f"{found}; median |m|/σ is {signal:.3g}, and {share}.{noisy}{over}")
 
 
 def _clipped(numbers: dict[str, float]) -> Status | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ivon_jax._core.axes import varying_axes, varying_over
 from ivon_jax._core.checks import check_positive, renamed
 from ivon_jax._core.gaussians import gaussian
-from ivon_jax._core.sampling import PosteriorNoise
+from ivon_jax._core.sampling import ParameterGaussian
 from ivon_jax._core.trees import PyTree, wide_dtype
 from ivon_jax._uses.networks import check_callable, check_floating_output, num_examples
 
@@ -86,6 +86,7 @@ def probit_log_probs(mean: jax.Array, covariance: jax.Array) -> jax.Array:
 
     Raises:
       ValueError: if the shapes do not fit.
+      TypeError: if the mean is not floating.
 
     References:
       MacKay, The evidence framework applied to classification networks, 1992.
@@ -102,6 +103,8 @@ def probit_log_probs(mean: jax.Array, covariance: jax.Array) -> jax.Array:
             "mean must have K >= 2 classes on its last axis, and covariance its shape (variances) "
             f"or its last axis twice; got shapes {shape} and {jnp.shape(covariance)}."
         )
+    if not jnp.issubdtype(jnp.result_type(mean), jnp.floating):
+        raise TypeError(f"mean must be floating; got {jnp.result_type(mean)}.")
     dtype = wide_dtype(jnp.result_type(mean))
     mean, covariance = jnp.asarray(mean, dtype), jnp.asarray(covariance, dtype)
     if jnp.ndim(covariance) > len(shape):
@@ -114,7 +117,7 @@ def linear_outputs(
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """A function of one example: its K outputs f, and J V Jᵀ (K, K) or the diagonal of it (K,)."""
     check_callable(apply_fn)
-    q = PosteriorNoise(gaussian(state, params), params)
+    q = ParameterGaussian(gaussian(state, params), params)
     variance = [1 / p for p in q.precision]
 
     def at_example(*example: PyTree) -> tuple[jax.Array, jax.Array]:

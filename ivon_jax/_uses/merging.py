@@ -4,7 +4,7 @@ References: Daheim et al., Model Merging by Uncertainty-Based Gradient Matching,
 <https://arxiv.org/abs/2310.12808>`_.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ivon_jax._core.basis import in_coordinates, in_parameters
 from ivon_jax._core.checks import Number, check_floating, check_number, check_precision, is_concrete
 from ivon_jax._core.gaussians import gaussian
-from ivon_jax._core.state import Posterior
+from ivon_jax._core.state import IVONState, Posterior
 from ivon_jax._core.trees import Owned, PyTree, place, unflatten_like, wide_dtype, without_nnx
 
 
@@ -64,7 +64,8 @@ def merge(
       >>> print(merged.mean, merged.precision)
       [3.] [4.]
     """
-    if isinstance(posteriors, Posterior) or not len(posteriors):
+    posteriors = [] if isinstance(posteriors, Posterior | IVONState) else list(posteriors)
+    if not posteriors:
         raise TypeError("posteriors must be a non-empty sequence, with one entry per model.")
     posteriors = [q if isinstance(q, Posterior) else gaussian(q) for q in posteriors]
     alphas = _checked_weights(weights, len(posteriors))
@@ -144,12 +145,15 @@ def task_arithmetic(
 
     Raises:
       ValueError: if the trees do not fit.
+      TypeError: if `params` is one model.
 
     Example:
       >>> from ivon_jax import task_arithmetic
       >>> task_arithmetic([jnp.array([2.0]), jnp.array([3.0])], jnp.array([1.0]))
       Array([4.], dtype=float32)
     """
+    if isinstance(params, Mapping):
+        raise TypeError("params must be a sequence, with the weights of one model per entry.")
 
     def unit(tree: PyTree) -> Posterior:
         tree = without_nnx(tree)

@@ -1,6 +1,6 @@
 """Mixtures of posteriors: several runs, each with its Gaussian."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,8 +59,8 @@ def mixture(members: PyTree) -> Mixture:
         return Mixture(members)
     if not any(map(_is_stack, find_states(members))):
         raise ValueError(
-            "this is the state of one run: give a list of states or posteriors, or the stack of "
-            "states of a jax.vmap."
+            "this is the state of one run, or a tuple: give a list of states or posteriors, or the "
+            "stack of states of a jax.vmap."
         )
     return Mixture(jax.vmap(gaussian)(members))
 
@@ -90,15 +90,18 @@ def component(q: Mixture, index: Any) -> Posterior:
     return jax.tree.map(lambda x: x[index], q.components)
 
 
-def params_of(q: Mixture, params: PyTree | None) -> Callable[[Any], PyTree]:
-    """The parameters that go with a component: its own, where they are stacked as well."""
+def check_of_one(q: Mixture, params: PyTree | None) -> None:
+    """Refuses parameters that are stacked like the runs, for all of their leaves may be."""
     if params is None:
-        return lambda _: None
+        return
     own = Owned(q.components.mean)
-    shapes = [x.shape for x in own.split("params", params)[0]]
-    if shapes and shapes == [x.shape for x in own.leaves]:
-        return lambda index: jax.tree.map(lambda x: x[index], params)
-    return lambda _: params
+    pairs = zip(own.split("params", params)[0], own.leaves, strict=True)
+    if any(x.shape == m.shape for x, m in pairs):
+        raise ValueError(
+            "params must be those of one network, whose other leaves all runs share; these are "
+            "stacked. Where each run has other leaves of its own: "
+            "mixture(jax.vmap(posterior)(states, params))."
+        )
 
 
 def _stacked(members: Sequence[Posterior]) -> Posterior:

@@ -70,6 +70,7 @@ def diagnostics(
         of |m|/σ (the element of rank ⌊(n−1)p/100⌋);
       * `hess/negative`: share of elements with h < 0 (their posterior is wider than the prior);
       * `hess/moved`: share of elements with |h−h₀| > 0.1 h₀;
+      * `hess/learned`: share of elements that are as far from h₀β₂ᵗ, to which h₀ is forgotten;
       * `hess/inflated`: share of elements for which (1−β₂)λḡ²/2 is most of h+δ: without any
         curvature h would end up there, since ĥ = λ(h+δ)n⊙ĝ has a variance of λ(h+δ)ĝ²;
       * `update/clipped`: share of elements whose step (ḡ+δm)/(h+δ) is at the clip radius;
@@ -86,7 +87,7 @@ def diagnostics(
         draw is within 5.3; more means that something changes the updates or the parameters behind
         the optimizer's back;
       * `sample/agreement`, with `params` and a state of `auto_sample` that stores the mean: the
-        average of (θ−m)n/n² over the elements, for the noise n that was drawn. It is 1, or 0 where
+        ratio Σw(θ−m)n / Σwn² for the noise n that was drawn, w = 1/σ² or less. It is 1, or 0 where
         a loop goes on with the mean or with another sample;
       * `temperature`: N/λ, with `num_examples`;
       * `elbo`: −λ·loss − KL in nats, and `elbo/per_example`, that over λ, with `loss`.
@@ -103,8 +104,7 @@ def diagnostics(
       >>> print(f"{numbers['sigma/p50']:.2f} {numbers['hess/moved']:.2f}")
       0.10 0.00
     """
-    known = arguments(settings)
-    constants = _Constants(*(known[name] for name in _Constants._fields))
+    constants = _constants(arguments(settings))
     parts = find_states(with_means(state, params))
     _check_one_ess(parts)
     given: dict[str, Any] = {}
@@ -124,6 +124,18 @@ def diagnostics(
     # Numbers that are traced or injected are not hashable, and compiled with all around them.
     plain = all(isinstance(x, int | float) for x in constants)
     return (_compiled_numbers if plain else _numbers)(constants, parts, given)
+
+
+def _constants(known: Mapping[str, Any]) -> "_Constants":
+    """The numbers among the arguments of `ivon`, in their ranges."""
+    return _Constants(
+        check_number("hess_init", known["hess_init"], low=0.0, open_low=True),
+        check_number("clip_radius", known["clip_radius"], low=0.0, open_low=True, allow_inf=True),
+        check_number("b1", known["b1"], low=0.0, high=1.0),
+        check_number("b2", known["b2"], low=0.0, high=1.0),
+        known["rescale_lr"],
+        known["debias"],
+    )
 
 
 class _Constants(NamedTuple):
@@ -165,8 +177,10 @@ def _numbers(
     gains = [_largest_gain(x, hess_init) for x in leaves]
     gain = jnp.max(jnp.stack(gains)) if gains else jnp.ones([], jnp.float32)
     broken = _total(~jnp.isfinite(x.mean) | ~jnp.isfinite(x.hess) for x in leaves)
+    step = jnp.max(jnp.stack([part.count for part in parts]))
+    forgotten = hess_init * (1 - 1 / bias_correction(b2, step, jnp.float32))  # h₀β₂ᵗ
     numbers = {
-        "step": jnp.max(jnp.stack([part.count for part in parts])),
+        "step": step,
         "num_parameters": number,
         "ess": ess,
         "fixed": 1 - num_free / max(number, 1),
@@ -176,6 +190,7 @@ def _numbers(
         **percentiles("signal_to_noise", ratio_leaves([x.mean for x in leaves], precisions)),
         "hess/negative": share(lambda x: x.hess < 0),
         "hess/moved": share(lambda x: _differs(x.hess, hess_init)),
+        "hess/learned": share(lambda x: _differs(x.hess, forgotten)),
         "hess/inflated": share(lambda x: _inflated(x, ess, b2)),
         "update/clipped": share(
             lambda x: jnp.abs(x.step) >= jnp.asarray(clip_radius, x.step.dtype)

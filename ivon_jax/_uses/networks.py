@@ -1,4 +1,4 @@
-"""What a network is to the uses: going through data in batches, and what its outputs mean."""
+"""Applying a network to data in batches, and checking its outputs."""
 
 from collections.abc import Callable
 from typing import Any

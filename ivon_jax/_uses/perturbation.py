@@ -117,9 +117,10 @@ def leave_one_out(
       data_batch_size: as in `sensitivity`.
 
     Returns:
-      `f(state, *inputs, targets, params=None) -> LeaveOneOut`. With `second_order` an example is
-      NaN whose removal would leave no proper posterior (the leverage of v_i H_i is 1 or more).
-      IVON's V can be that wide for single examples: the first order is then the safer choice.
+      `f(state, *inputs, targets, params=None) -> LeaveOneOut`. With `second_order` the
+      result is NaN for an example whose removal would leave no proper posterior (the leverage of
+      v_i H_i is 1 or more). IVON's V can be that wide for single examples: the first order is then
+      the safer choice.
 
     Example:
       >>> from ivon_jax import Posterior, leave_one_out

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from ivon_jax._core.axes import varying_axes, zeros_of
 from ivon_jax._core.checks import check_positive, renamed
 from ivon_jax._core.gaussians import gaussian
-from ivon_jax._core.sampling import PosteriorNoise, fold_in_groups, one_or_many, threefry_key
+from ivon_jax._core.sampling import ParameterGaussian, fold_in_groups, one_or_many, threefry_key
 from ivon_jax._core.state import Posterior
 from ivon_jax._core.trees import PyTree, is_masked
-from ivon_jax._uses.mixtures import as_mixture, component, num_components, params_of
+from ivon_jax._uses.mixtures import as_mixture, check_of_one, component, num_components
 from ivon_jax._uses.networks import apply_in_batches, class_log_probs, gaussian_head
 
 
@@ -48,7 +48,7 @@ def predict_at_mean(
                 "a mixture has one mean for each component, and no network at their average: "
                 "take predict_samples or predict_log_probs, or predict_at_mean of each component."
             )
-        return _applied(apply, PosteriorNoise(gaussian(state, params), params).mean(), inputs)
+        return _applied(apply, ParameterGaussian(gaussian(state, params), params).mean(), inputs)
 
     return at_mean
 
@@ -277,9 +277,8 @@ def _sampled(
         with jax.threefry_partitionable(True):
             keys = jax.random.split(threefry_key(key), num_samples)
 
-        def at_sample(q: Posterior, key: jax.Array, params: PyTree | None = params) -> PyTree:
-            noise = PosteriorNoise(q, params)
-            return _applied(apply, noise.sampled(key, noise.draw(key)), inputs)
+        def at_sample(q: Posterior, key: jax.Array) -> PyTree:
+            return _applied(apply, ParameterGaussian(q, params).draw_sample(key), inputs)
 
         several = as_mixture(state)
         if several is None:
@@ -292,8 +291,8 @@ def _sampled(
                 f"components of the mixture: take a multiple of {number}."
             )
         turns = jnp.arange(num_samples) % number
-        params_at = params_of(several, params)
-        return (keys, turns), lambda key, i: at_sample(component(several, i), key, params_at(i))
+        check_of_one(several, params)
+        return (keys, turns), lambda key, i: at_sample(component(several, i), key)
 
     return prepare
 

@@ -73,7 +73,8 @@ def prune(
     else:
         fraction = check_number("fraction", fraction, low=0.0, high=1.0)
         free = sum(jnp.sum(~jnp.isinf(p)).astype(jnp.float32) for p in precisions)
-        number = jnp.floor(jnp.asarray(fraction, jnp.float32) * free)
+        # In float32 0.59 of 100 is 58.99…
+        number = jnp.floor(jnp.asarray(fraction, jnp.float32) * free * (1 + 2.0**-22))
         # Free weights come first in the ranking, because the ratio of a fixed one is infinite.
         bound = lower_quantiles(ratios, jnp.maximum(number - 1, 0).reshape(1))[0]
         drop = [(x.astype(jnp.float32) <= bound) & (number > 0) for x in ratios]

@@ -139,12 +139,16 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
     Raises:
       ImportError: if safetensors is not installed.
+      ValueError: if it is not a safetensors file.
     """
     _safetensors()
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="numpy") as file:
-        metadata = dict(file.metadata() or {})
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
     metadata.pop("ivon_jax", None)
     return metadata
 

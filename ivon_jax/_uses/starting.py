@@ -10,22 +10,32 @@ import optax
 from ivon_jax._core.checks import check_number, check_positive, is_concrete
 from ivon_jax._core.trees import PyTree
 
+GUARD = 0.1
+"""The `precision_floor` that keeps quiet weights from diverging."""
+
+INVERSE_SQUARE_ROOT = "inverse square root"
+DECAYS = "cosine", "linear", INVERSE_SQUARE_ROOT
+
 
 def warmup_schedule(peak: float, num_steps: int, warmup: float, decay: str) -> optax.Schedule:
     """Linear warmup over a share of the run, or over a number of steps above 1, then decay."""
     num_steps = check_positive("num_steps", num_steps)
     steps = round(warmup * num_steps) if warmup < 1 else round(warmup)
-    rest = max(num_steps - steps, 1)
+    if steps >= num_steps:
+        raise ValueError(
+            f"the warmup takes {steps} steps of num_steps={num_steps}, so that the rate never gets "
+            "to its peak: give ivon a schedule of your own."
+        )
+    rest = num_steps - steps
 
     def inverse_square_root(count: Any) -> jax.Array:
         # join_schedules asks for counts before the boundary too.
         return peak * jnp.sqrt(steps / (steps + jnp.maximum(count, 0)))
 
-    after: dict[str, optax.Schedule] = {
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "inverse square root": inverse_square_root,
-    }
+    cosine, linear = optax.cosine_decay_schedule(peak, rest), optax.linear_schedule(peak, 0.0, rest)
+    after: dict[str, optax.Schedule] = dict(
+        zip(DECAYS, (cosine, linear, inverse_square_root), strict=True)
+    )
     if not steps:
         return after[decay]
     return optax.join_schedules([optax.linear_schedule(0.0, peak, steps), after[decay]], [steps])
@@ -42,7 +52,9 @@ def start(
     """Settings of `ivon` to start from on a problem without a recipe.
 
     The rate rises over a twentieth of the run and falls to 0 along a cosine; ess is N/τ. Tune the
-    rate first (0.1, 0.3, 1), then the temperature (1, 0.1).
+    rate first (0.1, 0.3, 1), then the temperature (1, 0.1). Steps are updates of the mean: under
+    gradient accumulation one for each window of calls. After T the rate is 0, and σ of weights that
+    get no gradient grows on, up to 3.2 times its initial value.
 
     Args:
       params: initial parameters, drawn at random.
@@ -52,7 +64,8 @@ def start(
       temperature: τ; below 1 the posterior is narrower than Bayes' ("cold").
 
     Returns:
-      Keyword arguments of `ivon`: `learning_rate` (a schedule), `ess`, `hess_init` and `b2`.
+      Keyword arguments of `ivon`: `learning_rate` (a schedule), `ess`, `hess_init`, `b2`, and
+      `precision_floor` (0.1) against divergence.
 
     Raises:
       ValueError: if a number is out of its range, or the parameters are all zero or not finite.
@@ -75,6 +88,7 @@ def start(
         "ess": ess,
         "hess_init": hess_init_for(params, ess),
         "b2": b2_for(num_steps),
+        "precision_floor": GUARD,
     }
 
 
@@ -231,7 +245,7 @@ def hess_init_for(params: PyTree, ess: float, *, noise: float = 0.25) -> float:
 
 
 def b2_for(num_steps: int) -> float:
-    """β₂ = 1 − 2/T for a run of T steps: e⁻² of the initial curvature is left at its end.
+    """β₂ = 1 − 2/T for T steps, at least 0.9: e⁻² of the initial curvature is left at the end.
 
     Published runs on images and text have (1−β₂)T of 1 to 2. Where it is much larger the curvature
     of weights that get no gradient is forgotten, their posterior widens, and training diverges.
@@ -250,7 +264,7 @@ def b2_for(num_steps: int) -> float:
       >>> recipes.b2_for(2_000), recipes.b2_for(200_000)
       (0.999, 0.99999)
     """
-    return 1.0 - 2.0 / max(check_positive("num_steps", num_steps), 20)  # at least 0.9
+    return 1.0 - 2.0 / max(check_positive("num_steps", num_steps), 20)
 
 
 def _size_of_matrices(params: PyTree) -> float:

@@ -51,6 +51,28 @@ def assert_leaves_differ(a: Any, b: Any) -> None:
         assert np.all(np.asarray(x) != np.asarray(y))
 
 
+WRAPPERS = {
+    "alone": lambda tx: tx,
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_state_of_nnx_parameters_keeps_its_structure(wrap):
+    tx: Any = WRAPPERS[wrap](automatic())
+    params = nnx.state(nnx.Linear(2, 1, rngs=nnx.Rngs(0)), nnx.Param)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(params, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    with jax.numpy_dtype_promotion("standard"):  # MultiSteps needs it
+        (_, state), _ = jax.lax.scan(step, (params, tx.init(params)), None, length=4)
+    assert all(np.isfinite(x).all() for x in leaves(posterior_mean(state)))
+
+
 # Flax linen
 
 
