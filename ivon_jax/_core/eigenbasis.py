@@ -56,9 +56,10 @@ class Eigenbasis:
         those with more rows than `max_dim`. A function makes an `Eigenbasis` that is hashable.
 
     Raises:
-      ValueError: if a number is out of range, or `update_every` or `max_dim` no integer; at `init` if
-        `stacked` does not fit the parameters.
-      TypeError: if `decay` or `hess_clip` is no number; at `init` if `stacked` has other leaves than bools.
+      ValueError: if a number is out of range, or `update_every` or `max_dim` no integer; at `init`
+        if `stacked` does not fit the parameters.
+      TypeError: if `decay` or `hess_clip` is no number; at `init` if `stacked` has other leaves
+        than bools.
 
     Example:
       >>> from ivon_jax import Eigenbasis, ivon
