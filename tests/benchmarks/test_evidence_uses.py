@@ -94,3 +94,23 @@ def test_mixtures_average_probabilities_over_disjoint_groups(capsys, monkeypatch
     ]
     with pytest.raises(SystemExit, match="at least 10"):
         mixtures.main(["--seeds", "3"])
+
+
+def test_the_temperature_that_was_put_in_is_found(capsys, monkeypatch):
+    from benchmarks.evidence.uses import temperature_scaling as scaling
+
+    def predicted(data, seeds, epochs):
+        """Log-probabilities that are twice too sharp for labels drawn from the true ones."""
+        del epochs
+        labels = jnp.asarray(data.test_labels)
+        confident = jnp.zeros((len(labels), 10)).at[:, 0].set(jnp.log(0.5) - jnp.log(0.5 / 9))
+        right = jnp.arange(len(labels)) % 2 == 0
+        first = jnp.where(right, labels, (labels + 1) % 10)
+        true = jnp.stack([jnp.roll(x, k) for x, k in zip(confident, first, strict=True)])
+        sharp = jax.nn.log_softmax(2 * true)
+        return {"IVON": {"test images": jnp.stack([sharp] * seeds)}}, None
+
+    monkeypatch.setattr(scaling.example, "compare", predicted)
+    scaling.main(["--seeds", "2"])
+    rows = [x.split() for x in capsys.readouterr().out.splitlines() if x.startswith("IVON")]
+    assert rows[0][1] == "1" and rows[1][1] == "2.00" and float(rows[1][4]) < float(rows[0][2])

@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib", reason='the benchmarks need: pip install -e ".
 
 from benchmarks._shared.journal import Journal
 from benchmarks._shared.networks import GPT
-from benchmarks.evidence.language import main
+from benchmarks.evidence.language import main, plateau
 from benchmarks.evidence.language.text import CONTEXT, Text, fixed_windows, read_text
 from benchmarks.evidence.language.training import TRIED, Ivon, matrices_of_layers
 
@@ -95,3 +95,7 @@ def test_a_missing_or_short_text_is_a_message(size, message, tmp_path):
         path.write_bytes(b"a" * size)
     with pytest.raises(SystemExit, match=message):
         main.main(["--text", str(path), "--results", str(tmp_path / "language.jsonl")])
+
+
+def test_counted_pairs_know_a_text_in_which_one_character_tells_the_next(text_file):
+    assert plateau.loss_of_pairs(read_text(text_file)) < 0.01

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\n{format_table(rows)}\n")
     print(
         f"Mean ± standard error over {options.seeds} seeds. T divides the logits, and was chosen\n"
-        f"for each seed on {HELD_OUT} held-out images, with a network that was trained on the others."
+        f"for each seed on {HELD_OUT} held-out images, with a network trained on the others."
     )
 
 
