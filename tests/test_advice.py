@@ -59,19 +59,33 @@ def test_the_status_says_what_is_wrong():
     assert "no free element" in learning_status(nothing._replace(count=1), RATE).message
 
 
-def test_forgetting_the_start_is_not_taken_for_learning():
-    tx = ivon(**SETTINGS)
+@pytest.mark.parametrize("more", [{}, {"precision_floor": 0.1, "b2": 0.9}], ids=str)
+def test_forgetting_the_start_is_not_taken_for_learning(more):
+    settings = {**SETTINGS, **more}
+    tx = ivon(**settings)
     state, zeros = tx.init(PARAMS), jax.tree.map(jnp.zeros_like, PARAMS)
-    for _ in range(3):
+    for _ in range(20):
         _, state = tx.update(zeros, state, PARAMS, hess=zeros)
-    kind, message = learning_status(state, SETTINGS)
+    kind, message = learning_status(state, settings)
     assert kind == "no" and message.startswith("h has only been forgotten")
-    assert diagnostics(state, SETTINGS)["hess/learned"] == 0
+
+
+def test_a_curvature_far_below_the_start_is_learned():
+    tx = ivon(**SETTINGS)
+    state, small = tx.init(PARAMS), jax.tree.map(lambda x: jnp.full_like(x, 1e-4), PARAMS)
+    for _ in range(3):
+        _, state = tx.update(small, state, PARAMS, hess=small)
+    assert learning_status(state, SETTINGS).kind == "yes"
 
 
 def test_settings_with_another_start_are_reported_before_the_first_step():
     kind, message = learning_status(ivon(0.1, 1e3, hess_init=0.01).init(jnp.ones(3)), RATE)
-    assert kind == "at risk" and "hess_init=1" in message
+    assert kind == "at risk" and "hess_init=1:" in message
+    both = optax.partition(
+        {k: ivon(0.1, 1e3, hess_init=x) for k, x in (("a", 0.5), ("b", 0.1))}, "a"
+    )
+    state = both.init(jnp.ones(3))
+    assert learning_status(state, {**RATE, "hess_init": 0.5}).kind == "not started"
 
 
 def test_noise_in_most_weights_is_said_during_the_run():

@@ -126,6 +126,7 @@ def test_fixed_elements_are_not_counted():
     settings = {"learning_rate": 0.1, "ess": 10.0, "prior": Posterior(jnp.zeros(100), precision)}
     state = ivon(**settings).init(jnp.ones(100))
     state = state._replace(count=jnp.int32(5), hess=state.hess.at[:3].set(jnp.arange(3.0) + 4))
+    state = state._replace(momentum=jnp.full(100, 1e-3))
     numbers = diagnostics(state, settings)
     np.testing.assert_allclose(numbers["fixed"], 0.97, rtol=1e-6)
     np.testing.assert_allclose([numbers["hess/p1"], numbers["hess/p99"]], [4.0, 5.0])

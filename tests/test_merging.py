@@ -101,5 +101,6 @@ def test_one_model_is_not_taken_for_several_and_any_sequence_is_taken():
     for one in (q, ivon(0.1, ess=10).init(q.mean)):
         with pytest.raises(TypeError, match="one entry per model"):
             merge(one)
-    with pytest.raises(TypeError, match="one model per entry"):
-        task_arithmetic(q.mean, q.mean)
+    for params in (q.mean, jnp.ones((2, 2))):
+        with pytest.raises(TypeError, match="one model per entry"):
+            task_arithmetic(params, q.mean)

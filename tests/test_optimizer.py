@@ -483,14 +483,36 @@ def test_a_schedule_that_goes_below_zero_is_refused_or_seen():
     assert jnp.isnan(state.mean).all()
 
 
+COMPILATIONS: list[str] = []
+
+
+def _record_compilation(name, *_, **__):
+    if "backend_compile" in name:
+        COMPILATIONS.append(name)
+
+
+jax.monitoring.register_event_duration_secs_listener(_record_compilation)
+
+
 @pytest.mark.parametrize("basis", [None, Eigenbasis()], ids=["diagonal", "eigenbasis"])
 def test_steps_without_jit_compile_nothing_after_the_first_ones(basis):
     tx = auto_sample(ivon(0.1, ess=10, basis=basis), 0)
     params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
-    state, events = tx.init(params), []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    state = tx.init(params)
     for _ in range(3):
-        events.clear()
+        COMPILATIONS.clear()
         updates, state = tx.update(params, state, params)
         params = optax.apply_updates(params, updates)
-    assert not [name for name in events if "backend_compile" in name]
+    assert not COMPILATIONS
+
+
+@pytest.mark.parametrize(
+    "schedule", [optax.linear_schedule(300.0, 0.0, 1000), lambda t: 1 - t // 999]
+)
+def test_a_schedule_that_ends_a_rounding_below_zero_leaves_the_mean(schedule):
+    tx = ivon(schedule, 1e10, hess_init=1e-3, clip_radius=1e-3)
+    w = jnp.ones(3)
+    state = tx.init(w)._replace(count=jnp.int32(1000))
+    with jax.numpy_dtype_promotion("standard"):  # for optax's schedule
+        _, state = jax.jit(tx.update)(w, state, w, noise=w)
+    np.testing.assert_array_equal(state.mean, w)

@@ -203,3 +203,7 @@ def test_a_schedule_that_never_gets_going_is_refused():
         recipes.Recipe(settings, None, "", decay="cos")
     with pytest.raises(ValueError, match="end of a warmup"):
         recipes.Recipe(settings, None, "", decay="inverse square root")
+    short = recipes.Recipe(settings, None, "", warmup=0.01, decay="inverse square root")
+    with pytest.raises(ValueError, match="warmup of a step"):
+        short.schedule(10)
+    assert recipes.CIFAR.schedule(1)(0) > 0

@@ -15,6 +15,9 @@ from ivon_jax._core.axes import varying_axes
 from ivon_jax._core.trees import Owned, PyTree, place
 
 Number = float | jax.Array
+RATE_ROUNDING = 1e-4
+"""By how much a schedule in float32 may miss its end at 0, of peaks up to 1,000."""
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -92,16 +95,19 @@ def check_scalar(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a scalar; got an array of shape {jnp.shape(value)}.")
 
 
-def checked_rate(rate: Any) -> Any:
-    """A rate by a schedule, which may miss its end at 0 by rounding; under jit NaN below that."""
+def checked_rate(rate: Any) -> jax.Array:
+    """A rate by a schedule; what is below 0 by more than rounding is refused, under jit NaN."""
     check_scalar("the learning rate that the schedule returned", rate)
-    proper = ~(jnp.asarray(rate) < -1e-6)
+    rate = jnp.asarray(rate)
+    if not jnp.issubdtype(rate.dtype, jnp.floating):
+        rate = rate.astype(jnp.float32)
+    proper = ~(rate < -RATE_ROUNDING)
     if is_concrete(proper) and not bool(proper):
         raise ValueError(
             f"the schedule of the learning rate returned {float(rate):g}: it must be >= 0 (ivon "
             "subtracts its steps itself)."
         )
-    return jnp.where(proper, rate, jnp.nan)
+    return jnp.where(proper, jnp.maximum(rate, 0), jnp.nan)
 
 
 def _check_array(name: str, value: Any) -> None:

@@ -105,8 +105,8 @@ def posterior_mean(state: PyTree, params: PyTree | None = None) -> PyTree:
 def marginals(state: PyTree, params: PyTree | None = None) -> Posterior:
     """The Gaussian with the same mean and variances, but without correlations.
 
-    For uses that need one precision per parameter, such as pruning. A posterior without a basis is
-    returned unchanged.
+    For uses that need one precision per parameter, such as pruning. Of a posterior without a basis
+    a copy is returned.
 
     Args:
       state: a `Posterior`, or as in `posterior`.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ivon_jax._core.checks import RATE_ROUNDING
 from ivon_jax._core.state import GaussianPrior, find_states
 from ivon_jax._core.tampering import CHANGED, auto_sample_states
 from ivon_jax._core.trees import PyTree
@@ -22,9 +23,6 @@ LARGE = 100.0
 
 INFLATED = 10.0
 """A median of h above this multiple of h₀ is worth asking where it comes from."""
-
-ROUNDING = 1e-6
-"""By how much a schedule in float32 may miss its end at 0."""
 
 SHORT = 1e-6
 """Steps that are never longer train no network."""
@@ -99,7 +97,7 @@ def _wrong_rate(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
     step = find_states(state)[0].count
     value: Any = given(step) if callable(given) else given
     rate = float(value)
-    if -ROUNDING <= rate < math.inf:
+    if -RATE_ROUNDING <= rate < math.inf:
         return None
     kind = "at risk" if math.isfinite(rate) else "broken"
     return Status(kind, f"the learning rate at step {step} is {rate:g}: mend the schedule.")
@@ -195,11 +193,13 @@ def _disagreement(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
 def _not_begun(numbers: dict[str, float], given: Mapping[str, Any]) -> Status | None:
     """No step, or nothing that a step could change."""
     signal = numbers["signal_to_noise/p50"]
-    if not numbers["step"] and numbers["hess/moved"]:
+    start = float(given["hess_init"])
+    if not numbers["step"] and abs(numbers["hess/p50"] - start) > MOVED * start:
         return Status(
             "at risk",
             f"no step has been taken, and the median of h is {numbers['hess/p50']:g}, where the "
-            f"settings have hess_init={given['hess_init']:g}: pass all arguments of ivon().",
+            f"settings have hess_init={start:g}: pass all arguments of ivon(). (After with_ess, "
+            "which rescales h, that is meant.)",
         )
     if not numbers["step"] and signal < 0.5:
         return Status(
@@ -267,11 +267,11 @@ def _curvature(numbers: dict[str, float], given: Mapping[str, Any]) -> Status:
             f"{100 * memory:.2g} % of the way. Lower b2 or hess_init, raise the learning rate, or "
             "train longer.",
         )
-    if numbers["hess/learned"] < 0.01:
+    if numbers["update/idle"] > 0.99:
         return Status(
             "no",
-            f"h has only been forgotten: {found}, and {100 * (1 - numbers['hess/learned']):.3g} % "
-            "of h are within a tenth of that. Do the gradients reach these weights?",
+            f"h has only been forgotten: {found}, and no gradient has reached "
+            f"{100 * numbers['update/idle']:.3g} % of the weights.",
         )
     signal = numbers["signal_to_noise/p50"]
     share = f"{100 * numbers['update/clipped']:.0f} % of the steps are clipped"

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ivon_jax._core.basis import in_coordinates, in_parameters
 from ivon_jax._core.checks import Number, check_floating, check_number, check_precision, is_concrete
 from ivon_jax._core.gaussians import gaussian
-from ivon_jax._core.state import IVONState, Posterior
+from ivon_jax._core.state import Posterior
 from ivon_jax._core.trees import Owned, PyTree, place, unflatten_like, wide_dtype, without_nnx
 
 
@@ -64,7 +65,8 @@ def merge(
       >>> print(merged.mean, merged.precision)
       [3.] [4.]
     """
-    posteriors = [] if isinstance(posteriors, Posterior | IVONState) else list(posteriors)
+    # A named tuple, such as a Posterior or a state, is one model.
+    posteriors = [] if hasattr(posteriors, "_fields") else list(posteriors)
     if not posteriors:
         raise TypeError("posteriors must be a non-empty sequence, with one entry per model.")
     posteriors = [q if isinstance(q, Posterior) else gaussian(q) for q in posteriors]
@@ -152,7 +154,7 @@ def task_arithmetic(
       >>> task_arithmetic([jnp.array([2.0]), jnp.array([3.0])], jnp.array([1.0]))
       Array([4.], dtype=float32)
     """
-    if isinstance(params, Mapping):
+    if isinstance(params, Mapping | jax.Array | np.ndarray):
         raise TypeError("params must be a sequence, with the weights of one model per entry.")
 
     def unit(tree: PyTree) -> Posterior:

@@ -70,10 +70,10 @@ def diagnostics(
         of |m|/σ (the element of rank ⌊(n−1)p/100⌋);
       * `hess/negative`: share of elements with h < 0 (their posterior is wider than the prior);
       * `hess/moved`: share of elements with |h−h₀| > 0.1 h₀;
-      * `hess/learned`: share of elements that are as far from h₀β₂ᵗ, to which h₀ is forgotten;
       * `hess/inflated`: share of elements for which (1−β₂)λḡ²/2 is most of h+δ: without any
         curvature h would end up there, since ĥ = λ(h+δ)n⊙ĝ has a variance of λ(h+δ)ĝ²;
       * `update/clipped`: share of elements whose step (ḡ+δm)/(h+δ) is at the clip radius;
+      * `update/idle`: share of elements whose momentum is exactly 0: no gradient has reached them;
       * `update/gain`: the largest (h₀+δ)/(h+δ), the factor by which the weight that has lost the
         most curvature takes longer steps than at the start;
       * `update/risk`, with `learning_rate`: ten times α·gain·c/(h₀+δ) over 2(1+β₁)/(1−β₁), the
@@ -82,7 +82,8 @@ def diagnostics(
         Zero where a clip radius bounds the steps;
       * `update/longest`, with `learning_rate`: the longest step α(h₀+δ)ξ of an element, or αξ
         without `rescale_lr`; infinite without a clip radius;
-      * `kl`: KL(q‖prior) in nats, without the elements with a flat prior, of share `kl/flat`;
+      * `kl`: KL(q‖prior) in nats, without the elements with a flat prior, of share `kl/flat`; NaN
+        where a basis mixes flat or fixed elements with others;
       * `sample/distance`, with `params`: the largest |θ−m|/σ, beyond what rounding explains. A
         draw is within 5.3; more means that something changes the updates or the parameters behind
         the optimizer's back;
@@ -177,10 +178,8 @@ def _numbers(
     gains = [_largest_gain(x, hess_init) for x in leaves]
     gain = jnp.max(jnp.stack(gains)) if gains else jnp.ones([], jnp.float32)
     broken = _total(~jnp.isfinite(x.mean) | ~jnp.isfinite(x.hess) for x in leaves)
-    step = jnp.max(jnp.stack([part.count for part in parts]))
-    forgotten = hess_init * (1 - 1 / bias_correction(b2, step, jnp.float32))  # h₀β₂ᵗ
     numbers = {
-        "step": step,
+        "step": jnp.max(jnp.stack([part.count for part in parts])),
         "num_parameters": number,
         "ess": ess,
         "fixed": 1 - num_free / max(number, 1),
@@ -190,11 +189,11 @@ def _numbers(
         **percentiles("signal_to_noise", ratio_leaves([x.mean for x in leaves], precisions)),
         "hess/negative": share(lambda x: x.hess < 0),
         "hess/moved": share(lambda x: _differs(x.hess, hess_init)),
-        "hess/learned": share(lambda x: _differs(x.hess, forgotten)),
         "hess/inflated": share(lambda x: _inflated(x, ess, b2)),
         "update/clipped": share(
             lambda x: jnp.abs(x.step) >= jnp.asarray(clip_radius, x.step.dtype)
         ),
+        "update/idle": share(lambda x: x.grad == 0),
         "update/gain": gain,
         "kl": kl,
         "kl/flat": share(lambda x: jnp.broadcast_to(x.delta == 0, x.hess.shape)),

@@ -73,8 +73,10 @@ def prune(
     else:
         fraction = check_number("fraction", fraction, low=0.0, high=1.0)
         free = sum(jnp.sum(~jnp.isinf(p)).astype(jnp.float32) for p in precisions)
-        # In float32 0.59 of 100 is 58.99…
-        number = jnp.floor(jnp.asarray(fraction, jnp.float32) * free * (1 + 2.0**-22))
+        exact = jnp.asarray(fraction, jnp.float32) * free
+        near = jnp.round(exact)  # in float32 0.59 of 100 is 58.99…
+        close = jnp.abs(near - exact) <= jnp.minimum(exact * 2.0**-22, 0.25)
+        number = jnp.where(close, near, jnp.floor(exact))
         # Free weights come first in the ranking, because the ratio of a fixed one is infinite.
         bound = lower_quantiles(ratios, jnp.maximum(number - 1, 0).reshape(1))[0]
         drop = [(x.astype(jnp.float32) <= bound) & (number > 0) for x in ratios]

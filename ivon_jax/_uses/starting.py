@@ -26,6 +26,8 @@ def warmup_schedule(peak: float, num_steps: int, warmup: float, decay: str) -> o
             f"the warmup takes {steps} steps of num_steps={num_steps}, so that the rate never gets "
             "to its peak: give ivon a schedule of your own."
         )
+    if not steps and decay == INVERSE_SQUARE_ROOT:
+        raise ValueError(f"the {decay} needs a warmup of a step or more; num_steps={num_steps}.")
     rest = num_steps - steps
 
     def inverse_square_root(count: Any) -> jax.Array:

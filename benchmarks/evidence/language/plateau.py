@@ -46,7 +46,7 @@ def loss_of_pairs(text: Text) -> float:
 
 
 def path_of(settings: Settings, text: Text, steps: int, seed: int) -> tuple[list[float], float]:
-    """Validation losses on the way, and the rms of the first attention's gradient at the start."""
+    """Validation losses on the way, and the rms of the first attention's gradient at the first."""
     windows = fixed_windows(text.validation, CURVE_WINDOWS)
     value_and_grad = jax.jit(jax.value_and_grad(text.network.loss))
     found = []
