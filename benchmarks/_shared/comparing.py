@@ -52,8 +52,9 @@ def best_of(tried: Sequence[Setting], scores: Sequence[float]) -> Setting:
 
 def way_rows(ways: Mapping[tuple[str, str], str], tested: Runs, together: Runs) -> list[list[str]]:
     """A row for each way to predict, a column for each metric, in % but for the NLL."""
-    measured = [x for _, result in tested + together for x in result.values()]
-    columns = dict.fromkeys(name for x in measured if isinstance(x, dict) for name in x)
+    known = {way for _, way in ways}
+    measured = [x for _, result in tested + together for way, x in result.items() if way in known]
+    columns = dict.fromkeys(name for x in measured for name in x)
     names = [name for name in columns if not isinstance(measured[0].get(name), dict)]
     rows = [["", "runs", *names]]
     for (method, way), title in ways.items():
