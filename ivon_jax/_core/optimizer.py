@@ -285,12 +285,9 @@ def ivon(
             new_state = take_step(state, mean(g), mean(h))
         else:
             vectors = vectors_of(state)
-            if isinstance(noise, Draw):
-                draw = noise
-                g, n, mean = lined_up(own, g, "noise", draw.noise)
-            else:
-                draw = Draw(noise)
-                g, n, mean = lined_up(own, g, "noise", noise)
+            draw = noise if isinstance(noise, Draw) else Draw(noise)
+            g, n, mean = lined_up(own, g, "noise", draw.noise)
+            if draw is not noise:  # which would hold coordinates
                 n = in_coordinates(vectors, n)
             # The mean of products n_s ⊙ ĝ_s, not the product of means.
             products = list(map(jnp.multiply, n, in_coordinates(vectors, g)))

@@ -295,18 +295,9 @@ def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
     shifts = [m.astype(p.dtype) - m0.astype(p.dtype) for m, m0, p in pairs]
     shifts = in_coordinates(prior.basis, shifts)
     variances = diagonal_in(prior.basis, q.basis, [1 / p for p in precisions])
-    none = (Sides(),) * len(own.leaves)
     total = jnp.zeros([])
-    bases = q.basis or none, prior.basis or none
-    for path, p, p0, *sides in zip(own.paths, precisions, prior_precisions, *bases, strict=True):
-        flags = jnp.isinf(p), jnp.isinf(p0), p0 == 0
-        mixed = jnp.stack([mixes(side, x) for side in sides for x in flags]).any()
-        if is_concrete(mixed) and bool(mixed):
-            raise ValueError(
-                f"a basis mixes flat or fixed elements of {place(path)} with others, which leaves "
-                "no coordinates in which both Gaussians are proper: take marginals(q)."
-            )
-        total = jnp.where(mixed, jnp.nan, total)
+    if q.basis or prior.basis:
+        total = jnp.where(_mixes_improper(own, q, prior), jnp.nan, total)
     leaves = zip(shifts, variances, precisions, prior_precisions, strict=True)
     for shift, variance, p, p0 in leaves:
         p0 = p0.astype(p.dtype)
@@ -319,3 +310,20 @@ def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
         impossible = only_prior | (fixed & jnp.isinf(p0) & (shift != 0))
         total = total + 0.5 * jnp.sum(jnp.where(impossible, jnp.inf, terms)).astype(total.dtype)
     return total
+
+
+def _mixes_improper(own: Owned, q: Posterior, prior: Posterior) -> jax.Array:
+    """Whether a basis turns flat or fixed elements together with others; refused where known."""
+    none, found = (Sides(),) * len(own.leaves), jnp.array(False)
+    precisions = own.checked("q.precision", q.precision), own.checked("", prior.precision)
+    bases = q.basis or none, prior.basis or none
+    for path, p, p0, *sides in zip(own.paths, *precisions, *bases, strict=True):
+        flags = jnp.isinf(p), jnp.isinf(p0), p0 == 0
+        mixed = jnp.stack([mixes(side, x) for side in sides for x in flags]).any()
+        if is_concrete(mixed) and bool(mixed):
+            raise ValueError(
+                f"a basis mixes flat or fixed elements of {place(path)} with others, which leaves "
+                "no coordinates in which both Gaussians are proper: take marginals(q)."
+            )
+        found |= mixed
+    return found
