@@ -16,8 +16,6 @@ COLORS = {
     "SGD": "#0072B2",
     "reference": "#444444",
     "unfamiliar": "#CC3311",
-    "letters": "#CC3311",
-    "photo patches": "#AA66CC",
 }
 
 

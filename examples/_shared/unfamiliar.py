@@ -19,6 +19,7 @@ from sklearn.datasets import load_sample_images
 
 from examples._shared.reporting import COLORS
 
+SET_COLORS = "#666666", COLORS["unfamiliar"], "#AA66CC"  # of familiar images, and of two other sets
 # Letters that no one takes for a digit. Left out are those that resemble one, in either case:
 # A (4), B (8), C and G (6), D O Q U (0), I J L (1), P (9), S (5), T Y (7), Z (2), E (3).
 LETTERS = "FHKMNRVWX"
@@ -93,10 +94,10 @@ def _average_cells(image: np.ndarray, cell: int) -> np.ndarray:
 def draw_entropies(ax: Axes, title: str, entropies: Mapping[str, Any]) -> None:
     """Histograms of predictive entropies by set of images; the first is that of familiar ones."""
     bins = np.linspace(0.0, np.log(10), 31)
-    for name, values in entropies.items():
+    familiar = next(iter(entropies))
+    for (name, values), color in zip(entropies.items(), SET_COLORS, strict=False):
         share = np.histogram(np.maximum(values, 0.0), bins)[0] / values.size  # 0: rounding
-        known = name not in COLORS
-        style: Any = {"fill": True, "alpha": 0.35} if known else {"linewidth": 1.6}
-        ax.stairs(share, bins, color=COLORS.get(name, "#666666"), label=name, **style)
+        style: Any = {"fill": True, "alpha": 0.35} if name == familiar else {"linewidth": 1.6}
+        ax.stairs(share, bins, color=color, label=name, **style)
     ax.set(xlabel="predictive entropy, nats", ylabel="share of images", ylim=(0, 1), title=title)
     ax.legend(frameon=False)

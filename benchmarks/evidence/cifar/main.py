@@ -340,6 +340,7 @@ def draw(folder: Path, tested: Runs) -> Figure | None:
             logs = {name or "CIFAR-10": jnp.asarray(found[name]) for name in found.files}
         entropies = {name: np.asarray(metrics.predictive_entropy(x)) for name, x in logs.items()}
         draw_entropies(ax, METHODS[method], entropies)
+    axes[0].autoscale(axis="y")
     return figure
 
 
