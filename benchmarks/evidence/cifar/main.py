@@ -202,7 +202,7 @@ class Study:
     def validated(self, method: str, values: Mapping[str, Any]) -> Metrics:
         """Scores of a setting on validation images."""
         fitted = self.fitted(method, 0, values, self.preset.epochs_to_choose)
-        predicted = self.predict(fitted, values, jax.random.key(1), self.valid.images)
+        predicted = self.predict(fitted, jax.random.key(1), self.valid.images)
         return {way: scores(x, self.valid.labels) for way, x in predicted.items()}
 
     def tested(self, method: str, seed: int, values: Mapping[str, Any]) -> Metrics:
@@ -210,7 +210,7 @@ class Study:
         fitted = self.fitted(method, seed, values, self.preset.epochs)
         inputs = {"": self.test.images, **self.others}
         key = seed_keys(seed)[2]
-        predicted = {k: self.predict(fitted, values, key, x) for k, x in inputs.items()}
+        predicted = {k: self.predict(fitted, key, x) for k, x in inputs.items()}
         kept: Any = {name: averaged(x.get("samples", x["point"])) for name, x in predicted.items()}
         np.savez(self.options.predictions(method, seed, values), **kept)
         ways = predicted[""]

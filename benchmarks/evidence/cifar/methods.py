@@ -1,8 +1,7 @@
 """The methods that are compared: how each is trained, and what it predicts.
 
 All get the same initial weights, batches and crops from a seed and, but for SWAG's last quarter,
-one schedule. A run is written
-to a file after every epoch, so that it can be stopped and goes on.
+one schedule. A run is written to a file after every epoch, so that it can be stopped and goes on.
 """
 
 import hashlib
@@ -16,14 +15,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from tqdm import tqdm
 
 from benchmarks._shared import methods as shared
 from benchmarks._shared.networks import RESNET20
 from benchmarks.evidence.cifar.data import Images, augment
-from benchmarks.evidence.images.methods import Swag, draw_swag, swag_of
-from ivon_jax import Posterior, posterior, predict_at_mean, predict_samples, recipes
+from benchmarks.evidence.images.methods import (
+    Fitted,
+    Members,
+    at_mean,
+    fitted_by,
+    make_step,
+    sample_log_probs,
+    swag_of,
+    swag_optimizer,
+)
+from ivon_jax import recipes
 
 Array = jax.Array
 NETWORK: nn.Module = RESNET20
@@ -66,11 +73,7 @@ def make_optimizer(run: Run, values: Mapping[str, Any]) -> Any:
         b2 = recipes.b2_for(run.num_steps)
         return shared.optimizer("ivon", {**values, "b2": b2}, run.num_steps, run.num_train)
     if run.method == "swag":
-        first = run.num_steps - collected(run) * run.steps_per_epoch
-        shape, end = shared.warmup_cosine(1.0, first), values["swag_rate"]
-        rise = values["learning_rate"] - end
-        decay = optax.add_decayed_weights(values["weight_decay"])
-        return optax.chain(decay, optax.sgd(lambda t: end + rise * shape(t), momentum=0.9))
+        return swag_optimizer(values, run.num_steps - collected(run) * run.steps_per_epoch)
     name = "adamw" if run.method == "adamw" else "sgd"
     return shared.optimizer(name, values, run.num_steps, run.num_train)
 
@@ -80,47 +83,15 @@ def collected(run: Run) -> int:
     return max(2, round(COLLECT * run.epochs))
 
 
-def make_step(run: Run, values: Mapping[str, Any]) -> shared.Step:
-    """The training step; the loss is the mean cross-entropy."""
-    tx = make_optimizer(run, values)
-
-    def loss(params: Any, batch: Any, *rate: Any, **rngs: Any) -> Array:
-        logits: Any = NETWORK.apply(params, batch[0], *rate, **rngs)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
-
-    def dropped(key: Array, params: Any, batch: Any) -> Array:
-        return loss(params, batch, values["rate"], rngs={"dropout": key})
-
-    def sharpest(key: Array, params: Any, state: Any, batch: Any) -> Any:
-        """SAM (Foret et al. 2021): the gradient where the loss is largest nearby."""
-        del key
-        grads = jax.grad(loss)(params, batch)
-        scale = values["rho"] / (optax.tree.norm(grads) + 1e-12)
-        worst = jax.tree.map(lambda p, g: p + scale * g, params, grads)
-        value, grads = jax.value_and_grad(loss)(worst, batch)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    if run.method == "ivon":
-        return shared.ivon_step(loss, tx)
-    if run.method == "sam":
-        return sharpest
-    if run.method == "dropout":
-
-        def step(key: Array, params: Any, state: Any, batch: Any) -> Any:
-            return shared.plain_step(partial(dropped, key), tx)(key, params, state, batch)
-
-        return step
-    return shared.plain_step(loss, tx)
-
-
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def one_step(run: Run, values: Any, carry: Any, data: Images, key: Array, rows: Array) -> Any:
     """One augmented step; returns parameters and optimizer state."""
     crop_key, key = jax.random.split(key)
     batch = augment(crop_key, data.images[rows]), data.labels[rows]
     params, state = carry
-    params, state, _ = make_step(run, values)(key, params, state, batch)
+    tx = make_optimizer(run, values)
+    step = make_step(NETWORK, run.method, values, tx, run.num_train)
+    params, state, _ = step(key, params, state, batch)
     return params, state
 
 
@@ -141,7 +112,7 @@ def start(run: Run, values: Any, key: Array, images: Array) -> Any:
     return params, make_optimizer(run, values).init(params)
 
 
-def train(run: Run, values: Mapping[str, Any], data: Images, seed: int, folder: Path) -> Any:
+def train(run: Run, values: Mapping[str, Any], data: Images, seed: int, folder: Path) -> Fitted:
     """Trains, from where a file in the folder has stopped; returns what `predict` takes."""
     init_key, epochs_key, _ = shared.seed_keys(seed)
     carry = start(run, values, init_key, jnp.asarray(data.images[:1]))
@@ -164,11 +135,9 @@ def train(run: Run, values: Mapping[str, Any], data: Images, seed: int, folder: 
         bar.update()
     bar.close()
     file.unlink(missing_ok=True)
-    if run.method == "ivon":
-        return posterior(carry[1])
     if run.method == "swag":
         return swag_of(jax.tree.map(lambda *x: jnp.stack(x), *snapshots))
-    return carry[0]
+    return fitted_by(run.method, values, *carry)
 
 
 def write(file: Path, epoch: int, carry: Any, snapshots: list[Any]) -> None:
@@ -199,23 +168,17 @@ class Predictor:
     def __init__(self, samples: int, batch_size: int = 500):
         self.samples, self.batch_size = samples, batch_size
 
-    def __call__(
-        self, fitted: Any, values: Mapping[str, Any], key: Array, images: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, fitted: Fitted, key: Array, images: np.ndarray) -> dict[str, np.ndarray]:
         """At a "point" (n, 10), and where there are samples at these, (S, n, 10)."""
-        rate = values.get("rate")
-        sampled = rate is not None or isinstance(fitted, Posterior | Swag)
-        parts = [
-            (
-                _at_point(fitted, x),
-                _at_samples(fitted, rate, key, x, self.samples) if sampled else None,
-            )
-            for x in _batches(images, self.batch_size)
-        ]
-        found = {"point": _joined((point for point, _ in parts), 0, len(images))}
-        if sampled:
-            found["samples"] = _joined((drawn for _, drawn in parts), 1, len(images))
+        found = {"point": self._samples(at_mean(fitted), key, images, 1)[0]}
+        if not isinstance(fitted, Members):
+            found["samples"] = self._samples(fitted, key, images, self.samples)
         return found
+
+    def _samples(self, fitted: Fitted, key: Array, images: np.ndarray, count: int) -> np.ndarray:
+        batches = _batches(images, self.batch_size)
+        parts = [sample_log_probs(NETWORK, fitted, key, x, count) for x in batches]
+        return np.concatenate(parts, axis=1)[:, : len(images)]
 
 
 def _batches(images: np.ndarray, size: int) -> Iterable[np.ndarray]:
@@ -223,30 +186,3 @@ def _batches(images: np.ndarray, size: int) -> Iterable[np.ndarray]:
     for first in range(0, len(images), size):
         rows = np.arange(first, first + size) % len(images)
         yield images[rows]
-
-
-def _joined(parts: Iterable[Any], axis: int, count: int) -> np.ndarray:
-    whole = np.concatenate([np.asarray(part) for part in parts], axis)
-    return whole.take(range(count), axis)
-
-
-def _apply(params: Any, images: Array, *rate: Any, **rngs: Any) -> Any:
-    logits: Any = NETWORK.apply(params, images, *rate, **rngs)
-    return jax.nn.log_softmax(logits)
-
-
-@jax.jit
-def _at_point(fitted: Any, images: Array) -> Any:
-    if isinstance(fitted, Posterior):
-        return predict_at_mean(_apply)(fitted, images)
-    return _apply(fitted.mean if isinstance(fitted, Swag) else fitted, images)
-
-
-@partial(jax.jit, static_argnames="count")
-def _at_samples(fitted: Any, rate: Any, key: Array, images: Array, count: int) -> Any:
-    if isinstance(fitted, Posterior):
-        return predict_samples(_apply, count)(key, fitted, images)
-    keys = jax.random.split(key, count)
-    if isinstance(fitted, Swag):
-        return jax.lax.map(lambda k: _apply(draw_swag(k, fitted), images), keys)
-    return jax.lax.map(lambda k: _apply(fitted, images, rate, rngs={"dropout": k}), keys)

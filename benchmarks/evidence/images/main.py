@@ -30,6 +30,7 @@ from benchmarks.evidence.images.methods import (
     Fitted,
     Trainer,
     at_mean,
+    fitted_by,
     sample_log_probs,
 )
 from benchmarks.evidence.images.report import CURVE, command, write_report
@@ -250,7 +251,7 @@ def overlong(study: Study, method: str, values: Values, seed: int, factor: int) 
     looked: dict[str, list] = {"test_nll": [], "train_nll": [], "mean_test_nll": []}
     fitted: Any = None
     for carry in trainer.stops(values, study.train, seed, [per_epoch * each for each in epoch]):
-        fitted = trainer.fitted(values, *carry)
+        fitted = fitted_by(method, values, *carry)
         for name, value in nlls(study, fitted, seed).items():
             looked[name].append(value)
     return {"epoch": epoch, **looked, "final": evaluate(study, fitted, seed, REPORTED)}

@@ -90,11 +90,23 @@ def sample_log_probs(
     return jax.nn.log_softmax(predict_samples(apply, count)(key, fitted, images))
 
 
-def at_mean(fitted: Fitted) -> Fitted:
-    """The network at the mean of a Gaussian; other networks stay as they are."""
-    if not isinstance(fitted, Posterior):
+def at_mean(fitted: Fitted) -> Members:
+    """The network at the mean of a Gaussian, or without dropout."""
+    if isinstance(fitted, Members):
         return fitted
-    return Members(jax.tree.map(lambda x: x[None], fitted.mean))
+    params = fitted.params if isinstance(fitted, Masked) else fitted.mean
+    return Members(jax.tree.map(lambda x: x[None], params))
+
+
+def fitted_by(method: str, values: Values, params: Tree, state: Any) -> Fitted:
+    """What the parameters and the state of one run predict with."""
+    if method in VARIATIONAL:
+        return posterior(state)
+    if method == "backprop":
+        return gaussian_of(params)
+    if method == "dropout":
+        return Masked(params, values["rate"])
+    return Members(jax.tree.map(lambda x: x[None], params))
 
 
 def swag_of(snapshots: Tree) -> Swag:
@@ -133,13 +145,17 @@ def make_optimizer(
     if method == "backprop":
         return optax.adam(shared.warmup_cosine(values["learning_rate"], steps))
     if method == "swag":
-        shape, end = shared.warmup_cosine(1.0, steps - collecting_steps(steps)), values["swag_rate"]
-        rise = values["learning_rate"] - end
-        decay = optax.add_decayed_weights(values["weight_decay"])
-        sgd = optax.sgd(lambda count: end + rise * shape(count), momentum=0.9)
-        return optax.chain(decay, sgd)
+        return swag_optimizer(values, steps - collecting_steps(steps))
     plain = method if method == "adamw" else "sgd"
     return shared.optimizer("ivon" if method in VARIATIONAL else plain, values, steps, num_train)
+
+
+def swag_optimizer(values: Values, steps: int) -> optax.GradientTransformationExtraArgs:
+    """SGD whose rate falls for so many steps to that at which SWAG collects weights."""
+    shape, end = shared.warmup_cosine(1.0, steps), values["swag_rate"]
+    rise = values["learning_rate"] - end
+    decay = optax.add_decayed_weights(values["weight_decay"])
+    return optax.chain(decay, optax.sgd(lambda count: end + rise * shape(count), momentum=0.9))
 
 
 def collecting_steps(steps: int) -> int:
@@ -147,9 +163,14 @@ def collecting_steps(steps: int) -> int:
     return max(1, round(COLLECT_SHARE * steps / RANK)) * RANK
 
 
-def make_step(network: nn.Module, method: str, values: Values, steps: int, num_train: int) -> Step:
+def make_step(
+    network: nn.Module,
+    method: str,
+    values: Values,
+    tx: optax.GradientTransformationExtraArgs,
+    num_train: int,
+) -> Step:
     """The training step; the loss is the mean cross-entropy per example."""
-    tx = make_optimizer(method, values, steps, num_train)
 
     def loss_fn(params: Tree, batch: Data, *rate: Any, **rngs: Any) -> Array:
         logits: Any = network.apply(params, batch[0], *rate, **rngs)
@@ -168,8 +189,19 @@ def make_step(network: nn.Module, method: str, values: Values, steps: int, num_t
         prior = Posterior(optax.tree.zeros_like(q.mean), flat)
         return loss_fn(sample, batch) + kl_divergence(q, prior) / ess
 
+    def sharpest(key: Array, params: Tree, state: Any, batch: Data) -> tuple[Tree, Any, Array]:
+        """SAM (Foret et al. 2021): the gradient where the loss is largest nearby."""
+        grads = jax.grad(loss_fn)(params, batch)
+        scale = values["rho"] / (optax.tree.norm(grads) + 1e-12)
+        worst = jax.tree.map(lambda p, g: p + scale * g, params, grads)
+        loss, grads = jax.value_and_grad(loss_fn)(worst, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
     if method in VARIATIONAL:
         return shared.ivon_step(loss_fn, tx)
+    if method == "sam":
+        return sharpest
     if method not in ("dropout", "backprop"):
         return shared.plain_step(loss_fn, tx)
     objective = masked if method == "dropout" else variational
@@ -201,7 +233,8 @@ class Trainer:
             return params, make_optimizer(method, values, steps, num_train).init(params)
 
         def one(values: Values, data: Data, carry: Carry, inputs: Any) -> tuple[Carry, Array]:
-            step = make_step(network, method, values, steps, num_train)
+            tx = make_optimizer(method, values, steps, num_train)
+            step = make_step(network, method, values, tx, num_train)
             return shared.step_on_rows(step, data, carry, inputs)
 
         def scan(values: Values, data: Data, carry: Carry, inputs: Any) -> Carry:
@@ -244,14 +277,6 @@ class Trainer:
             at = range(self.num_steps - length, self.num_steps + 1, length // RANK)
             snapshots = [params for params, _ in self.stops(values, data, seed, at)][1:]
             return swag_of(jax.tree.map(lambda *x: jnp.stack(x), *snapshots))
-        return self.fitted(values, *next(self.stops(values, data, seed, [self.num_steps])))
-
-    def fitted(self, values: Values, params: Tree, state: Any) -> Fitted:
-        """What the parameters and the state of one run predict with."""
-        if self.method in VARIATIONAL:
-            return posterior(state)
-        if self.method == "backprop":
-            return gaussian_of(params)
-        if self.method == "dropout":
-            return Masked(params, values["rate"])
-        return Members(jax.tree.map(lambda x: x[None], params))
+        return fitted_by(
+            self.method, values, *next(self.stops(values, data, seed, [self.num_steps]))
+        )
