@@ -199,14 +199,14 @@ def test_on_a_real_run_h_moves_and_the_elbo_rises():
 
 
 def test_the_gain_and_the_risk_of_a_weight_that_has_lost_its_curvature():
-    """Of 200 weights one has 1/500 of the initial precision and two four times as much."""
+    """Of 200 weights one has 1/500 of the initial precision and most have four times as much."""
     delta = 0.5 / 499  # so that h = 0 is that share
     settings = {"learning_rate": 0.3, "ess": 100.0, "hess_init": 0.5, "weight_decay": delta}
     state = ivon(**settings).init(jnp.ones(200))
     high = 4 * (0.5 + delta) - delta
-    hess = state.hess.at[0].set(0.0).at[1:4].set(high)
+    hess = state.hess.at[0].set(0.0).at[1:120].set(high)
     state = state._replace(count=jnp.int32(5), hess=hess)
-    bound = 2 * 1.9 / 0.1 / 10
+    bound = 2 * 1.9 / 0.1 / 50 / (0.5 + delta)
     numbers = diagnostics(state, settings)
     np.testing.assert_allclose(numbers["update/gain"], 500, rtol=1e-4)
     np.testing.assert_allclose(numbers["update/risk"], 0.3 * 500 * 4 / bound, rtol=1e-4)
@@ -219,6 +219,24 @@ def test_the_gain_and_the_risk_of_a_weight_that_has_lost_its_curvature():
     assert diagnostics(state, {**settings, "clip_radius": 1.0})["update/risk"] == 0
     del settings["learning_rate"]
     assert "update/risk" not in diagnostics(state, settings)
+
+
+@pytest.mark.parametrize("rescale_lr", [True, False])
+@pytest.mark.parametrize("curvature", [0.01, 1.0, 100.0])
+def test_the_risk_is_its_margin_where_quadratics_begin_to_diverge(curvature, rescale_lr):
+    """With h = c the step's factor is α(h₀+δ), or α, and the bound 2(1+β₁)/(1−β₁) = 38."""
+    for factor, diverges in ((36.0, False), (40.0, True)):
+        settings = {"ess": 1e6, "hess_init": curvature, "weight_decay": 0.0, "debias": False}
+        rate = factor / curvature if rescale_lr else factor
+        settings |= {"learning_rate": rate, "rescale_lr": rescale_lr}
+        tx = ivon(**settings)
+        step = jax.jit(lambda s, tx=tx: tx.update(curvature * s.mean, s, hess=s.hess)[1])
+        state = tx.init(jnp.ones(1))
+        for _ in range(300):
+            state = step(state)
+        assert (not abs(float(state.mean[0])) < 1) == diverges
+        risk = float(diagnostics(state, settings)["update/risk"])
+        assert risk == pytest.approx(50 * factor / 38, rel=1e-3)
 
 
 def test_models_of_more_than_two_billion_parameters_are_counted():

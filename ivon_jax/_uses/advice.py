@@ -157,9 +157,10 @@ def _broken(state: PyTree, numbers: dict[str, float]) -> Status | None:
     return Status(
         "broken",
         f"{found}{changed * checks}Start again with a smaller learning rate, a larger hess_init or "
-        "a clip_radius. Or the loss is a sum and not a mean; an injected hyperparameter has left "
-        "its range; or something changes the parameters after ivon, such as a transformation "
-        "outside auto_sample, which auto_sample(..., check=True) says in two steps without jit.",
+        "a clip_radius. Or a batch or the loss is not finite; the loss is a sum and not a mean; an "
+        "injected hyperparameter has left its range; or something changes the parameters after "
+        "ivon, such as a transformation outside auto_sample, which auto_sample(..., check=True) "
+        "says in two steps without jit.",
     )
 
 
