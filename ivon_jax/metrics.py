@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ivon_jax._core.axes import gathered
 from ivon_jax._core.checks import check_positive, is_concrete
 from ivon_jax._core.trees import wide_dtype
 from ivon_jax._uses.detection import Detection, detection
@@ -138,8 +139,8 @@ def calibration_bins(
     """
     log_probs, labels = checked_labels(log_probs, labels)
     num_bins = check_positive("num_bins", num_bins)
-    confidence = jnp.exp(jnp.max(log_probs, axis=-1)).ravel()
-    correct = (_predicted(log_probs) == labels).ravel()
+    confidence = gathered(jnp.exp(jnp.max(log_probs, axis=-1)).ravel())
+    correct = gathered((_predicted(log_probs) == labels).ravel())
     if equal_mass:
         rank = jnp.searchsorted(jnp.sort(confidence), confidence, side="left")
         # ⌊rB/n⌋ ≥ b where r ≥ ⌈bn/B⌉: in integers, because rB may overflow and B/n rounds.
@@ -260,6 +261,7 @@ def risk_coverage(log_probs: jax.Array, labels: jax.Array) -> tuple[jax.Array, j
     """
     log_probs, labels = checked_labels(log_probs, labels)
     log_probs, labels = log_probs.reshape(-1, log_probs.shape[-1]), labels.ravel()
+    log_probs, labels = gathered(log_probs), gathered(labels)
     order = jnp.argsort(-jnp.max(log_probs, axis=-1), stable=True)
     wrong = (_predicted(log_probs) != labels)[order].astype(log_probs.dtype)
     wrong = jnp.where(jnp.any(jnp.isnan(log_probs)), jnp.nan, wrong)

@@ -9,6 +9,7 @@ from ivon_jax import (
     diagnostics,
     ivon,
     learning_status,
+    posterior,
     posterior_mean,
     with_ess,
 )
@@ -225,3 +226,46 @@ def test_a_long_step_is_that_of_the_leaf_with_the_largest_decay():
 def test_a_schedule_that_ends_a_rounding_below_zero_is_no_mistake():
     settings = {**SETTINGS, "learning_rate": -1.5e-9}
     assert learning_status(trained(SETTINGS), settings).kind == "yes"
+
+
+def test_numbers_that_look_like_those_of_adamw_are_named_before_the_first_step():
+    rate, decay = "learning rate of 0.001 is small", "weight_decay=0.05 is the coefficient of an L2"
+    base = {"ess": 1e3, "hess_init": 1.0, "b2": 0.99}
+
+    def rising(peak):
+        return lambda step: peak * jnp.minimum(step.astype(jnp.float32) / 10, 1)
+
+    def said(**settings):
+        return str(learning_status(ivon(**settings).init(jnp.ones(3)), settings))
+
+    assert rate in said(**base, learning_rate=1e-3) and rate in said(
+        **base, learning_rate=rising(1e-3)
+    )
+    assert decay in said(**base, learning_rate=0.3, weight_decay=0.05)
+    for usual in (
+        {"learning_rate": 0.02, "weight_decay": 5e-3},
+        {"learning_rate": rising(0.3)},
+        {"learning_rate": 1e-3, "clip_radius": 1e-3},
+    ):
+        message = said(**base, **usual)
+        assert rate not in message and decay not in message
+
+
+@pytest.mark.parametrize("params", [{}, {"n": jnp.arange(3)}], ids=["empty", "integers"])
+def test_nothing_to_learn_is_said_before_the_first_step(params):
+    settings = {"learning_rate": 0.1, "ess": 100.0}
+    status = learning_status(ivon(**settings).init(params), settings)
+    assert status == ("no", "there is no free element to learn.")
+
+
+def test_the_optimizer_in_place_of_its_settings_is_refused():
+    tx = ivon(0.1, ess=100.0)
+    with pytest.raises(TypeError, match="settings must be a dict of the keyword arguments"):
+        diagnostics(tx.init(jnp.ones(3)), tx)  # pyright: ignore[reportArgumentType]
+
+
+def test_leaves_of_no_size_under_a_general_prior_are_described():
+    params = {"a": jnp.zeros((0,)), "b": jnp.ones(2)}
+    prior = posterior(ivon(0.1, 100).init(params))
+    settings = {"learning_rate": 0.1, "ess": 100.0, "prior": prior}
+    assert learning_status(ivon(**settings).init(params), settings).kind == "not started"

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivon_jax import Posterior, ivon, merge, posterior, task_arithmetic
+from ivon_jax import Eigenbasis, Posterior, ivon, merge, posterior, prior_of, task_arithmetic
 
 INF = jnp.inf
 
@@ -104,3 +104,43 @@ def test_one_model_is_not_taken_for_several_and_any_sequence_is_taken():
     for params in (q.mean, jnp.ones((2, 2))):
         with pytest.raises(TypeError, match="one model per entry"):
             task_arithmetic(params, q.mean)
+
+
+def test_merging_in_a_basis_is_the_same_under_jit():
+    params = {"w": jnp.arange(6.0).reshape(3, 2)}
+    tx = ivon(0.1, ess=100, basis=Eigenbasis())
+    state = tx.init(params)
+    state = tx.update({"w": jnp.ones((3, 2))}, state, params, hess=state.hess)[1]
+    base = prior_of(state)._replace(basis=())
+    merged = merge([state, state], base=base)
+    traced = jax.jit(lambda q, base: merge([q, q], base=base))(state, base)
+    chex.assert_trees_all_close(traced, merged, rtol=1e-6)
+    uneven = base._replace(precision={"w": base.precision["w"].at[0, 0].set(2.0)})
+    with pytest.raises(ValueError, match="different bases"):
+        merge([state, state], base=uneven)
+    spoiled = jax.jit(lambda q, base: merge([q, q], base=base))(state, uneven)
+    assert np.isnan(spoiled.mean["w"]).all()
+
+
+def test_task_arithmetic_takes_parameters_only():
+    state = ivon(0.1, 100).init(A.mean)
+    for wrong in (A, state):
+        with pytest.raises(TypeError, match=r"pass posterior_mean\(state\)"):
+            task_arithmetic([wrong, wrong], A.mean)
+        with pytest.raises(TypeError, match="a sequence"):
+            task_arithmetic(wrong, A.mean)
+    key = jax.random.key(0)
+    with_others = [{"key": key, "flag": jnp.array(True), "scale": x} for x in (1.0, 3.0)]
+    merged = task_arithmetic(with_others[1:], with_others[0], weights=[0.5])
+    assert merged["key"] == key and merged["flag"] and merged["scale"] == 2.0
+    with pytest.raises(ValueError, match=r"the models differ at \['flag'\]"):
+        task_arithmetic([{**with_others[1], "flag": jnp.array(False)}], with_others[0])
+
+
+def test_keys_are_merged_where_they_are_equal():
+    params = {"key": jax.random.key(0), "w": jnp.ones(2)}
+    q = posterior(ivon(0.1, 100).init(params), params)
+    assert merge([q, q]).mean["key"] == params["key"]
+    other = q._replace(mean={**q.mean, "key": jax.random.key(1)})
+    with pytest.raises(ValueError, match=r"fixed, but at \['key'\]"):
+        merge([q, other])

@@ -427,10 +427,10 @@ OUT_OF_RANGE = {
     "weight_decay": (-0.1,),
     "hess_init": (0.0, -1.0),
     "b1": (1.0, -0.1),
-    "b2": (1.5, -0.1),
+    "b2": (1.0, 1.5, -0.1),
     "learning_rate": (-0.1, np.inf),
     "clip_radius": (0.0, -1.0),
-    "precision_floor": (1.5, -0.1),
+    "precision_floor": (1.0, 1.5, -0.1),
 }
 
 

@@ -9,6 +9,7 @@ from ivon_jax import (
     Posterior,
     auto_sample,
     ivon,
+    kl_divergence,
     marginals,
     posterior,
     posterior_mean,
@@ -216,3 +217,11 @@ def test_mean_and_precision_of_other_shapes_or_trees_are_refused():
         for use in (posterior, marginals, signal_to_noise, lambda q: prune(q, fraction=0.5)):
             with pytest.raises(ValueError, match="precision"):
                 use(q)
+
+
+def test_the_kl_of_precisions_far_apart():
+    q = Posterior(jnp.zeros(1), jnp.full(1, 1e30))
+    prior = Posterior(jnp.zeros(1), jnp.full(1, 1e-10))
+    np.testing.assert_allclose(kl_divergence(q, prior), 0.5 * (40 * np.log(10) - 1), rtol=1e-6)
+    flat = Posterior(jnp.zeros(2), jnp.array([0.0, 1.0]))
+    assert kl_divergence(flat, Posterior(jnp.zeros(2), jnp.ones(2))) == jnp.inf

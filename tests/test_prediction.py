@@ -7,6 +7,8 @@ import pytest
 from ivon_jax import (
     Posterior,
     ivon,
+    kl_divergence,
+    linearize,
     posterior,
     posterior_mean,
     predict_at_mean,
@@ -230,3 +232,31 @@ def test_a_network_with_holes_fails_with_a_hint_at_params(use):
         f(*args[:-1], tx.init(params), X)
     assert "pass them as params=" in error.value.__notes__[0]
     assert f(*args[:-1], tx.init(params), X, params=params).shape == (10, 3)
+
+
+def test_a_variance_of_each_example_in_batches_of_data_is_refused_with_the_way_to_say_it():
+    q = Posterior(jnp.ones(2), jnp.ones(2))
+    x, variance = jnp.ones((6, 2)), jnp.linspace(0.1, 0.6, 6)
+    of_each = predict_moments(lambda w, x: x @ w, 2, noise_variance=variance, data_batch_size=2)
+    with pytest.raises(ValueError, match=r"let apply_fn return \(mean, variance\)"):
+        of_each(jax.random.key(0), q, x)
+    pair = predict_moments(lambda w, x, v: (x @ w, v), 2, data_batch_size=2)
+    found = pair(jax.random.key(0), q, x, variance)
+    whole = predict_moments(lambda w, x: x @ w, 2, noise_variance=variance)
+    np.testing.assert_allclose(found.variance, whole(jax.random.key(0), q, x).variance, rtol=1e-5)
+
+
+def test_parameters_that_hold_a_prng_key_are_predicted_with():
+    params = {"key": jax.random.key(3), "w": jnp.ones(2)}
+    state = ivon(0.1, 100).init(params)
+
+    def apply(p, x):
+        return x @ p["w"] + jax.random.normal(p["key"])
+
+    f, x, key = predict_samples(apply, 4), jnp.eye(2), jax.random.key(0)
+    q = posterior(state, params)
+    certain = q._replace(precision={**q.precision, "w": jnp.full(2, jnp.inf)})
+    np.testing.assert_array_equal(f(key, certain, x), np.tile(apply(params, x), (4, 1)))
+    assert f(key, state, x, params=params).shape == f(key, q, x).shape == (4, 2)
+    assert linearize(apply)(q, x).covariance.shape == (2,)
+    assert kl_divergence(q, q) == 0

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivon_jax import Posterior, ivon, prune, sample_params, signal_to_noise
+from ivon_jax import Posterior, ivon, posterior, prune, sample_params, signal_to_noise
 from ivon_jax._uses.pruning import lower_quantiles
 
 
@@ -124,3 +124,13 @@ def test_order_statistics_of_sharded_leaves_gather_nothing():
 def test_a_fraction_of_a_hundred_is_counted_in_decimals(fraction, number):
     q = Posterior(jnp.arange(1.0, 101.0), jnp.ones(100))
     assert int((~prune(q, fraction=fraction)[1]).sum()) == number
+
+
+def test_leaves_that_are_no_numbers_stay_as_they_are():
+    params = {"flag": jnp.array(True), "key": jax.random.key(3), "w": jnp.array([1.0, 2.0])}
+    q = posterior(ivon(0.1, 100).init(params), params)
+    pruned, kept = prune(q, fraction=0.5)
+    assert pruned.mean["flag"].dtype == bool and bool(pruned.mean["flag"])
+    assert pruned.mean["key"] == params["key"] and bool(kept["key"])
+    np.testing.assert_array_equal(pruned.mean["w"], [0.0, 2.0])
+    assert signal_to_noise(q)["key"] == np.inf

@@ -207,3 +207,10 @@ def test_a_schedule_that_never_gets_going_is_refused():
     with pytest.raises(ValueError, match="warmup of a step"):
         short.schedule(10)
     assert recipes.CIFAR.schedule(1)(0) > 0
+
+
+def test_a_state_in_the_place_of_parameters_is_refused():
+    state = ivon(0.1, 100).init({"w": jnp.ones((2, 2))})
+    for wrong in (state, posterior(state)):
+        with pytest.raises(TypeError, match=r"pass posterior_mean\(state\)"):
+            recipes.hess_init_for(wrong, 100)

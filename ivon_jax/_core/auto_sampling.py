@@ -9,7 +9,7 @@ import optax
 
 from ivon_jax._core.axes import varying_axes, varying_over
 from ivon_jax._core.basis import are_turned
-from ivon_jax._core.checks import check_positive, renamed
+from ivon_jax._core.checks import check_positive
 from ivon_jax._core.gaussians import (
     check_recoverable,
     current_coordinates,
@@ -47,7 +47,6 @@ from ivon_jax._core.windows import Draw
 _STREAM = 0x4155544F  # "AUTO": draws differ from those of `sample_params` with keys split from it
 
 
-@renamed(mc_samples="num_samples")
 def auto_sample(
     tx: optax.GradientTransformation,
     key: jax.Array | int,

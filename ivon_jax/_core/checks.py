@@ -1,10 +1,8 @@
 """Validation of arguments, with messages that say what to pass instead."""
 
-import functools
 import math
 import numbers
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, cast
 
 import jax
 import jax.core
@@ -17,25 +15,6 @@ from ivon_jax._core.trees import Owned, PyTree, place
 Number = float | jax.Array
 RATE_ROUNDING = 1e-4
 """By how much a schedule in float32 may miss its end at 0, of peaks up to 1,000."""
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def renamed(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Refuses arguments by their names before version 0.2, `old="new"`, and gives the new ones."""
-
-    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
-        @functools.wraps(function)
-        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            for old in names.keys() & kwargs.keys():
-                name = getattr(function, "__name__", "this function")
-                raise TypeError(f"{name}: the argument {old} is now called {names[old]}.")
-            return function(*args, **kwargs)
-
-        return call
-
-    return decorate
 
 
 def check_number(
@@ -62,7 +41,7 @@ def check_number(
         if not jnp.issubdtype(value.dtype, jnp.floating):
             value = value.astype(jnp.float32)
         above_low = value > low if open_low else value >= low - 1e-6
-        below_high = value <= high + 1e-6 if high < math.inf or allow_inf else value < high
+        below_high = value <= high if allow_inf else value < high
         return jnp.where(above_low & below_high, jnp.clip(value, low, high), jnp.nan)
     number = float(cast(Any, value))
     below = number <= low if open_low else number < low

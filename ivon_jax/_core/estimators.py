@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from ivon_jax._core.axes import split_over
-from ivon_jax._core.checks import Number, check_axis_name, check_number, check_positive, renamed
+from ivon_jax._core.checks import Number, check_axis_name, check_number, check_positive
 from ivon_jax._core.gaussians import gaussian
 from ivon_jax._core.rule import hess_estimate
 from ivon_jax._core.sampling import ParameterGaussian, fold_in_groups, one_or_many, threefry_key
@@ -22,7 +22,6 @@ _Estimates = tuple[jax.Array, list[jax.Array], list[jax.Array]]
 _ESTIMATORS = ("reparam", "gradsq", "hutchinson")
 
 
-@renamed(batch_size="sample_batch_size")
 def mc_value_and_grad(
     fun: Callable[..., Any],
     num_samples: int = 1,

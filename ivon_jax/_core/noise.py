@@ -16,6 +16,7 @@ import numpy as np
 
 from ivon_jax._core.axes import is_on_mesh
 from ivon_jax._core.compiler import materialized, rounded, variables
+from ivon_jax._core.trees import cast
 
 THREEFRY = "threefry2x32"
 
@@ -88,7 +89,7 @@ def samples(
     rounded to nearest, so that fixed parameters stay.
     """
     sums = dict(enumerate(map(displaced, means, noise)))
-    drawn = {i: x.astype(t) for (i, x), t in zip(sums.items(), dtypes, strict=True)}
+    drawn = {i: cast(x, t) for (i, x), t in zip(sums.items(), dtypes, strict=True)}
     narrow = {i: x for i, x in sums.items() if _is_narrow(x, dtypes[i])}
     for i, word in _drawn(_second_word, key, narrow).items():
         rounded_up_or_down = _stochastically_rounded(sums[i], word, dtypes[i])

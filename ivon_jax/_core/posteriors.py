@@ -27,6 +27,7 @@ from ivon_jax._core.state import (
 from ivon_jax._core.trees import (
     Owned,
     PyTree,
+    as_numbers,
     copy_array,
     get_field,
     place,
@@ -274,7 +275,8 @@ def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
       prior: a Gaussian over the same tree, such as `prior_of(state)`.
 
     Returns:
-      A scalar; +inf where the prior fixes an element at another value, or one that is free in q.
+      A scalar; +inf where the prior fixes an element at another value, or one that is free in q,
+      or is proper where q is flat.
 
     Raises:
       ValueError: if the trees do not fit, or a basis mixes flat or fixed elements with others
@@ -292,7 +294,7 @@ def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
     centers = own.checked("prior.mean", prior.mean)
     prior_precisions = own.checked("prior.precision", prior.precision)
     pairs = zip(own.leaves, centers, precisions, strict=True)
-    shifts = [m.astype(p.dtype) - m0.astype(p.dtype) for m, m0, p in pairs]
+    shifts = [as_numbers(m, p.dtype) - as_numbers(m0, p.dtype) for m, m0, p in pairs]
     shifts = in_coordinates(prior.basis, shifts)
     variances = diagonal_in(prior.basis, q.basis, [1 / p for p in precisions])
     total = jnp.zeros([])
@@ -305,9 +307,10 @@ def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
         # Not p0 > 0, so that a NaN is counted and seen.
         counted = (p0 != 0) & ~fixed & ~only_prior
         ratio, square = jnp.where(counted, p0 / p, 1), jnp.where(counted, p0, 0) * shift**2
+        log_ratio = jnp.where(counted, jnp.log(p0) - jnp.log(p), 0)  # p0/p may underflow
         spread = ratio if not (q.basis or prior.basis) else jnp.where(counted, p0 * variance, 1)
-        terms = spread - 1 - jnp.log(ratio) + jnp.where(counted, square, 0)
-        impossible = only_prior | (fixed & jnp.isinf(p0) & (shift != 0))
+        terms = spread - 1 - log_ratio + jnp.where(counted, square, 0)
+        impossible = only_prior | (counted & (p == 0)) | (fixed & jnp.isinf(p0) & (shift != 0))
         total = total + 0.5 * jnp.sum(jnp.where(impossible, jnp.inf, terms)).astype(total.dtype)
     return total
 

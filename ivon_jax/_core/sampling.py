@@ -12,7 +12,7 @@ from ivon_jax._core.compiler import kept_on_cpu, materialized
 from ivon_jax._core.gaussians import gaussian
 from ivon_jax._core.noise import THREEFRY, displaced, gaussian_noise, samples
 from ivon_jax._core.state import Posterior
-from ivon_jax._core.trees import Owned, PyTree, place, unflatten_like, wide_zeros
+from ivon_jax._core.trees import Owned, PyTree, cast, place, unflatten_like, wide_zeros
 
 
 def key_words(key: Any) -> jax.Array:
@@ -173,7 +173,7 @@ class ParameterGaussian:
         return self._like_params(self._own.leaves)
 
     def _like_params(self, leaves: list[jax.Array]) -> PyTree:
-        leaves = [x.astype(dtype) for x, dtype in zip(leaves, self._dtypes, strict=True)]
+        leaves = list(map(cast, leaves, self._dtypes))
         if self._params is None:
             return self._own.join(leaves)
         return self._own.fill(leaves, self._params, lambda x: x)

@@ -174,6 +174,15 @@ def _as_state(node: Any) -> IVONState:
     return IVONState(**fields)
 
 
+def check_parameters(tree: PyTree) -> None:
+    """Refuses a state or a posterior in the place of parameters."""
+    stops = lambda x: is_ivon_state(x) or isinstance(x, Posterior)  # noqa: E731
+    if any(map(stops, jax.tree.leaves(tree, is_leaf=stops))):
+        raise TypeError(
+            "expected parameters, got a state or a Posterior: pass posterior_mean(state)."
+        )
+
+
 def check_single(state: Any) -> None:
     """Refuses what is not the `IVONState` of one model."""
     if not isinstance(state, IVONState):

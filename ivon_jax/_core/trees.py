@@ -97,6 +97,18 @@ def wide_zeros(leaf: Any) -> jax.Array:
     return jnp.zeros(jnp.shape(leaf), wide_dtype(dtype) if floating else jnp.float32)
 
 
+def cast(leaf: jax.Array, dtype: Any) -> jax.Array:
+    """The leaf in this dtype; a PRNG key, which has no `astype`, has it already."""
+    return leaf if leaf.dtype == dtype else leaf.astype(dtype)
+
+
+def as_numbers(leaf: jax.Array, dtype: Any) -> jax.Array:
+    """The leaf in this dtype; zeros for a PRNG key, which is no number and always fixed."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.zeros(leaf.shape, dtype)
+    return leaf.astype(dtype)
+
+
 def difference(mean: jax.Array, params: jax.Array, dtype: Any) -> jax.Array:
     """mean − params, so that `params + difference` rounds to `mean` in the params' dtype."""
     target = mean.astype(params.dtype).astype(mean.dtype)
@@ -122,7 +134,8 @@ class Owned:
         )
         self._slots = [(jax.tree_util.keystr(path), x) for path, x in flat]
         self.paths = [path for path, x in self._slots if not is_masked(x)]
-        self.leaves = [x for _, x in self._slots if not is_masked(x)]
+        owned = [x for _, x in self._slots if not is_masked(x)]
+        self.leaves = [jnp.asarray(x) if isinstance(x, float) else x for x in owned]
 
     def split(self, name: str, tree: PyTree) -> tuple[list[jax.Array], list[PyTree]]:
         """The owned leaves of `tree`, and its subtrees at the other positions."""

@@ -24,6 +24,10 @@ LARGE = 100.0
 INFLATED = 10.0
 """A median of h above this multiple of h₀ is worth asking where it comes from."""
 
+SMALL_RATE, LARGE_DECAY = 5e-3, 1e-2
+"""What AdamW is often given, and IVON is not: published rates without a clip radius are 0.02 to
+2.5, weight decays 5e-5 to 5e-3."""
+
 SHORT = 1e-6
 """Steps that are never longer train no network."""
 
@@ -193,6 +197,8 @@ def _disagreement(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
 
 def _not_begun(numbers: dict[str, float], given: Mapping[str, Any]) -> Status | None:
     """No step, or nothing that a step could change."""
+    if numbers["fixed"] == 1 or not numbers["num_parameters"]:
+        return Status("no", "there is no free element to learn.")
     signal = numbers["signal_to_noise/p50"]
     start = float(given["hess_init"])
     if not numbers["step"] and abs(numbers["hess/p50"] - start) > MOVED * start:
@@ -209,10 +215,30 @@ def _not_begun(numbers: dict[str, float], given: Mapping[str, Any]) -> Status | 
             "raise hess_init or ess.",
         )
     if not numbers["step"]:
-        return Status("not started", f"no step has been taken; median |m|/σ is {signal:.3g}.")
-    if numbers["fixed"] == 1 or not numbers["num_parameters"]:
-        return Status("no", "there is no free element to learn.")
+        found = f"no step has been taken; median |m|/σ is {signal:.3g}."
+        return Status("not started", found + _as_for_adamw(given))
     return None
+
+
+def _as_for_adamw(given: Mapping[str, Any]) -> str:
+    """A hint at numbers that may have been copied from AdamW."""
+    rate: Any = given["learning_rate"]
+    decay: Any = given["weight_decay"]
+    if callable(rate):  # b2 says how long the run may be
+        steps = np.linspace(0, 2 / max(1 - float(given["b2"]), 1e-7), 50).astype(int)
+        rate = max(float(rate(jnp.int32(step))) for step in steps)
+    said = ""
+    if float(rate) < SMALL_RATE and math.isinf(float(given["clip_radius"])):
+        said += (
+            f" A learning rate of {float(rate):.3g} is small without a clip radius, unless the "
+            "loss is steep: begin with 0.1 to 1."
+        )
+    if decay is not None and not callable(decay) and float(decay) >= LARGE_DECAY:
+        said += (
+            f" weight_decay={float(decay):.3g} is the coefficient of an L2 penalty, as SGD's, and "
+            "large for one; AdamW's numbers are a hundred times as large."
+        )
+    return said
 
 
 def _curvature(numbers: dict[str, float], given: Mapping[str, Any]) -> Status:

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._core.axes import varying_axes, varying_over
-from ivon_jax._core.checks import check_positive, renamed
+from ivon_jax._core.axes import varying_axes, varying_over, whole_first_axis
+from ivon_jax._core.checks import check_positive
 from ivon_jax._core.gaussians import gaussian
 from ivon_jax._core.sampling import ParameterGaussian
 from ivon_jax._core.trees import PyTree, wide_dtype
-from ivon_jax._uses.networks import check_callable, check_floating_output, num_examples
+from ivon_jax._uses.networks import applied, check_callable, check_floating_output, num_examples
 
 
 class Linearized(NamedTuple):
@@ -26,7 +26,6 @@ class Linearized(NamedTuple):
     covariance: jax.Array
 
 
-@renamed(batch_size="data_batch_size")
 def linearize(
     apply_fn: Callable[..., jax.Array],
     *,
@@ -64,6 +63,7 @@ def linearize(
 
     def linearized(state: PyTree, *inputs: PyTree, params: PyTree | None = None) -> Linearized:
         num_examples(inputs)
+        inputs = jax.tree.map(whole_first_axis, inputs)
         at_example = linear_outputs(apply_fn, state, params, diagonal=diagonal)
         mean, covariance = jax.lax.map(lambda x: at_example(*x), inputs, batch_size=data_batch_size)
         shape = mean.shape if diagonal else mean.shape + mean.shape[1:]
@@ -127,7 +127,7 @@ def linear_outputs(
         origin = [varying_over(jnp.zeros_like(p), axes) for p in q.precision]
 
         def outputs(displacement: list[jax.Array]) -> jax.Array:
-            out = apply_fn(q.displaced(displacement), *batch)
+            out = applied(apply_fn, q.displaced(displacement), batch)
             check_floating_output("linearisation", out)
             if out.shape[:1] != (1,):
                 raise ValueError(

@@ -14,8 +14,8 @@ import numpy as np
 from ivon_jax._core.basis import in_coordinates, in_parameters
 from ivon_jax._core.checks import Number, check_floating, check_number, check_precision, is_concrete
 from ivon_jax._core.gaussians import gaussian
-from ivon_jax._core.state import Posterior
-from ivon_jax._core.trees import Owned, PyTree, place, unflatten_like, wide_dtype, without_nnx
+from ivon_jax._core.state import Posterior, check_parameters
+from ivon_jax._core.trees import Owned, PyTree, cast, place, unflatten_like, wide_dtype
 
 
 def merge(
@@ -89,16 +89,17 @@ def _merge_in_basis(
 ) -> Posterior:
     """The merge in coordinates that all have in common."""
     own, basis = Owned(posteriors[0].mean), posteriors[0].basis
+    isotropic = jnp.array(True)
     if base is not None:
         _leaves(own, "base", base)
-        if not base.basis and _is_isotropic(base):  # which is diagonal in all coordinates
-            base = base._replace(basis=basis)
+        if not base.basis:  # diagonal in all coordinates, if its precisions are equal
+            base, isotropic = base._replace(basis=basis), _is_isotropic(base)
     everything = posteriors if base is None else [*posteriors, base]
     same = jnp.array(False)
     if len({jax.tree.structure(q.basis) for q in everything}) == 1:
         trees = [jax.tree.leaves(q.basis) for q in everything]
         pairs = [pair for tree in trees for pair in zip(tree, trees[0], strict=True)]
-        same = jnp.all(jnp.stack([jnp.array_equal(a, b) for a, b in pairs]))
+        same = jnp.all(jnp.stack([isotropic, *(jnp.array_equal(a, b) for a, b in pairs)]))
     if is_concrete(same) and not bool(same):
         raise ValueError(
             "posteriors (and base) with different bases have no coordinates in which all are "
@@ -123,13 +124,11 @@ def _merge_in_basis(
     return Posterior(jax.tree.map(spoiled, moved(in_parameters, found)), found.precision, basis)
 
 
-def _is_isotropic(q: Posterior) -> bool:
-    """Whether every leaf is known to have one precision."""
-    spread = [
-        jnp.max(x, initial=-jnp.inf) <= jnp.min(x, initial=jnp.inf)
-        for x in jax.tree.leaves(q.precision)
-    ]
-    return all(is_concrete(x) and bool(x) for x in spread)
+def _is_isotropic(q: Posterior) -> jax.Array:
+    """Whether every leaf has one precision."""
+    leaves = jax.tree.leaves(q.precision)
+    ends = [(jnp.max(x, initial=-jnp.inf), jnp.min(x, initial=jnp.inf)) for x in leaves]
+    return jnp.all(jnp.stack([largest <= smallest for largest, smallest in ends]))
 
 
 def task_arithmetic(
@@ -154,23 +153,26 @@ def task_arithmetic(
       >>> task_arithmetic([jnp.array([2.0]), jnp.array([3.0])], jnp.array([1.0]))
       Array([4.], dtype=float32)
     """
-    if isinstance(params, Mapping | jax.Array | np.ndarray):
+    if isinstance(params, Mapping | jax.Array | np.ndarray) or hasattr(params, "_fields"):
         raise TypeError("params must be a sequence, with the weights of one model per entry.")
+    for tree in (*params, base):
+        check_parameters(tree)
+    own, alphas = Owned(base), _checked_weights(weights, len(params))
+    models = [own.checked(f"params[{i}]", p) for i, p in enumerate(params)]
 
-    def unit(tree: PyTree) -> Posterior:
-        tree = without_nnx(tree)
-        return Posterior(tree, jax.tree.map(_unit_precision, tree))
+    def moved(path: str, start: jax.Array, *ends: jax.Array) -> jax.Array:
+        dtype = ends[0].dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            same = jnp.all(jnp.stack([jnp.all(x == start) for x in ends]))
+            if is_concrete(same) and not bool(same):
+                raise ValueError(f"the models differ at {place(path)}, where they hold {dtype}.")
+            return ends[0]
+        origin = start.astype(wide_dtype(dtype))
+        pairs = zip(alphas, ends, strict=True)
+        total = sum(jnp.asarray(a, origin.dtype) * (x - origin) for a, x in pairs)
+        return (origin + total).astype(dtype)
 
-    merged = merge([unit(p) for p in params], weights=weights, base=unit(base)).mean
-    return unflatten_like(base, jax.tree.leaves(merged))
-
-
-def _unit_precision(x: Any) -> jax.Array:
-    """One; +inf, which is fixed, for leaves that are not floating."""
-    dtype = jnp.result_type(x)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return jnp.full(jnp.shape(x), jnp.inf, jnp.float32)
-    return jnp.ones(jnp.shape(x), wide_dtype(dtype))
+    return unflatten_like(base, list(map(moved, own.paths, own.leaves, *models)))
 
 
 def _leaves(own: Owned, name: str, q: Posterior) -> list[tuple[jax.Array, jax.Array]]:
@@ -207,7 +209,7 @@ def _merge_leaf(
     floating = jnp.issubdtype(like.dtype, jnp.floating)  # other leaves can only be fixed
     fixed = jnp.stack([jnp.isinf(precision) | (not floating) for _, precision in everything])
     # In the mean's own dtype: a base in bfloat16 may be compared with a float32 mean.
-    same = jnp.stack([mean.astype(like.dtype) == like for mean, _ in everything])
+    same = jnp.stack([cast(mean, like.dtype) == like for mean, _ in everything])
     all_fixed = jnp.all(fixed, axis=0)
     agree = ~jnp.any(fixed, axis=0) | (all_fixed & jnp.all(same, axis=0))
     if is_concrete(agree) and not bool(jnp.all(agree)):

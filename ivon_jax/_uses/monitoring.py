@@ -228,6 +228,11 @@ _compiled_numbers = jax.jit(_numbers, static_argnums=0)
 
 def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings, and for the others the defaults of `ivon`."""
+    if not isinstance(settings, Mapping):
+        raise TypeError(
+            "settings must be a dict of the keyword arguments that ivon() was given; got "
+            f"{type(settings).__name__}."
+        )
     unknown = set(settings) - set(_DEFAULTS) - {"learning_rate", "ess"}
     if unknown:
         raise TypeError(

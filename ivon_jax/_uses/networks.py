@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ivon_jax._core.axes import whole_first_axis
 from ivon_jax._core.checks import check_positive, is_concrete
-from ivon_jax._core.trees import PyTree, wide_dtype
+from ivon_jax._core.trees import PyTree, is_masked, wide_dtype
 
 
 def num_examples(inputs: PyTree) -> int:
@@ -49,6 +50,7 @@ def apply_in_batches(
             return out
 
         full = total - total % size
+        inputs = jax.tree.map(whole_first_axis, inputs)
         stacked = jax.tree.map(lambda x: x[:full].reshape(full // size, size, *x.shape[1:]), inputs)
         out = jax.tree.map(lambda x: x.reshape(full, *x.shape[2:]), jax.lax.map(apply, stacked))
         if full == total:
@@ -119,7 +121,33 @@ def gaussian_head(
                 f"{jnp.shape(variance)}."
             )
         mean = mean.astype(wide_dtype(mean.dtype))
+        if noise_variance is not None and not _broadcasts(jnp.shape(variance), mean.shape):
+            raise ValueError(
+                f"noise_variance has shape {jnp.shape(variance)}, where the mean has "
+                f"{mean.shape}. For a variance of each example let apply_fn return (mean, "
+                "variance), which data_batch_size then divides too."
+            )
         variance = jnp.broadcast_to(jnp.asarray(variance, mean.dtype), mean.shape)
         return mean, jnp.where(variance >= 0, variance, jnp.nan)
 
     return head
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    try:
+        return jnp.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False
+
+
+def applied(apply: Callable[..., PyTree], params: PyTree, inputs: tuple[PyTree, ...]) -> PyTree:
+    """The outputs; an error in a network with holes gets a hint."""
+    try:
+        return apply(params, *inputs)
+    except Exception as error:
+        if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
+            error.add_note(
+                "ivon() owns a part of the parameters only, and the others are optax.MaskedNode "
+                "here: pass them as params=."
+            )
+        raise

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ivon_jax._core.checks import check_positive, renamed
+from ivon_jax._core.axes import whole_first_axis
+from ivon_jax._core.checks import check_positive
 from ivon_jax._core.trees import PyTree
 from ivon_jax._uses.linearization import linear_outputs
 from ivon_jax._uses.networks import num_examples
@@ -37,7 +38,6 @@ class Sensitivity(NamedTuple):
     variance: jax.Array
 
 
-@renamed(batch_size="data_batch_size")
 def sensitivity(
     apply_fn: Callable[..., jax.Array],
     loss_fn: Callable[[jax.Array, Any], jax.Array],
@@ -94,7 +94,6 @@ class LeaveOneOut(NamedTuple):
     output: jax.Array
 
 
-@renamed(batch_size="data_batch_size")
 def leave_one_out(
     apply_fn: Callable[..., jax.Array],
     loss_fn: Callable[[jax.Array, Any], jax.Array],
@@ -164,6 +163,7 @@ def _map_examples(
         state: PyTree, *inputs: PyTree, targets: PyTree, params: PyTree | None = None
     ) -> Any:
         num_examples((inputs, targets))
+        inputs, targets = jax.tree.map(whole_first_axis, (inputs, targets))
         outputs = linear_outputs(apply_fn, state, params, diagonal=diagonal)
 
         def at_example(example: tuple[tuple[PyTree, ...], PyTree]) -> Any:

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from ivon_jax._core.axes import varying_axes, zeros_of
-from ivon_jax._core.checks import check_positive, renamed
+from ivon_jax._core.checks import check_positive
 from ivon_jax._core.gaussians import gaussian
 from ivon_jax._core.sampling import ParameterGaussian, fold_in_groups, one_or_many, threefry_key
 from ivon_jax._core.state import Posterior
-from ivon_jax._core.trees import PyTree, is_masked
+from ivon_jax._core.trees import PyTree
 from ivon_jax._uses.mixtures import as_mixture, check_of_one, component, num_components
-from ivon_jax._uses.networks import apply_in_batches, class_log_probs, gaussian_head
+from ivon_jax._uses.networks import applied, apply_in_batches, class_log_probs, gaussian_head
 
 
 def predict_at_mean(
@@ -48,12 +48,11 @@ def predict_at_mean(
                 "a mixture has one mean for each component, and no network at their average: "
                 "take predict_samples or predict_log_probs, or predict_at_mean of each component."
             )
-        return _applied(apply, ParameterGaussian(gaussian(state, params), params).mean(), inputs)
+        return applied(apply, ParameterGaussian(gaussian(state, params), params).mean(), inputs)
 
     return at_mean
 
 
-@renamed(batch_size="sample_batch_size")
 def predict_samples(
     apply_fn: Callable[..., PyTree],
     num_samples: int = 64,
@@ -73,8 +72,8 @@ def predict_samples(
       `f(key, state, *inputs, params=None) -> outputs`, with the samples on a new axis 0;
       `key`, `state` and `params` as in `sample_params`. `state` may also be a `mixture`, a list of
       posteriors or states, or a stack of states from `jax.vmap`: then sample s is drawn from
-      component s mod K of K, and `params` may be stacked too. The s-th sample is the same for
-      every batch size, and for every function in this module.
+      component s mod K of K. The s-th sample is the same for every batch size, and for every
+      function in this module.
 
     Example:
       >>> from ivon_jax import ivon, predict_samples
@@ -94,7 +93,6 @@ def predict_samples(
     return at_samples
 
 
-@renamed(batch_size="sample_batch_size")
 def predict_log_probs(
     apply_fn: Callable[..., jax.Array],
     num_samples: int = 64,
@@ -158,7 +156,6 @@ class Moments(NamedTuple):
     model_variance: jax.Array
 
 
-@renamed(batch_size="sample_batch_size")
 def predict_moments(
     apply_fn: Callable[..., Any],
     num_samples: int = 64,
@@ -210,7 +207,6 @@ def predict_moments(
     return moments
 
 
-@renamed(batch_size="sample_batch_size")
 def predict_draws(
     apply_fn: Callable[..., Any],
     num_samples: int = 64,
@@ -278,7 +274,7 @@ def _sampled(
             keys = jax.random.split(threefry_key(key), num_samples)
 
         def at_sample(q: Posterior, key: jax.Array) -> PyTree:
-            return _applied(apply, ParameterGaussian(q, params).draw_sample(key), inputs)
+            return applied(apply, ParameterGaussian(q, params).draw_sample(key), inputs)
 
         several = as_mixture(state)
         if several is None:
@@ -295,19 +291,6 @@ def _sampled(
         return (keys, turns), lambda key, i: at_sample(component(several, i), key)
 
     return prepare
-
-
-def _applied(apply: Callable[..., PyTree], params: PyTree, inputs: tuple[PyTree, ...]) -> PyTree:
-    """The outputs; an error in a network with holes gets a hint."""
-    try:
-        return apply(params, *inputs)
-    except Exception as error:
-        if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
-            error.add_note(
-                "ivon() owns a part of the parameters only, and the others are optax.MaskedNode "
-                "here: pass them as params=."
-            )
-        raise
 
 
 def _pool(a: Any, b: Any) -> Any:

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from ivon_jax._core.axes import varying_axes, varying_over
 from ivon_jax._core.checks import Number, check_number
 from ivon_jax._core.gaussians import gaussian
 from ivon_jax._core.posteriors import marginals
 from ivon_jax._core.state import Posterior
-from ivon_jax._core.trees import Owned, PyTree
+from ivon_jax._core.trees import Owned, PyTree, as_numbers
 
 
 def signal_to_noise(state: PyTree) -> PyTree:
@@ -82,17 +83,22 @@ def prune(
         drop = [(x.astype(jnp.float32) <= bound) & (number > 0) for x in ratios]
     drop = [d & ~jnp.isinf(p) for d, p in zip(drop, precisions, strict=True)]
     pruned = Posterior(
-        own.join([jnp.where(d, 0, m) for d, m in zip(drop, own.leaves, strict=True)]),
+        own.join(list(map(_zeroed, drop, own.leaves))),
         own.join([jnp.where(d, jnp.inf, p) for d, p in zip(drop, precisions, strict=True)]),
     )
     return pruned, own.join([~d for d in drop])
+
+
+def _zeroed(drop: jax.Array, mean: jax.Array) -> jax.Array:
+    floating = jnp.issubdtype(mean.dtype, jnp.floating)  # others are fixed, and may be no numbers
+    return jnp.where(drop, jnp.zeros_like(mean), mean) if floating else mean
 
 
 def ratio_leaves(means: list[jax.Array], precisions: list[jax.Array]) -> list[jax.Array]:
     """|m|/σ of each leaf, +inf where it is fixed."""
     return [
         # Zero times infinity would be NaN for a weight that is fixed at zero.
-        jnp.where(jnp.isinf(p), jnp.inf, jnp.abs(m.astype(p.dtype)) * jnp.sqrt(p))
+        jnp.where(jnp.isinf(p), jnp.inf, jnp.abs(as_numbers(m, p.dtype)) * jnp.sqrt(p))
         for m, p in zip(means, precisions, strict=True)
     ]
 
@@ -122,8 +128,10 @@ def lower_quantiles(leaves: list[jax.Array], ranks: jax.Array) -> jax.Array:
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
     infinity = _pattern(jnp.float32(jnp.inf))
-    low = jnp.full(ranks.shape, _pattern(jnp.float32(-jnp.inf)))
-    _, high = jax.lax.fori_loop(0, 33, halve, (low, jnp.full(ranks.shape, infinity)))
+    axes = frozenset[str]().union(*(varying_axes(jax.typeof(x)) for x in [*leaves, ranks]))
+    interval = [jnp.full(ranks.shape, x) for x in (_pattern(jnp.float32(-jnp.inf)), infinity)]
+    low, high = (varying_over(x, axes) for x in interval)
+    _, high = jax.lax.fori_loop(0, 33, halve, (low, high))
     found = _number(high)
     # Backends that flush subnormal numbers cannot tell them from zero.
     return jnp.where(jnp.abs(found) < jnp.finfo(jnp.float32).tiny, 0, found)

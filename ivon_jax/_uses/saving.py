@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def save(
       ValueError: if two leaves would have the same name, or `metadata` the reserved key.
 
     Example:
-      >>> import tempfile
+      >>>     import uuid
       >>> from ivon_jax import Posterior, load, save
       >>> q = Posterior({"w": jnp.ones(2)}, {"w": jnp.full(2, 4.0)})
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -79,14 +79,15 @@ def save(
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot save {target}: there is no folder {target.parent}.")
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
+        temporary.touch()  # with the usual mode, where safetensors would make it private
+        mode = (target if target.exists() else temporary).stat().st_mode
         safetensors.save_file(tensors, temporary, metadata)
-        os.chmod(temporary, _file_mode(target))
-        os.replace(temporary, target)
+        temporary.chmod(mode)
+        temporary.replace(target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -151,15 +152,6 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     metadata.pop("ivon_jax", None)
     return metadata
-
-
-def _file_mode(target: Path) -> int:
-    """The mode of the file that is replaced, or what open() would give; mkstemp's is private."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
 
 
 def _safetensors() -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ivon_jax._core.checks import check_number, check_positive, is_concrete
+from ivon_jax._core.state import check_parameters
 from ivon_jax._core.trees import PyTree
 
 GUARD = 0.1
@@ -271,6 +272,7 @@ def b2_for(num_steps: int) -> float:
 
 def _size_of_matrices(params: PyTree) -> float:
     """The root mean square of the leaves with two or more axes; of all leaves if there are none."""
+    check_parameters(params)
     leaves = jax.tree.leaves(params)
     if not is_concrete(*leaves) or any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
         raise TypeError("params are traced or abstract: the initial values are needed, before jit.")
