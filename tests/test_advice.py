@@ -245,10 +245,17 @@ def test_numbers_that_look_like_those_of_adamw_are_named_before_the_first_step()
     for usual in (
         {"learning_rate": 0.02, "weight_decay": 5e-3},
         {"learning_rate": rising(0.3)},
+        {"learning_rate": lambda step: 0.3 * jnp.float32((step > 0) & (step < 30))},
         {"learning_rate": 1e-3, "clip_radius": 1e-3},
     ):
         message = said(**base, **usual)
         assert rate not in message and decay not in message
+
+
+def test_most_weights_at_zero_are_no_noise():
+    settings = {"learning_rate": 0.1, "ess": 100.0}
+    status = learning_status(ivon(**settings).init(jnp.array([0.0, 0.0, 1.0])), settings)
+    assert status.kind == "not started" and "Most weights start at zero" in status.message
 
 
 @pytest.mark.parametrize("params", [{}, {"n": jnp.arange(3)}], ids=["empty", "integers"])

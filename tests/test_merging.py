@@ -129,6 +129,10 @@ def test_task_arithmetic_takes_parameters_only():
             task_arithmetic([wrong, wrong], A.mean)
         with pytest.raises(TypeError, match="a sequence"):
             task_arithmetic(wrong, A.mean)
+    with pytest.raises(ValueError, match="params is empty"):
+        task_arithmetic([], A.mean)
+    one = task_arithmetic((x for x in [B.mean]), A.mean)
+    chex.assert_trees_all_equal(one, B.mean)
     key = jax.random.key(0)
     with_others = [{"key": key, "flag": jnp.array(True), "scale": x} for x in (1.0, 3.0)]
     merged = task_arithmetic(with_others[1:], with_others[0], weights=[0.5])

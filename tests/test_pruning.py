@@ -134,3 +134,11 @@ def test_leaves_that_are_no_numbers_stay_as_they_are():
     assert pruned.mean["key"] == params["key"] and bool(kept["key"])
     np.testing.assert_array_equal(pruned.mean["w"], [0.0, 2.0])
     assert signal_to_noise(q)["key"] == np.inf
+
+
+@pytest.mark.parametrize("limit", ["fraction", "threshold"])
+def test_a_traced_limit_out_of_its_range_shows_as_nan(limit):
+    pruned = jax.jit(lambda q, x: prune(q, **{limit: x})[0])
+    assert np.isfinite(flat(pruned(random_posterior(), 0.5).mean)).all()
+    for wrong in {"fraction": (1.0, 2.0, -0.1), "threshold": (-1.0,)}[limit]:
+        assert np.isnan(flat(pruned(random_posterior(), wrong).mean)).all()

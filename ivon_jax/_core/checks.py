@@ -30,7 +30,7 @@ def check_number(
 
     With `open_low`, `low` itself is refused; with `allow_inf`, +inf is accepted. A traced number
     that turns out to be outside becomes NaN, which everything that uses it will show; by how much
-    a schedule in float32 misses its end is forgiven.
+    a schedule in float32 misses `low` is forgiven.
     """
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         _check_array(name, value)

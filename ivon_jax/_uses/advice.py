@@ -208,7 +208,7 @@ def _not_begun(numbers: dict[str, float], given: Mapping[str, Any]) -> Status | 
             f"settings have hess_init={start:g}: pass all arguments of ivon(). (After with_ess, "
             "which rescales h, that is meant.)",
         )
-    if not numbers["step"] and signal < 0.5:
+    if not numbers["step"] and 0 < signal < 0.5:
         return Status(
             "at risk",
             f"the samples are mostly noise before the first step (median |m|/σ {signal:.2g}): "
@@ -216,6 +216,7 @@ def _not_begun(numbers: dict[str, float], given: Mapping[str, Any]) -> Status | 
         )
     if not numbers["step"]:
         found = f"no step has been taken; median |m|/σ is {signal:.3g}."
+        found += " (Most weights start at zero, as in adapters.)" * (not signal)
         return Status("not started", found + _as_for_adamw(given))
     return None
 
@@ -224,11 +225,12 @@ def _as_for_adamw(given: Mapping[str, Any]) -> str:
     """A hint at numbers that may have been copied from AdamW."""
     rate: Any = given["learning_rate"]
     decay: Any = given["weight_decay"]
-    if callable(rate):  # b2 says how long the run may be
-        steps = np.linspace(0, 2 / max(1 - float(given["b2"]), 1e-7), 50).astype(int)
-        rate = max(float(rate(jnp.int32(step))) for step in steps)
+    if callable(rate):
+        schedule: Any = rate
+        steps = {*range(0, 100, 5), *(round(1.5**k) for k in range(35))}  # to a million
+        rate = max(float(schedule(jnp.int32(step))) for step in steps)
     said = ""
-    if float(rate) < SMALL_RATE and math.isinf(float(given["clip_radius"])):
+    if 0 < float(rate) < SMALL_RATE and math.isinf(float(given["clip_radius"])):
         said += (
             f" A learning rate of {float(rate):.3g} is small without a clip radius, unless the "
             "loss is steep: begin with 0.1 to 1."

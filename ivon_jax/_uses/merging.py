@@ -145,8 +145,8 @@ def task_arithmetic(
       The merged weights, in the dtypes of the first model.
 
     Raises:
-      ValueError: if the trees do not fit.
-      TypeError: if `params` is one model.
+      ValueError: if there is no model, or the trees do not fit.
+      TypeError: if `params` is one model, or holds states.
 
     Example:
       >>> from ivon_jax import task_arithmetic
@@ -155,6 +155,9 @@ def task_arithmetic(
     """
     if isinstance(params, Mapping | jax.Array | np.ndarray) or hasattr(params, "_fields"):
         raise TypeError("params must be a sequence, with the weights of one model per entry.")
+    params = list(params)
+    if not params:
+        raise ValueError("params is empty: give the weights of one model or more.")
     for tree in (*params, base):
         check_parameters(tree)
     own, alphas = Owned(base), _checked_weights(weights, len(params))

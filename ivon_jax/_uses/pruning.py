@@ -49,7 +49,8 @@ def prune(
       and `ivon(prior=...)` leave at zero), and a tree of bools: False where this call has pruned.
 
     Raises:
-      ValueError: if not exactly one of `fraction` and `threshold` is given, or it is out of range.
+      ValueError: if not exactly one of `fraction` and `threshold` is given, or it is out of range
+        (traced, the mean is NaN then).
 
     Example:
       >>> from ivon_jax import Posterior, prune
@@ -69,10 +70,10 @@ def prune(
     precisions, _ = own.split("the precision", q.precision)
     ratios = ratio_leaves(own.leaves, precisions)
     if threshold is not None:
-        bound = check_number("threshold", threshold, low=0.0, allow_inf=True)
+        given = bound = check_number("threshold", threshold, low=0.0, allow_inf=True)
         drop = [x < jnp.asarray(bound, x.dtype) for x in ratios]
     else:
-        fraction = check_number("fraction", fraction, low=0.0, high=1.0)
+        given = fraction = check_number("fraction", fraction, low=0.0, high=1.0)
         free = sum(jnp.sum(~jnp.isinf(p)).astype(jnp.float32) for p in precisions)
         exact = jnp.asarray(fraction, jnp.float32) * free
         near = jnp.round(exact)  # in float32 0.59 of 100 is 58.99…
@@ -83,15 +84,17 @@ def prune(
         drop = [(x.astype(jnp.float32) <= bound) & (number > 0) for x in ratios]
     drop = [d & ~jnp.isinf(p) for d, p in zip(drop, precisions, strict=True)]
     pruned = Posterior(
-        own.join(list(map(_zeroed, drop, own.leaves))),
+        own.join([_zeroed(given, d, m) for d, m in zip(drop, own.leaves, strict=True)]),
         own.join([jnp.where(d, jnp.inf, p) for d, p in zip(drop, precisions, strict=True)]),
     )
     return pruned, own.join([~d for d in drop])
 
 
-def _zeroed(drop: jax.Array, mean: jax.Array) -> jax.Array:
-    floating = jnp.issubdtype(mean.dtype, jnp.floating)  # others are fixed, and may be no numbers
-    return jnp.where(drop, jnp.zeros_like(mean), mean) if floating else mean
+def _zeroed(given: Number, drop: jax.Array, mean: jax.Array) -> jax.Array:
+    """Zero where it is dropped; NaN if what was given, and traced, is out of its range."""
+    if not jnp.issubdtype(mean.dtype, jnp.floating):  # fixed, and it may be no number
+        return mean
+    return jnp.where(jnp.isnan(given), jnp.nan, jnp.where(drop, 0, mean)).astype(mean.dtype)
 
 
 def ratio_leaves(means: list[jax.Array], precisions: list[jax.Array]) -> list[jax.Array]:

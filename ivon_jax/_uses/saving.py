@@ -42,7 +42,7 @@ def save(
       ValueError: if two leaves would have the same name, or `metadata` the reserved key.
 
     Example:
-      >>>     import uuid
+      >>> import tempfile
       >>> from ivon_jax import Posterior, load, save
       >>> q = Posterior({"w": jnp.ones(2)}, {"w": jnp.full(2, 4.0)})
       >>> with tempfile.TemporaryDirectory() as folder:
