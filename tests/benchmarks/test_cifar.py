@@ -122,6 +122,7 @@ def test_an_epoch_in_one_program_is_its_steps(folder):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_the_command_compares_all_methods_and_goes_on(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(main.PRESETS, "laptop", main.Preset(24, 8, 8, 2, 1, 8, 2))

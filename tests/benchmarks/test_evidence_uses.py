@@ -60,6 +60,7 @@ def test_continual(capsys, monkeypatch):
     assert len(rows["Permuted digits: EWC"]) == 3
 
 
+@pytest.mark.slow
 def test_regression_1d(capsys, monkeypatch):
     pytest.importorskip("blackjax", reason='NUTS needs: pip install -e ".[hmc]"')
     from benchmarks.evidence.uses import regression_1d

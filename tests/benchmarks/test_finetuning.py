@@ -140,6 +140,7 @@ def test_dropout_acts_only_with_a_key():
     np.testing.assert_array_equal(none, again)
 
 
+@pytest.mark.slow
 def test_the_command_chooses_tests_and_reports(tmp_path, monkeypatch, capsys):
     write_sentences(tmp_path, (*data.FILES["sst2"], *data.UNFAMILIAR["sst2"].values()), 70)
     grids = {
@@ -171,6 +172,7 @@ def write_sentences(folder, names, count):
         (folder / name).write_text("\n".join([*lines, "1"]))  # a line without a sentence
 
 
+@pytest.mark.slow
 def test_merging_reports_every_rule(tmp_path, monkeypatch):
     names = [name for files, *_ in merging.KINDS.values() for name in files]
     write_sentences(tmp_path, names, 100)
@@ -190,6 +192,7 @@ def test_merging_reports_every_rule(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_sensitivity_reports_shares_lengths_and_sentences(tmp_path, monkeypatch):
     write_sentences(tmp_path, data.FILES["sst2"], 80)
     monkeypatch.setattr(sensitivity, "SHARES", (0.0, 0.2))

@@ -12,6 +12,7 @@ from benchmarks.evidence.images import main, report, tuning
 SMALL = ["--seeds", "1", "--epochs", "1", "--overlong", "2"]
 
 
+@pytest.mark.slow
 def test_it_compares_judges_the_claims_and_goes_on_from_its_file(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(main.NETWORKS, "mlp", Perceptron(depth=0))  # compiles faster
     monkeypatch.setattr(main, "LOOK_IMAGES", 797)  # as many as in the test set
