@@ -223,5 +223,10 @@ def test_the_kl_of_precisions_far_apart():
     q = Posterior(jnp.zeros(1), jnp.full(1, 1e30))
     prior = Posterior(jnp.zeros(1), jnp.full(1, 1e-10))
     np.testing.assert_allclose(kl_divergence(q, prior), 0.5 * (40 * np.log(10) - 1), rtol=1e-6)
+    partly_flat = jnp.array([0.0, 2.0])
+    slope = jax.grad(
+        lambda p: kl_divergence(Posterior(jnp.zeros(2), jnp.ones(2)), Posterior(jnp.zeros(2), p))
+    )(partly_flat)
+    np.testing.assert_allclose(slope, [0.0, 0.5 * (1 - 1 / 2)], rtol=1e-6)
     flat = Posterior(jnp.zeros(2), jnp.array([0.0, 1.0]))
     assert kl_divergence(flat, Posterior(jnp.zeros(2), jnp.ones(2))) == jnp.inf

@@ -307,7 +307,8 @@ def kl_divergence(q: PyTree, prior: Posterior) -> jax.Array:
         # Not p0 > 0, so that a NaN is counted and seen.
         counted = (p0 != 0) & ~fixed & ~only_prior
         ratio, square = jnp.where(counted, p0 / p, 1), jnp.where(counted, p0, 0) * shift**2
-        log_ratio = jnp.where(counted, jnp.log(p0) - jnp.log(p), 0)  # p0/p may underflow
+        # Of each, because p0/p may underflow.
+        log_ratio = jnp.log(jnp.where(counted, p0, 1)) - jnp.log(jnp.where(counted, p, 1))
         spread = ratio if not (q.basis or prior.basis) else jnp.where(counted, p0 * variance, 1)
         terms = spread - 1 - log_ratio + jnp.where(counted, square, 0)
         impossible = only_prior | (counted & (p == 0)) | (fixed & jnp.isinf(p0) & (shift != 0))
