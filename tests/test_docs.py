@@ -1,4 +1,5 @@
-"""The code of README and docs runs as printed; links lead somewhere; the API pages are complete."""
+"""The code of README and docs runs as printed; links lead somewhere; quoted
+figures stand in the tables; the API pages are complete."""
 
 import inspect
 import re
@@ -119,6 +120,41 @@ def test_files_that_a_page_names_exist(page):
     paths = r"(?:python |`)((?:ivon_jax|examples|benchmarks|docs|tests)/[\w/.]*)"
     for name in re.findall(paths, text):
         assert "NAME" in name or (ROOT / name).exists(), name
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_sections_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for name, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)#([^)\s]+)\)", text):
+        assert anchor in anchors(page.parent / name if name else page), anchor
+
+
+def figures(text: str) -> list[tuple[str, str]]:
+    """Means with their standard errors."""
+    return re.findall(r"([\d.]+\d) ± ([\d.]*\d)", text)
+
+
+def rounded(measured: tuple[str, str], quoted: tuple[str, str]) -> tuple[str, ...]:
+    pairs = zip(measured, quoted, strict=True)
+    return tuple(f"{float(x):.{len(like.partition('.')[2])}f}" for x, like in pairs)
+
+
+@pytest.mark.parametrize("page", [README, DOCS / "results.md"], ids=name_of)
+def test_quoted_figures_stand_in_the_tables_that_are_linked_beside_them(page):
+    checked = 0
+    for item in re.split(r"\n\n|\n(?=[*|] )", page.read_text(encoding="utf-8")):
+        tables = re.findall(r"\]\(([^)#\s]*results/\w+\.md)", item)
+        known = [pair for name in tables for pair in figures((page.parent / name).read_text())]
+        for quoted in figures(item) if tables else ():
+            assert quoted in [rounded(pair, quoted) for pair in known], (quoted, tables)
+            checked += 1
+    assert checked > 3
 
 
 def public_symbols(module: ModuleType) -> list[str]:
