@@ -79,7 +79,7 @@ PRESETS = {
 # Six settings each (of SGD and AdamW, lower rates were tried before). IVON's `sharpness` is ess/N.
 GRIDS: dict[str, Grid] = {
     "sgd": {"learning_rate": (0.1, 0.3, 1.0), "weight_decay": (5e-4, 3e-3)},
-    "adamw": {"learning_rate": (3e-3, 1e-2, 3e-2), "weight_decay": (0.03, 0.3)},
+    "adamw": {"learning_rate": (1e-2, 3e-2, 1e-1), "weight_decay": (0.03, 0.3)},
     "sam": {"learning_rate": (0.03, 0.1, 0.3), "rho": (0.05, 0.15), "weight_decay": (1e-3,)},
     "dropout": {"learning_rate": (0.03, 0.1, 0.3), "rate": (0.02, 0.1), "weight_decay": (1e-3,)},
     "swag": {
