@@ -143,8 +143,8 @@ def drift(ess, steps):
 
 
 def test_a_recovered_mean_does_not_drift_in_many_steps():
-    all_ess = jnp.array([1e8, 1e6, 1e4, 1e2])
-    errors, ratios = jax.vmap(lambda ess: drift(ess, 40_000))(all_ess)
+    all_ess = jnp.array([1e8, 1e5, 1e2])
+    errors, ratios = jax.vmap(lambda ess: drift(ess, 20_000))(all_ess)
     for error, ratio in zip(np.asarray(errors), ratios, strict=True):
         assert 5e-5 < ratio < 0.12
         assert np.sqrt(np.mean(error**2)) < 1  # the random walk of float32 updates

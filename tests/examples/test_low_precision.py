@@ -48,6 +48,7 @@ def losses(dtype):
     return np.asarray(jax.vmap(nll)(keys))
 
 
+@pytest.mark.slow
 def test_digits_in_bfloat16_reach_the_loss_of_float32():
     full, half = losses(jnp.float32), losses(jnp.bfloat16)
     difference = half - full  # with the same initial weights, order and noise

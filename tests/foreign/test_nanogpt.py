@@ -58,8 +58,8 @@ def test_a_nanogpt_loop_with_decay_groups_and_accumulation():
         return optax.apply_updates(params, updates), opt_state, loss
 
     opt_state = tx.init(params)
-    for i in range(300):
+    for i in range(200):
         batch = tokens[32 * (i % 2) :][:32]
         params, opt_state, _ = train_step(params, opt_state, batch)
-    assert loss_fn(posterior_mean(opt_state), tokens) < 0.3  # log 11 is 2.4
+    assert jax.jit(loss_fn)(posterior_mean(opt_state), tokens) < 0.3  # log 11 is 2.4
     assert learning_status(opt_state, settings, params=params).kind == "yes"
