@@ -6,6 +6,7 @@ import pytest
 
 from ivon_jax import (
     Posterior,
+    auto_sample,
     diagnostics,
     ivon,
     kl_divergence,
@@ -252,3 +253,22 @@ def test_it_is_compiled_once_for_a_structure():
     for steps in (2, 4):
         learning_status(trained(SETTINGS, steps), {**SETTINGS, "learning_rate": 0.1 * steps})
     assert monitoring._compiled_numbers._cache_size() == before
+
+
+_COMPILED: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, **__: _COMPILED.append(event) if "backend_compile" in event else None
+)
+
+
+def test_nothing_is_computed_leaf_by_leaf():
+    """Outside of the compiled programs that would keep whole trees, and compile for each shape."""
+    counts = []
+    for sizes in ((2,), (3, 4, 5, 6)):
+        params = [jnp.ones(size) for size in sizes]
+        tx = auto_sample(ivon(0.1, ess=10.0), key=0)
+        state = jax.jit(tx.init)(params)
+        _COMPILED.clear()
+        learning_status(state, {"learning_rate": 0.1}, params=params)
+        counts.append(len(_COMPILED))
+    assert 0 < counts[1] <= counts[0]

@@ -19,7 +19,6 @@ from ivon_jax._core.rule import LeafPrior
 from ivon_jax._core.state import (
     AutoSampleState,
     IVONState,
-    Posterior,
     as_auto_sample_state,
     find_states,
     is_auto_sample_state,
@@ -188,8 +187,9 @@ def _agreement(state: AutoSampleState, params: PyTree) -> jax.Array:
 
 
 @jax.jit
-def sample_distance(q: Posterior, params: PyTree) -> jax.Array:
+def sample_distance(parts: list[IVONState], params: PyTree) -> jax.Array:
     """The largest |θ−m|/σ, of elements that are free, beyond what rounding explains."""
+    q = gaussian(parts)
     own = Owned(q.mean)
     precisions = own.checked("the precision", q.precision)
     params = own.checked("params", params)

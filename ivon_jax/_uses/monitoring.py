@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ivon_jax._core.basis import in_coordinates
 from ivon_jax._core.checks import Number, check_number, check_scalar, is_concrete
-from ivon_jax._core.gaussians import gaussian, with_means
+from ivon_jax._core.gaussians import with_means
 from ivon_jax._core.optimizer import ivon
 from ivon_jax._core.posteriors import kl_divergence, prior_of
 from ivon_jax._core.rule import LeafPrior, bias_correction, direction
@@ -111,7 +111,7 @@ def diagnostics(
     _check_one_ess(parts)
     given: dict[str, Any] = {}
     if params is not None:
-        given["distance"] = sample_distance(gaussian(state, params), params)
+        given["distance"] = sample_distance(parts, params)
         agreement = sample_agreement(state, params)
         if agreement is not None:
             given["agreement"] = agreement
