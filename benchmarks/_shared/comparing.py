@@ -88,6 +88,7 @@ def setting_rows(
             mark = f" (chosen{'; edge: ' + edges if edges else ''})" if run is best else ""
             x = result.get("samples") or result["point"]
             cells = f"{100 * x['accuracy']:.1f}", f"{x['nll']:.3f}", f"{100 * x['ece']:.1f}"
+            cells = cells if np.isfinite(x["nll"]) else ("", "diverged", "")
             point = f"{result['point']['nll']:.3f}" if "samples" in result else ""
             rows.append([f"{names[method]}, {described(run['values'])}{mark}", *cells, point])
     return rows

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks._shared.comparing import setting_rows
 from benchmarks._shared.networks import ResNet
 from benchmarks.evidence.cifar import data, main, methods
 from examples._shared.datasets import DataError
@@ -150,3 +151,17 @@ def test_the_command_compares_all_methods_and_goes_on(folder, tmp_path, monkeypa
         main.main([*argv, "--noise", "-0.1", "--results", str(results)])
     with pytest.raises(SystemExit, match="no settings of sam"):
         main.main([*argv, "--preset", "paper", "--methods", "sam", "--results", str(results)])
+
+
+def test_a_setting_that_diverged_says_so_and_is_not_chosen():
+    rates, losses = (1.0, 0.3, 0.1), (np.nan, 0.9, 1.0)
+    runs = [
+        (
+            {"method": "sgd", "values": {"learning_rate": rate}},
+            {"point": {"accuracy": 0.5, "nll": nll, "ece": 0.1}},
+        )
+        for rate, nll in zip(rates, losses, strict=True)
+    ]
+    rows = setting_rows(runs, lambda _: {"learning_rate": rates}, {"sgd": "SGD"})
+    assert [row[2] for row in rows[1:]] == ["diverged", "0.900", "1.000"]
+    assert [row[0].endswith(" (chosen)") for row in rows[1:]] == [False, True, False]
