@@ -15,7 +15,7 @@ from ivon_jax._core.axes import gathered
 from ivon_jax._core.checks import check_positive, is_concrete
 from ivon_jax._core.trees import wide_dtype
 from ivon_jax._uses.detection import Detection, detection
-from ivon_jax._uses.log_probs import checked_labels, checked_log_probs
+from ivon_jax._uses.log_probs import checked_labels, checked_log_probs, logsumexp
 
 __all__ = ["CalibrationBins", "accuracy", "brier", "calibration_bins", "ece"]
 __all__ += ["gaussian_nll", "nll", "risk_coverage", "top_k_accuracy"]
@@ -201,7 +201,9 @@ def predictive_entropy(log_probs: jax.Array) -> jax.Array:
     """
     log_probs = checked_log_probs(log_probs)
     probs = jnp.exp(log_probs)
-    return jnp.sum(jnp.where(probs > 0, -probs * log_probs, probs), axis=-1)
+    possible = log_probs != -jnp.inf  # twice, for the gradient where a class is not
+    terms = -probs * jnp.where(possible, log_probs, 0)
+    return jnp.sum(jnp.where(possible, terms, 0), axis=-1)
 
 
 def mutual_information(sample_log_probs: jax.Array) -> jax.Array:
@@ -229,7 +231,7 @@ def mutual_information(sample_log_probs: jax.Array) -> jax.Array:
     sample_log_probs = checked_log_probs(sample_log_probs)
     samples = sample_log_probs.shape[0]
     log_s = jnp.log(samples).astype(sample_log_probs.dtype)
-    mean = jax.nn.logsumexp(sample_log_probs, axis=0) - log_s
+    mean = logsumexp(sample_log_probs, axis=0) - log_s
     within = jnp.mean(predictive_entropy(sample_log_probs), axis=0)
     return jnp.maximum(predictive_entropy(mean) - within, 0)
 
@@ -300,7 +302,7 @@ def gaussian_nll(mean: jax.Array, variance: jax.Array, targets: jax.Array) -> ja
         raise TypeError(f"mean must be floating; got {jnp.result_type(mean)}.")
     dtype = wide_dtype(jnp.result_type(mean))
     mean, variance, targets = (jnp.asarray(x, dtype) for x in (mean, variance, targets))
-    positive = jnp.all(variance > 0)
+    positive = jnp.all(~(variance <= 0))  # NaN, as from a run that has diverged, stays NaN
     if is_concrete(positive) and not bool(positive):
         raise ValueError("variance must be positive.")
     variance = jnp.where(variance > 0, variance, jnp.nan)

@@ -337,3 +337,20 @@ def test_risk_and_coverage_of_labels_of_any_shape():
 def test_no_predictions_have_no_average():
     with pytest.raises(ValueError, match="no predictions"):
         metrics.gaussian_nll(jnp.zeros(0), jnp.ones(0), jnp.zeros(0))
+
+
+def test_gradients_are_finite_where_a_class_is_impossible():
+    def log_probs(x):
+        return jax.nn.log_softmax(jnp.stack([x, 0 * x, jnp.full_like(x, -jnp.inf)], -1))
+
+    for score in (
+        lambda x: metrics.predictive_entropy(log_probs(x)).sum(),
+        lambda x: metrics.mutual_information(jnp.stack([log_probs(x), log_probs(2 * x)])).sum(),
+    ):
+        x = jnp.array([0.5, -1.0])
+        numeric = [(score(x + d) - score(x - d)) / 2e-2 for d in 1e-2 * jnp.eye(2)]
+        np.testing.assert_allclose(jax.grad(score)(x), numeric, atol=1e-3)
+
+
+def test_a_variance_that_is_nan_makes_the_likelihood_nan():
+    assert np.isnan(metrics.gaussian_nll(jnp.ones(2), jnp.array([1.0, jnp.nan]), jnp.ones(2)))

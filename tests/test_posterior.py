@@ -11,6 +11,7 @@ from ivon_jax import (
     ivon,
     kl_divergence,
     marginals,
+    merge,
     posterior,
     posterior_mean,
     prior_of,
@@ -230,3 +231,29 @@ def test_the_kl_of_precisions_far_apart():
     np.testing.assert_allclose(slope, [0.0, 0.5 * (1 - 1 / 2)], rtol=1e-6)
     flat = Posterior(jnp.zeros(2), jnp.array([0.0, 1.0]))
     assert kl_divergence(flat, Posterior(jnp.zeros(2), jnp.ones(2))) == jnp.inf
+
+
+def test_a_precision_narrower_than_its_mean_rounds_no_mean():
+    mean = jnp.array([1.001, 1000.3])
+    q = Posterior(mean, jnp.array([jnp.inf, 1e8], jnp.bfloat16))
+    sample, noise = sample_params(jax.random.key(0), q)
+    assert noise.dtype == jnp.float32 and sample[0] == mean[0]
+    np.testing.assert_allclose(sample[1], mean[1], atol=1e-3)
+    chex.assert_trees_all_equal(merge([q, q]).mean, mean)
+    other = Posterior(mean.at[1].set(1000.0), q.precision)
+    expected = 0.5 * float(q.precision[1]) * 0.3**2
+    np.testing.assert_allclose(kl_divergence(other, q), expected, rtol=1e-3)
+
+
+def test_precisions_of_16_bits_are_merged_without_overflow():
+    precision = jnp.array([4e4], jnp.float16)
+    a, b = (Posterior(jnp.array([m], jnp.float16), precision) for m in (1.0, 2.0))
+    merged = merge([a, b])
+    assert merged.mean == 1.5 and merged.precision == 2 * precision.astype(jnp.float32)
+
+
+def test_integers_are_no_precision_and_an_integer_mean_is_fixed():
+    with pytest.raises(TypeError, match=r"precision must be real and floating; got int32"):
+        posterior(Posterior(jnp.array([0.5, 3.0]), jnp.array([4, 1])))
+    with pytest.raises(TypeError, match=r"mean is int32 and can only be fixed"):
+        posterior(Posterior(jnp.array([3, -1]), jnp.array([4.0, 1.0])))

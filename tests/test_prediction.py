@@ -9,6 +9,7 @@ from ivon_jax import (
     ivon,
     kl_divergence,
     linearize,
+    metrics,
     posterior,
     posterior_mean,
     predict_at_mean,
@@ -260,3 +261,23 @@ def test_parameters_that_hold_a_prng_key_are_predicted_with():
     assert f(key, state, x, params=params).shape == f(key, q, x).shape == (4, 2)
     assert linearize(apply)(q, x).covariance.shape == (2,)
     assert kl_divergence(q, q) == 0
+
+
+@pytest.mark.parametrize("sample_batch_size", [None, 2])
+def test_the_gradient_of_masked_logits_is_that_of_those_left(sample_batch_size):
+    q = Posterior(jnp.array([0.5, -0.5]), jnp.array([4.0, 4.0]))
+
+    def nll(x, apply):
+        predict = predict_log_probs(apply, 4, sample_batch_size=sample_batch_size)
+        return metrics.nll(predict(jax.random.key(0), q, x), jnp.array([0]))
+
+    def left(w, x):
+        return x * w[None]
+
+    def masked(w, x):
+        return jnp.concatenate([left(w, x), jnp.full((1, 1), -jnp.inf)], -1)
+
+    x = jnp.array([[1.0, 2.0]])
+    grads = [jax.grad(nll)(x, apply) for apply in (masked, left)]
+    assert np.all(np.isfinite(grads))
+    np.testing.assert_allclose(*grads, rtol=1e-5)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ivon_jax._core.basis import Basis, Sides, check_sides, in_parameters
-from ivon_jax._core.checks import check_precision
+from ivon_jax._core.checks import check_floating, check_precision, is_concrete
 from ivon_jax._core.noise import THREEFRY, gaussian_noise, means_of
 from ivon_jax._core.state import (
     AutoSampleState,
@@ -43,13 +43,34 @@ def gaussian(state: PyTree, params: PyTree | None = None) -> Posterior:
     """
     if isinstance(state, Posterior):
         own = Owned(state.mean)
-        own.checked("precision", state.precision)
-        check_precision("precision", state.precision)
+        precisions = wide_precisions(own, "precision", state.precision)
         check_sides(state.basis, own)
-        return without_nnx(state)
+        return without_nnx(state)._replace(precision=own.join(precisions))
     state = with_means(state, params)
     parts = find_states(state)
     return Posterior(gaussian_mean(state), _precision(parts), gaussian_basis(state))
+
+
+def wide_precisions(own: Owned, name: str, precision: PyTree) -> list[jax.Array]:
+    """The precisions of the owned leaves, no narrower than their means and than float32.
+
+    Computations take place in the dtype of the precision, in which a mean must not be rounded.
+    """
+    leaves = own.checked(name, precision)
+    check_precision(name, precision)
+    check_floating(own, name, leaves)
+    found = []
+    for path, m, p in zip(own.paths, own.leaves, map(jnp.asarray, leaves), strict=True):
+        floating = jnp.issubdtype(m.dtype, jnp.floating)
+        finite = jnp.any(jnp.isfinite(p))
+        if not floating and is_concrete(finite) and bool(finite):
+            raise TypeError(
+                f"{name} is finite at {place(path)}, where the mean is {m.dtype} and can only be "
+                "fixed: make the mean floating, or the precision inf."
+            )
+        both = (p.dtype, m.dtype) if floating else (p.dtype,)
+        found.append(p.astype(max(map(wide_dtype, both), key=lambda x: x.itemsize)))
+    return found
 
 
 def gaussian_mean(state: PyTree) -> PyTree:

@@ -218,8 +218,9 @@ def with_ess(state: PyTree, ess: Number) -> PyTree:
     λ(h+δ) is kept by h ← (λ/λ')(h+δ) − δ', where δ' = δ, or s₀/λ' under a general prior. (The
     prior precision λδ becomes λ'δ.) Continue with an optimizer that has the new `ess`; under
     `optax.inject_hyperparams` set it in `hyperparams` as well. Steps become λ'/λ times as long,
-    since h₀ in the rate α(h₀+δ) stays: multiply the learning rate by λ/λ'. In floating point h+δ
-    loses digits where λ' is larger than λ by many orders of magnitude.
+    since h₀ in the rate α(h₀+δ) stays: multiply the learning rate by λ/λ', and `precision_floor`
+    as well, or the next step may lift h+δ to it. In floating point h+δ loses digits where λ' is
+    larger than λ by many orders of magnitude.
 
     Args:
       state: any nested state that contains one or several `IVONState`.

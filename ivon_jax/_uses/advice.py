@@ -180,7 +180,8 @@ def _disagreement(state: PyTree, settings: Mapping[str, Any]) -> Status | None:
             f"the state was trained with ess={old_ess:g} and the settings say {ess:g}: at the next "
             f"step σ jumps by a factor of {ratio**-0.5 if ratio > 0 else math.inf:.3g}. If "
             "that is meant, take the step and ask again. with_ess(state, ess) keeps σ, and makes "
-            f"steps {ratio:.3g} times as long: divide the learning rate by that.",
+            f"steps {ratio:.3g} times as long: divide the learning rate by that, and a "
+            "precision_floor.",
         )
     decays = [part.weight_decay for part in parts if not isinstance(part.prior, GaussianPrior)]
     # A mask leaves some at zero; and of several parts each has its own.

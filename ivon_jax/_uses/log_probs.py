@@ -10,6 +10,13 @@ from ivon_jax._core.checks import is_concrete
 from ivon_jax._core.trees import wide_dtype
 
 
+def logsumexp(log_probs: jax.Array, axis: int) -> jax.Array:
+    """`jax.nn.logsumexp`, whose gradient is 0 and not NaN where every term is −∞."""
+    impossible = jnp.all(log_probs == -jnp.inf, axis=axis, keepdims=True)
+    total = jax.nn.logsumexp(jnp.where(impossible, 0, log_probs), axis=axis)
+    return jnp.where(jnp.squeeze(impossible, axis), -jnp.inf, total)
+
+
 def checked_log_probs(log_probs: Any) -> jax.Array:
     """At least float32; under jit, rows that turn out not to be normalised become NaN."""
     dtype = jnp.result_type(log_probs)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ivon_jax._core.basis import in_coordinates, in_parameters
-from ivon_jax._core.checks import Number, check_floating, check_number, check_precision, is_concrete
-from ivon_jax._core.gaussians import gaussian
+from ivon_jax._core.checks import Number, check_number, is_concrete
+from ivon_jax._core.gaussians import gaussian, wide_precisions
 from ivon_jax._core.state import Posterior, check_parameters
 from ivon_jax._core.trees import Owned, PyTree, cast, place, unflatten_like, wide_dtype
 
@@ -50,8 +50,9 @@ def merge(
         whose prior has mean 0, the paper takes the base model's weights with H₀ = λδ.
 
     Returns:
-      The merged `Posterior`, in the dtypes of the first. Elements whose precision is infinite
-      (fixed) must be fixed in all, at equal values, and stay so.
+      The merged `Posterior`, its means in the dtypes of the first's, its precisions in the widest
+      dtype and at least float32. Elements whose precision is infinite (fixed) must be fixed in all,
+      at equal values, and stay so.
 
     Raises:
       ValueError: if the trees do not fit, a precision is negative, fixed elements or bases differ,
@@ -171,8 +172,8 @@ def task_arithmetic(
                 raise ValueError(f"the models differ at {place(path)}, where they hold {dtype}.")
             return ends[0]
         origin = start.astype(wide_dtype(dtype))
-        pairs = zip(alphas, ends, strict=True)
-        total = sum(jnp.asarray(a, origin.dtype) * (x - origin) for a, x in pairs)
+        pairs = zip(alphas, [x.astype(origin.dtype) - origin for x in ends], strict=True)
+        total = sum(jnp.asarray(a, origin.dtype) * way for a, way in pairs)
         return (origin + total).astype(dtype)
 
     return unflatten_like(base, list(map(moved, own.paths, own.leaves, *models)))
@@ -181,10 +182,8 @@ def task_arithmetic(
 def _leaves(own: Owned, name: str, q: Posterior) -> list[tuple[jax.Array, jax.Array]]:
     if not isinstance(q, Posterior):
         raise TypeError(f"{name} must be a Posterior(mean, precision); got {type(q).__name__}.")
-    check_precision(f"{name}.precision", q.precision)
     means = own.checked(f"{name}.mean", q.mean)
-    precisions = own.checked(f"{name}.precision", q.precision)
-    check_floating(own, f"{name}.precision", precisions)
+    precisions = wide_precisions(own, f"{name}.precision", q.precision)
     return list(zip(means, precisions, strict=True))
 
 
@@ -207,8 +206,8 @@ def _merge_leaf(
     weights: Sequence[Number],
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and precision of one leaf; where precisions are infinite, the common value."""
-    dtype = models[0][1].dtype
     everything = list(models) if base is None else [*models, base]
+    dtype = max((precision.dtype for _, precision in everything), key=lambda x: x.itemsize)
     floating = jnp.issubdtype(like.dtype, jnp.floating)  # other leaves can only be fixed
     fixed = jnp.stack([jnp.isinf(precision) | (not floating) for _, precision in everything])
     # In the mean's own dtype: a base in bfloat16 may be compared with a float32 mean.

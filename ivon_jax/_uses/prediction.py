@@ -18,6 +18,7 @@ from ivon_jax._core.gaussians import gaussian
 from ivon_jax._core.sampling import ParameterGaussian, fold_in_groups, one_or_many, threefry_key
 from ivon_jax._core.state import Posterior
 from ivon_jax._core.trees import PyTree
+from ivon_jax._uses.log_probs import logsumexp
 from ivon_jax._uses.mixtures import as_mixture, check_of_one, component, num_components
 from ivon_jax._uses.networks import applied, apply_in_batches, class_log_probs, gaussian_head
 
@@ -131,8 +132,8 @@ def predict_log_probs(
         members, at_member = prepare(key, state, inputs, params)
         at_members = one_or_many(at_member)
         total, _ = fold_in_groups(
-            lambda members: (jax.nn.logsumexp(at_members(*members), axis=0), None),
-            jnp.logaddexp,
+            lambda members: (logsumexp(at_members(*members), axis=0), None),
+            lambda a, b: logsumexp(jnp.stack([a, b]), axis=0),
             members,
             sample_batch_size,
             start=lambda x: zeros_of(x) - jnp.inf,
