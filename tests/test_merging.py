@@ -2,6 +2,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ivon_jax import Eigenbasis, Posterior, ivon, merge, posterior, prior_of, task_arithmetic
@@ -148,3 +149,15 @@ def test_keys_are_merged_where_they_are_equal():
     other = q._replace(mean={**q.mean, "key": jax.random.key(1)})
     with pytest.raises(ValueError, match=r"fixed, but at \['key'\]"):
         merge([q, other])
+
+
+def test_a_leaf_that_only_one_posterior_has_is_refused_in_any_order():
+    def q(b):
+        return Posterior(*[{"a": jnp.ones(2), "b": b}] * 2)
+
+    both, one = q(jnp.ones(2)), q(optax.MaskedNode())
+    for posteriors in ([one, both], [both, one]):
+        with pytest.raises(ValueError, match=r"\['b'\]"):
+            merge(posteriors)
+    with pytest.raises(ValueError, match=r"base\.mean has leaves at \['b'\]"):
+        merge([one], base=both)

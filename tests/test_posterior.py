@@ -257,3 +257,10 @@ def test_integers_are_no_precision_and_an_integer_mean_is_fixed():
         posterior(Posterior(jnp.array([0.5, 3.0]), jnp.array([4, 1])))
     with pytest.raises(TypeError, match=r"mean is int32 and can only be fixed"):
         posterior(Posterior(jnp.array([3, -1]), jnp.array([4.0, 1.0])))
+
+
+def test_numbers_and_numpys_float64_are_leaves_as_jax_has_them(tmp_path):
+    wide = {"a": 1.0, "b": np.array([2.0])}
+    q = posterior(Posterior(wide, wide))
+    assert {x.dtype for x in jax.tree.leaves(q)} == {jnp.dtype(jnp.float32)}
+    assert signal_to_noise(Posterior(wide, wide))["a"] == 1.0

@@ -45,7 +45,9 @@ def gaussian(state: PyTree, params: PyTree | None = None) -> Posterior:
         own = Owned(state.mean)
         precisions = wide_precisions(own, "precision", state.precision)
         check_sides(state.basis, own)
-        return without_nnx(state)._replace(precision=own.join(precisions))
+        # As jax has them: numbers of Python, and float64 of NumPy, are float32.
+        means = [jnp.asarray(m) if jnp.issubdtype(m.dtype, jnp.floating) else m for m in own.leaves]
+        return Posterior(own.join(means), own.join(precisions), without_nnx(state.basis))
     state = with_means(state, params)
     parts = find_states(state)
     return Posterior(gaussian_mean(state), _precision(parts), gaussian_basis(state))
@@ -56,11 +58,12 @@ def wide_precisions(own: Owned, name: str, precision: PyTree) -> list[jax.Array]
 
     Computations take place in the dtype of the precision, in which a mean must not be rounded.
     """
-    leaves = own.checked(name, precision)
+    leaves = own.exactly(name, precision)
     check_precision(name, precision)
     check_floating(own, name, leaves)
     found = []
-    for path, m, p in zip(own.paths, own.leaves, map(jnp.asarray, leaves), strict=True):
+    pairs = zip(map(jnp.asarray, own.leaves), map(jnp.asarray, leaves), strict=True)
+    for path, (m, p) in zip(own.paths, pairs, strict=True):
         floating = jnp.issubdtype(m.dtype, jnp.floating)
         finite = jnp.any(jnp.isfinite(p))
         if not floating and is_concrete(finite) and bool(finite):

@@ -168,6 +168,19 @@ class Owned:
         self.check_shapes(name, owned)
         return owned
 
+    def exactly(self, name: str, tree: PyTree) -> list[jax.Array]:
+        """As `checked`, of a tree that must not hold anything else."""
+        owned, others = self.split(name, tree)
+        self.check_shapes(name, owned)
+        free = [path for path, slot in self._slots if is_masked(slot)]
+        for path, x in zip(free, others, strict=True):
+            if jax.tree.leaves(x):
+                raise ValueError(
+                    f"{name} has leaves at {place(path)}, where the mean that it has to fit has "
+                    "none: give all of them the same leaves."
+                )
+        return owned
+
     def join(self, owned: list[Any], others: list[PyTree] | None = None) -> PyTree:
         """The inverse of `split`; without `others` their positions hold `MaskedNode`."""
         left = iter(owned)

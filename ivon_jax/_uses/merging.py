@@ -182,7 +182,7 @@ def task_arithmetic(
 def _leaves(own: Owned, name: str, q: Posterior) -> list[tuple[jax.Array, jax.Array]]:
     if not isinstance(q, Posterior):
         raise TypeError(f"{name} must be a Posterior(mean, precision); got {type(q).__name__}.")
-    means = own.checked(f"{name}.mean", q.mean)
+    means = own.exactly(f"{name}.mean", q.mean)
     precisions = wide_precisions(own, f"{name}.precision", q.precision)
     return list(zip(means, precisions, strict=True))
 
